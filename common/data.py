@@ -1,0 +1,702 @@
+"""Data sets and generated tasks, as Example (prompt, gold answer) or Preference (prompt, two replies).
+
+    load_examples("gsm8k", "test")                            # the hub
+    load_examples("data.jsonl")                               # .jsonl .json .csv .parquet .gz, or a folder
+    load_examples("runs/grpo/samples.csv", filter="correct")  # what a run sampled
+    train_validation("arithmetic", n_train=5000, n_validation=500, level="1-3")
+    load_preferences("ultrafeedback")
+
+The columns decide how a row is read: see SCHEMAS and `_pair`. A user's mistake is a ValueError of one line.
+"""
+
+import csv
+import gzip
+import hashlib
+import itertools
+import json
+import random
+import re
+import zlib
+from collections import Counter, defaultdict
+from dataclasses import dataclass, field
+from functools import lru_cache
+from pathlib import Path
+
+TASKS = ("arithmetic", "countdown", "gsm8k", "math", "choice", "text")
+
+
+@dataclass(frozen=True)
+class Example:
+    id: int  # unique in a data set, fixed by (data, seed): keys the sampling noise and the groups
+    prompt: str | list[dict]  # what the user says, or chat messages [{"role": ..., "content": ...}, ...]
+    answer: str = ""  # gold final answer: "72", "\\frac{1}{2}", "B"
+    completion: str = ""  # worked solution to imitate, "" where there is none
+    level: int = 0  # difficulty, 0 where the data has none
+    task: str = "text"  # one of TASKS: picks the answer check
+    meta: dict = field(default_factory=dict)  # JSON-able; countdown: {"numbers": [...], "target": ...}
+
+
+@dataclass(frozen=True)
+class Preference:
+    id: int  # row number in the data set
+    prompt: str | list[dict]
+    chosen: str
+    rejected: str
+    margin: float = 0.0  # score of chosen minus score of rejected, 0 where the data has no scores
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Generated tasks. The text of a problem alone decides its split, so no seed puts a validation problem into a
+# training set.
+
+SPLITS = ("validation", "test", "train", "train", "train")  # by hash of the prompt, modulo 5
+WORKED_SHARE = 0.3  # of arithmetic-mixed's demonstrations: a corpus in which most authors skip the working
+GENERATED_ROWS = 10_000  # where no number is asked for
+PATIENCE = 100_000  # draws in a row that bring nothing new before a task counts as exhausted
+
+
+def _hash(text):
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big")
+
+
+def _arithmetic(rng, level):
+    """A chain of level + 1 numbers, 1 to 9, joined by + and -, worked from left to right."""
+    total, *numbers = rng.choices(range(1, 10), k=level + 1)
+    problem, steps = str(total), []
+    for sign, number in zip(rng.choices("+-", k=level), numbers):
+        result = total + number if sign == "+" else total - number
+        steps.append(f"{total}{sign}{number}={result}")
+        problem += f"{sign}{number}"
+        total = result
+    completion = f"<think>{' '.join(steps)}</think><answer>{total}</answer>"
+    return dict(prompt=f"Compute {problem}.", answer=str(total), completion=completion, task="arithmetic")
+
+
+def _countdown(rng, level):
+    """level + 2 numbers, 1 to 25, and a target, 1 to 200, that all of them together reach."""
+    while True:
+        # Sorted, or the same problem could stand in training and validation under two orders.
+        numbers = sorted(rng.choices(range(1, 26), k=level + 2))
+        pool, steps = [(number, str(number)) for number in numbers], []
+        while len(pool) > 1:
+            rng.shuffle(pool)
+            (b, right), (a, left) = sorted([pool.pop(), pool.pop()])  # a >= b: no step goes below zero
+            results = [("+", a + b), ("*", a * b)]
+            if a > b:
+                results.append(("-", a - b))
+            if a % b == 0:
+                results.append(("/", a // b))
+            sign, result = rng.choice(results)
+            steps.append(f"{a}{sign}{b}={result}")
+            pool.append((result, f"({left}{sign}{right})"))
+        target, expression = pool[0]
+        if target <= 200 and target not in numbers:  # a target among the numbers needs no arithmetic
+            break
+    listed = ", ".join(map(str, numbers))
+    rules = "Use each number at most once, with + - * / and parentheses."
+    return dict(
+        prompt=f"Using the numbers {listed}, make {target}. {rules}",
+        answer=str(target),
+        completion=f"<think>{' '.join(steps)}</think><answer>{expression[1:-1]}</answer>",
+        task="countdown",
+        meta={"numbers": numbers, "target": target},
+    )
+
+
+GENERATED = {  # name: (problem maker, highest level, level where none is given)
+    "arithmetic": (_arithmetic, 8, 3),
+    "arithmetic-mixed": (_arithmetic, 8, 3),  # the same problems; all but WORKED_SHARE show the answer alone
+    "countdown": (_countdown, 4, 1),
+}
+
+
+def _levels(level):
+    """3, "3" or "1-4" as a range."""
+    match = re.fullmatch(r"(\d+)(?:-(\d+))?", str(level).strip())
+    levels = range(int(match[1]), int(match[2] or match[1]) + 1) if match else range(0)
+    if not levels:
+        raise ValueError(f"level {level!r} is neither a number nor a range such as 1-4")
+    return levels
+
+
+def _generate(data, split, level, limit, seed):
+    make, highest, default = GENERATED[data]
+    if split not in SPLITS:
+        raise ValueError(f"{data} has no split {split!r}: use train, validation or test")
+    levels = _levels(default if level is None else level)
+    if not 1 <= levels[0] <= levels[-1] <= highest:
+        raise ValueError(f"{data} has levels 1 to {highest}, not {level!r}")
+    rng = random.Random(f"{make.__name__} {levels} {seed}")
+    examples, seen, last_new = [], set(), 0
+    for draw in itertools.count():
+        if len(examples) == (limit or GENERATED_ROWS) or (draw - last_new > PATIENCE and not limit):
+            return examples
+        if draw - last_new > PATIENCE:
+            raise ValueError(
+                f"{data} has {len(examples)} different {split} problems of level {level or default}, "
+                f"but {limit} were asked for: ask for fewer, or for a higher level"
+            )
+        row_level = rng.choice(levels)
+        problem = make(rng, row_level)
+        prompt = problem["prompt"]
+        if prompt in seen:
+            continue
+        seen.add(prompt)
+        last_new = draw
+        if SPLITS[_hash(prompt) % len(SPLITS)] != split:
+            continue
+        if data == "arithmetic-mixed" and _hash(f"worked {seed} {prompt}") >= WORKED_SHARE * 2**64:
+            problem["completion"] = f"<answer>{problem['answer']}</answer>"
+        # All splits read one stream of draws, so their ids never meet either.
+        examples.append(Example(id=draw, level=row_level, **problem))
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Rows of files and of the hub, as (place, row): the place is what an error message names.
+
+MATH_SUBJECTS = (
+    "algebra counting_and_probability geometry intermediate_algebra number_theory prealgebra precalculus"
+)
+HUB = {  # name: (hub id, configs, read one after the other)
+    "gsm8k": ("openai/gsm8k", ["main"]),
+    "math": ("EleutherAI/hendrycks_math", MATH_SUBJECTS.split()),
+    "math500": ("HuggingFaceH4/MATH-500", [None]),  # what "math" reads as its test split
+    "aqua": ("deepmind/aqua_rat", ["raw"]),
+    "mmlu": ("cais/mmlu", ["all"]),
+    "ultrafeedback": ("trl-lib/ultrafeedback_binarized", [None]),
+    "hh": ("Anthropic/hh-rlhf", [None]),
+}
+SPLIT_FILES = {"validation": ("validation", "valid", "val", "dev")}  # what publishers call the file
+
+
+def _rows(data, split):
+    for name in [data] if Path(data).exists() else data.split(","):
+        path = Path(name).expanduser()
+        if name in HUB or (name.startswith("mmmlu/") and not path.exists()):
+            yield from _hub_rows(name, split)
+        elif path.is_dir():
+            for file in _split_files(path, split):
+                yield from _file_rows(file)
+        elif path.is_file() or _suffix(path) in READERS:
+            yield from _file_rows(path)
+        elif re.fullmatch(r"[\w.-]+/[\w.-]+(:[\w.-]+)?", name):
+            yield from _hub_rows(name, split)
+        else:
+            raise ValueError(
+                f"unknown data {name!r}: use {', '.join([*GENERATED, *HUB])}, mmmlu/LOCALE, "
+                f"an org/name[:config] on the hub, or a local file ({' '.join(READERS)}, also .gz) or folder"
+            )
+
+
+def _suffix(path):
+    return Path(path.name.removesuffix(".gz")).suffix
+
+
+def _listing(folder):
+    names = sorted(path.name for path in folder.glob("*"))
+    return f"{folder} holds {', '.join(names[:10]) or 'nothing'}{', ...' if len(names) > 10 else ''}"
+
+
+def _split_files(folder, split):
+    """train.jsonl, train-00000-of-00002.parquet, data/train-*.parquet, or all files of the folder train/."""
+    for name in SPLIT_FILES.get(split, (split,)):
+        patterns = (f"{name}.*", f"{name}-*", f"data/{name}-*", f"{name}/*")
+        files = [file for pattern in patterns for file in sorted(folder.glob(pattern)) if file.is_file()]
+        files = [file for file in files if _suffix(file) in READERS]
+        if files:
+            return files
+    raise ValueError(f"no split {split!r}: {_listing(folder)}")
+
+
+def _file_rows(path):
+    if not path.is_file():
+        raise ValueError(f"no file {path}: {_listing(path.parent)}")
+    if _suffix(path) not in READERS:
+        raise ValueError(f"{path} is none of {' '.join(READERS)}")
+    # utf-8-sig drops the mark that Excel puts in front; newline="" leaves the line ends in CSV cells alone.
+    text = {"mode": "rt", "encoding": "utf-8-sig", "newline": ""}
+    mode = {"mode": "rb"} if _suffix(path) == ".parquet" else text
+    try:
+        with (gzip.open if path.suffix == ".gz" else open)(path, **mode) as file:
+            for number, row in READERS[_suffix(path)](file):
+                yield f"{path}: line {number}", row
+    except (ValueError, OSError, EOFError, zlib.error) as error:  # also wrong bytes, a cut-off gzip
+        raise ValueError(f"{path}: {str(error).splitlines()[0]}") from None
+
+
+def _json_rows(file):
+    for number, line in enumerate(file, 1):
+        if number == 1 and line.lstrip().startswith("["):  # one JSON list instead of lines
+            yield from enumerate(json.loads(line + file.read()), 1)
+        elif line.strip():
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError as error:
+                raise ValueError(f"line {number}: not a JSON line: {error}") from None
+            yield number, row
+
+
+def _csv_rows(file):
+    csv.field_size_limit(2**31 - 1)  # completions can be long
+    reader, header = csv.reader(file, strict=True), None
+    try:
+        for cells in reader:
+            if not cells:
+                continue
+            if header is None and len(cells) == 6 and re.fullmatch("[A-D]", cells[5]):
+                header = ["question", "A", "B", "C", "D", "answer"]  # MMLU's own files have no header
+            if header is None:
+                header = cells
+                continue
+            if len(cells) != len(header):
+                raise ValueError(f"line {reader.line_num}: {len(cells)} cells under {len(header)} columns")
+            yield reader.line_num, dict(zip(header, cells))
+    except csv.Error as error:
+        raise ValueError(f"line {reader.line_num}: {error}") from None
+
+
+def _parquet_rows(file):
+    try:
+        from pyarrow.parquet import ParquetFile
+    except ImportError:
+        raise ValueError("parquet files need the package pyarrow: pip install pyarrow") from None
+    yield from enumerate((row for batch in ParquetFile(file).iter_batches() for row in batch.to_pylist()), 1)
+
+
+READERS = {".jsonl": _json_rows, ".json": _json_rows, ".csv": _csv_rows, ".parquet": _parquet_rows}
+
+
+def _hub_rows(name, split):
+    try:
+        import datasets
+    except ImportError:
+        raise ValueError(f"{name} comes through the package datasets: pip install datasets") from None
+    name = "math500" if (name, split) == ("math", "test") else name
+    if name in HUB:
+        hub_id, configs = HUB[name]
+    elif name.startswith("mmmlu/"):
+        hub_id, configs = "openai/MMMLU", [name.removeprefix("mmmlu/")]
+    else:
+        hub_id, _, config = name.partition(":")
+        configs = [config or None]
+    for config in configs:
+        try:
+            rows = datasets.load_dataset(hub_id, config, split=split)
+        except Exception as error:  # the hub's clients raise many kinds, over many lines
+            reason = (str(error) or type(error).__name__).splitlines()[0]
+            if isinstance(error, ConnectionError):
+                raise ValueError(
+                    f"cannot reach the hub for {hub_id} ({reason}): "
+                    "pass --data a local .jsonl/.csv/.parquet file instead"
+                ) from None
+            raise ValueError(f"cannot load {hub_id}, config {config}, split {split}: {reason}") from None
+        for number, row in enumerate(rows, 1):
+            yield f"{hub_id} {split} row {number}", row
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Row -> fields of an Example, one small function per published schema.
+
+
+def _text(row, column):
+    value = row[column]
+    if value is None:
+        return ""
+    if not isinstance(value, (str, int, float)):
+        raise ValueError(f"column {column} holds a {type(value).__name__}, not text")
+    return str(value)
+
+
+def _messages(messages):
+    try:
+        messages = [{"role": m["role"], "content": m["content"]} for m in messages]
+    except (TypeError, KeyError):
+        messages = []
+    if not messages or not all(isinstance(m["content"], str) for m in messages):
+        raise ValueError("chat messages must be a list of {role, content}, the content being text")
+    return messages
+
+
+def _prompt(prompt):
+    """Text, or checked chat messages; a single user message becomes its text."""
+    if isinstance(prompt, str):
+        return prompt
+    messages = _messages(prompt)
+    return messages[0]["content"] if [m["role"] for m in messages] == ["user"] else messages
+
+
+def _split_reply(messages, prompt=None):
+    """(prompt, reply) of chat messages; the prompt precedes the reply or has its own column."""
+    *turns, last = _messages(messages)
+    if last["role"] != "assistant" or not (turns or prompt):
+        raise ValueError("chat messages must end in an assistant turn, after a prompt")
+    return _prompt(turns or prompt), last["content"]
+
+
+def _level(row):
+    level = re.search(r"\d+", str(row.get("level")))  # 3, "3", "Level 3"; MATH has a few "Level ?"
+    return int(level[0]) if level else 0
+
+
+def _gsm8k(row):
+    solution, mark, answer = _text(row, "answer").rpartition("####")
+    answer = answer.strip().replace(",", "")
+    if not mark or not re.fullmatch(r"-?\d+(\.\d+)?", answer):
+        raise ValueError(
+            f"the answer ends in {row['answer'][-20:]!r}, not in '#### number' as in GSM8K; "
+            "if it is a plain answer, name the columns prompt and answer"
+        )
+    solution = re.sub(r"<<[^<>]*>>", "", solution).strip()  # without the calculator annotations
+    completion = f"{solution}\n#### {answer}"
+    return dict(prompt=_text(row, "question"), answer=answer, completion=completion, task="gsm8k")
+
+
+def _last_boxed(text):
+    r"""The content of the last \boxed{...} with balanced braces (or \fbox{...}, \boxed 2), else ""."""
+    for match in reversed(list(re.finditer(r"\\(?:boxed|fbox)\s*", text))):
+        rest, depth = text[match.end() :], 0
+        if not rest.startswith("{"):
+            return re.match(r"[^$\s]*", rest)[0]
+        for brace in re.finditer(r"\\.|[{}]", rest):  # a brace after a backslash is text
+            depth += {"{": 1, "}": -1}.get(brace[0], 0)
+            if depth == 0:
+                return rest[1 : brace.start()].strip()
+    return ""
+
+
+def _math(row):
+    solution = _text(row, "solution") if "solution" in row else ""
+    answer = _text(row, "answer") if "answer" in row else _last_boxed(solution)
+    if not answer:
+        raise ValueError(r"no answer: neither in a column answer nor as \boxed{...} in the solution")
+    prompt, level = _text(row, "problem"), _level(row)
+    return dict(prompt=prompt, answer=answer, completion=solution, level=level, task="math")
+
+
+def _multiple_choice(row):
+    row = {column.lower(): value for column, value in row.items()}  # MMMLU writes Question, A, Answer
+    choices = row["choices"] if "choices" in row else [row[letter] for letter in "abcd"]
+    subject = {"subject": row["subject"]} if row.get("subject") else {}
+    return _choice(_text(row, "question"), choices, row["answer"]) | dict(meta=subject)
+
+
+def _aqua(row):
+    choices = [re.sub(r"^[A-E]\)\s*", "", option) for option in row["options"]]  # published as "A)61"
+    rationale, answer = _text(row, "rationale").strip(), row["correct"]
+    if not re.search(rf"\b{re.escape(str(answer))}\W*$", rationale):  # most end in "Answer: E", some do not
+        rationale += f"\nAnswer: {answer}"
+    return _choice(_text(row, "question"), choices, answer) | dict(completion=rationale)
+
+
+def _choice(question, choices, answer):
+    letters = "ABCDEFGHIJ"[: len(choices)]
+    if isinstance(answer, int) and 0 <= answer < len(letters):
+        answer = letters[answer]
+    if answer not in tuple(letters):
+        raise ValueError(f"the answer is {answer!r}, not one of {', '.join(letters)}")
+    lines = [question, *(f"{letter}) {choice}" for letter, choice in zip(letters, choices))]
+    return dict(prompt="\n".join(lines), answer=answer, task="choice")
+
+
+def _plain(row):
+    """prompt and answer, completion or both, and whatever else of an Example a run's samples.csv has kept."""
+    answer, completion = (_text(row, column) if column in row else "" for column in ("answer", "completion"))
+    task, meta = row.get("task"), row.get("meta") or {}
+    return dict(
+        prompt=_prompt(row["prompt"]),
+        answer=answer,
+        completion=completion,
+        level=_level(row),
+        task=task if task in TASKS else "math" if answer else "text",
+        meta=json.loads(meta) if isinstance(meta, str) else meta,
+    )
+
+
+def _chat(row):
+    prompt, completion = _split_reply(row["messages"])
+    return dict(prompt=prompt, completion=completion)
+
+
+def _preferred(row):
+    prompt, _, chosen, _, _ = _pair(row)
+    if isinstance(prompt, list) and prompt[-1]["role"] == "assistant":  # a few HH replies came in two turns
+        *turns, first = prompt
+        prompt, chosen = _prompt(turns), f"{first['content']}\n\n{chosen}"
+    return dict(prompt=prompt, completion=chosen)
+
+
+SCHEMAS = {  # columns that must be there: reader; the first that fits is taken
+    ("question", "A", "B", "C", "D", "answer"): _multiple_choice,
+    ("Question", "A", "B", "C", "D", "Answer"): _multiple_choice,
+    ("question", "choices", "answer"): _multiple_choice,
+    ("question", "options", "rationale", "correct"): _aqua,
+    ("problem", "solution"): _math,
+    ("problem", "answer"): _math,
+    ("messages",): _chat,
+    ("chosen", "rejected"): _preferred,
+    ("info", "summaries", "choice"): _preferred,
+    ("prompt", "completion"): _plain,
+    ("prompt", "answer"): _plain,
+    ("question", "answer"): _gsm8k,
+}
+
+
+def _fields(row):
+    for columns, read in SCHEMAS.items():
+        if row.keys() >= set(columns):
+            return read(row)
+    known = " | ".join(",".join(columns) for columns in SCHEMAS)
+    raise ValueError(f"the columns {','.join(row)} fit none of the known schemas: {known}")
+
+
+def _read(read, place, row):
+    """read(row), with the place in front of any complaint."""
+    try:
+        if not isinstance(row, dict):
+            raise ValueError(f"a row must be an object with named columns, not a {type(row).__name__}")
+        return read(row)
+    except ValueError as error:
+        raise ValueError(f"{place}: {error}") from None
+
+
+def _is_correct(row):
+    if str(row.get("correct")) not in ("0", "1", "0.0", "1.0", "False", "True"):
+        raise ValueError(f"filter correct needs a column correct with 0 or 1, not {row.get('correct')!r}")
+    return str(row["correct"]) in ("1", "1.0", "True")
+
+
+def _key(prompt):
+    return prompt if isinstance(prompt, str) else json.dumps(prompt)
+
+
+def _sample(rows, limit, seed):
+    if limit < 0:
+        raise ValueError(f"limit {limit} is negative: use 0 for all rows")
+    if not limit or limit >= len(rows):
+        return rows
+    # Not simply the first ones: MMLU is sorted by subject.
+    return [rows[i] for i in sorted(random.Random(seed).sample(range(len(rows)), limit))]
+
+
+def load_examples(data, split="train", *, level=None, limit=0, seed=0, filter="") -> list[Example]:
+    """The examples of a data set, in its own order.
+
+    data: a name in GENERATED or HUB, "mmmlu/LOCALE", "org/name[:config]" on the hub, a local .jsonl, .json,
+    .csv or .parquet file (whole, whatever the split), or a folder with a file per split; commas join several.
+    level: 3 or "1-4". limit: at most so many rows, drawn with the seed; 0 for all (10,000 generated ones).
+    filter="correct": of a run's samples.csv, the rows with correct = 1, each (prompt, completion) once.
+    Errors: ValueError, one line with file and line number.
+    """
+    data = str(data)
+    if filter not in ("", "correct"):
+        raise ValueError(f"unknown filter {filter!r}: the only one is correct")
+    if data in GENERATED:
+        _sample([], limit, seed)  # refuses a negative limit
+        return _generate(data, split, level, limit, seed)
+    examples, seen, number = [], set(), -1
+    for number, (place, row) in enumerate(_rows(data, split)):
+        if filter and not _read(_is_correct, place, row):
+            continue
+        example = Example(id=number, **_read(_fields, place, row))
+        if not example.prompt:
+            raise ValueError(f"{place}: the prompt is empty")
+        if filter:
+            key = _key(example.prompt), example.completion
+            if key in seen:
+                continue
+            seen.add(key)
+        examples.append(example)
+    if not examples:
+        raise ValueError(f"{data} has no rows" + (f" with correct = 1 among {number + 1}" if filter else ""))
+    if level is not None:
+        found, levels = sorted({example.level for example in examples}), _levels(level)
+        examples = [example for example in examples if example.level in levels]
+        if not examples:
+            raise ValueError(f"{data} has no row of level {level}: it has {', '.join(map(str, found))}")
+    return _sample(examples, limit, seed)
+
+
+def carve(rows, *, n_train=0, n_validation=0, seed=0, name="the data"):
+    """(train, validation) of exactly these sizes, of examples or preferences; no prompt text is in both.
+
+    n_train = 0 takes all the rest, less the rows that repeat a validation prompt.
+    Errors: ValueError if there are too few rows.
+    """
+    if n_train < 0 or n_validation < 0:
+        raise ValueError(f"sizes cannot be negative: n_train {n_train}, n_validation {n_validation}")
+    rows = random.Random(seed).sample(rows, len(rows))
+    validation = {}
+    for row in rows:
+        if len(validation) < n_validation:
+            validation.setdefault(_key(row.prompt), row)
+    train = [row for row in rows if _key(row.prompt) not in validation]
+    if len(validation) < n_validation or len(train) < max(n_train, 1):
+        raise ValueError(
+            f"{n_train or 'some'} training and {n_validation} validation rows were asked for, but {name} has "
+            f"only {len(rows)} rows with {len({_key(row.prompt) for row in rows})} different prompts"
+        )
+    return train[: n_train or None], list(validation.values())
+
+
+def train_validation(data, *, n_train=0, n_validation=0, level=None, seed=0, filter=""):
+    """(train, validation): lists of Example of exactly these sizes, shuffled; no prompt text stands in both.
+
+    Validation is carved from the train split (a local file: from that file), never the official test split.
+    n_train = 0 takes all the rest. Errors: ValueError as in `load_examples`, or if there are too few rows.
+    """
+    if str(data) not in GENERATED:
+        rows = load_examples(data, "train", level=level, filter=filter)
+        return carve(rows, n_train=n_train, n_validation=n_validation, seed=seed, name=data)
+    train = load_examples(data, "train", level=level, limit=n_train, seed=seed)
+    if n_validation == 0:
+        return train, []
+    return train, load_examples(data, "validation", level=level, limit=n_validation, seed=seed)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Preferences
+
+
+def _dialogue(text):
+    r"""Chat messages of Anthropic's '\n\nHuman: ...\n\nAssistant: ...'."""
+    head, *pieces = re.split(r"\n\n(Human|Assistant):", text)
+    if head or len(pieces) < 4:
+        raise ValueError(r"without a column prompt, a reply must read '\n\nHuman: ...\n\nAssistant: ...'")
+    roles = {"Human": "user", "Assistant": "assistant"}
+    turns = [{"role": roles[who], "content": said.strip()} for who, said in zip(pieces[::2], pieces[1::2])]
+    messages = turns[:1]
+    for turn in turns[1:-1]:
+        if turn["role"] == messages[-1]["role"]:  # some speak twice in a row, which many templates refuse
+            messages[-1]["content"] += f"\n\n{turn['content']}"
+        else:
+            messages.append(turn)
+    return messages + turns[-1:]
+
+
+def _prompt_and_reply(row, column):
+    reply, prompt = row[column], row.get("prompt")
+    if isinstance(reply, str):
+        return (_prompt(prompt), reply) if prompt is not None else _split_reply(_dialogue(reply))
+    return _split_reply(reply, prompt)
+
+
+def _pair(row):
+    """(prompt of chosen, prompt of rejected, chosen, rejected, margin or None) of a row."""
+    if row.keys() >= {"info", "summaries", "choice"}:  # summarize-from-feedback, OpenAI's TL;DR
+        info, choice = row["info"], row["choice"]
+        if choice not in (0, 1):
+            raise ValueError(f"choice is {choice!r}, not 0 or 1")
+        text = info.get("article")
+        if text is None:
+            text = f"SUBREDDIT: r/{info['subreddit']}\n\nTITLE: {info['title']}\n\nPOST: {info['post']}"
+        prompt, replies = f"{text}\n\nTL;DR:", [summary["text"].strip() for summary in row["summaries"]]
+        return prompt, prompt, replies[choice], replies[1 - choice], None
+    if not row.keys() >= {"chosen", "rejected"}:
+        raise ValueError(
+            f"the columns {','.join(row)} hold no pairs: needed are chosen,rejected (and prompt), "
+            "or info,summaries,choice, or a run's prompt,completion,correct"
+        )
+    prompt, chosen = _prompt_and_reply(row, "chosen")
+    other, rejected = _prompt_and_reply(row, "rejected")
+    scores = row.get("score_chosen"), row.get("score_rejected")
+    return prompt, other, chosen, rejected, None if None in scores else float(scores[0]) - float(scores[1])
+
+
+def load_preferences(data, split="train", *, limit=0, seed=0, dropped=None) -> list[Preference]:
+    """The pairs of a data set that carry a preference, in its own order.
+
+    data, split, limit, seed: as in `load_examples`. A run's samples.csv gives pairs of a correct and a wrong
+    completion of one question, each completion used once.
+    dropped: a Counter, which counts what was left out: prompts differ, same reply, empty reply, equal scores.
+    Errors: ValueError, one line with file and line number.
+    """
+    dropped = Counter() if dropped is None else dropped
+    pairs, sampled, number = [], defaultdict(lambda: ({}, {})), -1
+    for number, (place, row) in enumerate(_rows(str(data), split)):
+        if isinstance(row, dict) and row.keys() >= {"prompt", "completion", "correct"}:
+            example = Example(id=number, **_read(_plain, place, row))
+            wrong_right = sampled[_key(example.prompt), example.answer]
+            wrong_right[_read(_is_correct, place, row)].setdefault(example.completion, example)
+            continue
+        prompt, other, chosen, rejected, margin = _read(_pair, place, row)
+        if prompt != other:
+            dropped["prompts differ"] += 1
+        elif chosen == rejected:
+            dropped["same reply"] += 1
+        elif not chosen.strip() or not rejected.strip():
+            dropped["empty reply"] += 1
+        elif margin == 0:
+            dropped["equal scores"] += 1
+        else:
+            pairs.append(Preference(number, prompt, chosen, rejected, margin or 0.0))
+    for wrong, right in sampled.values():
+        for good, bad in zip(right.values(), wrong.values()):
+            pairs.append(Preference(good.id, good.prompt, good.completion, bad.completion))
+    if not pairs:
+        raise ValueError(f"{data} has no pairs among its {number + 1} rows; left out: {dict(dropped)}")
+    return _sample(pairs, limit, seed)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Text -> token ids
+
+
+THINK_ANSWER_SYSTEM = ("Think about the question step by step between <think> and </think>, then give the final answer alone "
+                       "between <answer> and </answer>.")
+
+
+def prompt_text(prompt):
+    """A prompt as one text: the string itself, or what the chat messages say."""
+    return prompt if isinstance(prompt, str) else "\n\n".join(message["content"] for message in prompt)
+
+
+@lru_cache(maxsize=2)
+def _epoch(n, seed, epoch):
+    return random.Random(f"epoch {epoch} of {n}, seed {seed}").sample(range(n), n)
+
+
+def batch_indices(n, position, count, seed):
+    """Rows position .. position + count - 1 of an endless sequence of shuffled epochs over n rows.
+
+    A function of its arguments alone: the position is all that a checkpoint has to hold.
+    """
+    return [_epoch(n, seed, i // n)[i % n] for i in range(position, position + count)]
+
+
+def encode_prompt(tokenizer, prompt, system="", template="{prompt}") -> list[int]:
+    """Ids of a prompt, ready for the reply: by the chat template if the tokenizer has one, else plain text.
+
+    template: the user's words around the (last) message, with {prompt} in its place. system: goes in front,
+    unless the messages bring their own. At most one BOS.
+    Errors: ValueError for a template without {prompt}, or for messages that end in an assistant turn.
+    """
+    if "{prompt}" not in template:
+        raise ValueError(f"the template {template!r} has no {{prompt}} where the question should go")
+    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else [dict(m) for m in prompt]
+    if not messages or messages[-1]["role"] == "assistant":
+        raise ValueError("a prompt of chat messages must end in a user turn, which the model is to answer")
+    messages[-1]["content"] = template.replace("{prompt}", messages[-1]["content"])  # not format(): braces
+    if system and messages[0]["role"] != "system":
+        messages.insert(0, {"role": "system", "content": system})
+    if tokenizer.chat_template:
+        # As text first: tokenize=True returns a dict in transformers 5. The template writes the BOS, if any.
+        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    else:
+        texts = [m["content"] for m in messages]
+        if sum(m["role"] != "system" for m in messages) > 1:  # a base model has to be told who speaks
+            texts = [f"{m['role'].title()}: {m['content']}" for m in messages] + ["Assistant:"]
+        ids = tokenizer("\n\n".join(texts))["input_ids"]
+        if ids and ids[-1] == tokenizer.eos_token_id:  # some tokenizers close every text
+            ids = ids[:-1]
+    while len(ids) > 1 and ids[0] == ids[1] == tokenizer.bos_token_id:
+        ids = ids[1:]
+    return ids
+
+
+def encode_completion(tokenizer, completion, eos_id) -> list[int]:
+    """Ids of a completion, with one eos_id at the end; apart from the prompt, so no token spans both."""
+    ids = tokenizer(completion, add_special_tokens=False)["input_ids"]
+    while ids and ids[-1] == eos_id:
+        ids = ids[:-1]
+    return ids + [eos_id]

@@ -1,0 +1,200 @@
+"""Models and tokenizers by name: the embedded one, a local folder, a run of ours, or the hub; refused by name when unfit.
+
+A run always starts from a plain model: where the folder holds an adapter, it is merged into its base once, in float32, here.
+"""
+
+import json
+import os
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+
+TINY = Path(__file__).parent / "tiny"  # the embedded model
+
+# The decoder layer that the sampler writes out by hand is the layer of these families and of no other.
+SUPPORTED = ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2")
+PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+def resolve(name: str) -> str:
+    """The folder or hub id that `--model` means: "" is the embedded model, a run directory its final model.
+
+    Errors: ValueError if the name looks like a path and nothing is there, or a run has no saved model yet.
+    """
+    if not name:
+        return str(TINY)
+    path = Path(name).expanduser()
+    if path.is_dir():
+        if (path / "metrics.jsonl").exists() or (path / "checkpoints").is_dir():  # a run of ours
+            saved = [path / "final"] + sorted(path.glob("checkpoints/step-*"), key=lambda p: -int(p.name[5:]))
+            ready = [p for p in saved if p.is_dir()]
+            if not ready:
+                raise ValueError(f"--model {name}: that run has neither final/ nor a checkpoint yet")
+            return str(ready[0])
+        return str(path)
+    if path.is_absolute() or name.startswith((".", "~")) or name.count("/") != 1:
+        raise ValueError(f"--model {name}: no such folder (and not a hub id such as Qwen/Qwen2.5-3B-Instruct)")
+    return name
+
+
+def _reach(what: str, name: str, load):
+    """Call a transformers loader; turn what can go wrong into one line that says the way out."""
+    try:
+        return load()
+    except Exception as error:  # transformers raises many kinds here: OSError, ValueError, KeyError, hub errors
+        reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
+        if Path(name).is_dir():
+            raise ValueError(f"--model {name}: no usable {what} in that folder ({reason})") from None
+        raise ValueError(f"--model {name}: cannot reach the hub for its {what} ({reason}); download it where there is "
+                         f"a network (huggingface-cli download {name}) and pass --model that folder") from None
+
+
+def load_tokenizer(name: str):
+    """The tokenizer of a folder or hub id. Errors: ValueError, one line, if there is none or it has no end token."""
+    from transformers import AutoTokenizer
+
+    name = resolve(name)
+    tokenizer = _reach("tokenizer", name, lambda: AutoTokenizer.from_pretrained(name))
+    if tokenizer.eos_token_id is None:
+        raise ValueError(f"--model {name}: its tokenizer has no eos_token; set one in tokenizer_config.json")
+    return tokenizer
+
+
+def load_config(name: str):
+    """The model's configuration, refused by name where the sampler or LoRA would be wrong or the shape unknown.
+
+    Errors: ValueError if the family is not in SUPPORTED or its logits are rescaled in a way not known here.
+    """
+    from transformers import AutoConfig
+
+    name = base_of(name)
+    config = _reach("configuration", name, lambda: AutoConfig.from_pretrained(name))
+    if config.model_type not in SUPPORTED:
+        raise ValueError(f"--model {name}: model type {config.model_type!r} is not supported (fused projections, experts, "
+                         f"or another layer form); supported: {', '.join(SUPPORTED)}")
+    for key, value in config.to_dict().items():
+        scales_logits = ("logit" in key and "scal" in key) or ("softcap" in key and not key.startswith(("final", "attn")))
+        if scales_logits and value not in (None, 1, 1.0):
+            raise ValueError(f"--model {name}: its config rescales the logits by {key}={value}, which is not known here")
+    rope = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")
+    if rope in ("dynamic", "longrope"):
+        raise ValueError(f"--model {name}: rope type {rope!r} changes with the length of the text; not supported")
+    return config
+
+
+def base_of(name: str) -> str:
+    """The folder or hub id that holds the weights: for an adapter's folder, the base it names."""
+    name = resolve(name)
+    adapter = Path(name) / "adapter_config.json"
+    return base_of(json.loads(adapter.read_text())["base_model_name_or_path"]) if adapter.exists() else name
+
+
+def load_model(name: str, dtype: torch.dtype, device: torch.device, max_tokens: int = 0):
+    """A plain causal language model in `dtype` on `device`, dropout off; adapters on the way are merged in float32.
+
+    max_tokens: the longest prompt and completion of the run; 0 leaves it unchecked.
+    Errors: ValueError, one line, if the model is missing, unsupported, or its context or window is shorter than that.
+    """
+    from transformers import AutoModelForCausalLM
+
+    config = load_config(name)
+    check_length(name, config, max_tokens)
+    folder, base = resolve(name), base_of(name)
+    load_dtype = dtype if folder == base else torch.float32
+    model = _reach("weights", base, lambda: AutoModelForCausalLM.from_pretrained(base, dtype=load_dtype))
+    merge_adapters(model, folder)
+    for module in model.modules():  # dropout would make the sampler, the reference and the trainer three models
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+        if isinstance(getattr(module, "attention_dropout", None), float):
+            module.attention_dropout = 0.0
+    return model.to(device=device, dtype=dtype)
+
+
+def check_length(name: str, config, max_tokens: int) -> None:
+    limit = getattr(config, "max_position_embeddings", None) or max_tokens
+    if max_tokens > limit:
+        raise ValueError(f"--model {name}: prompt and completion need {max_tokens} tokens, its context holds {limit}; "
+                         "shorten --max-new-tokens, or leave long prompts out with --max-prompt-tokens")
+    window = getattr(config, "sliding_window", None)
+    uses_window = "sliding_attention" in (getattr(config, "layer_types", None) or [])
+    if window and uses_window and window < max_tokens:
+        raise ValueError(f"--model {name}: its attention window ({window}) is shorter than the run ({max_tokens} tokens); "
+                         "shorten --max-new-tokens")
+
+
+@torch.no_grad()
+def merge_adapters(model, folder: str) -> None:
+    """Add the adapter in `folder` (PEFT's format) to the weights of `model`, and below it the adapter it stands on.
+
+    Errors: ValueError naming the first tensor whose place or shape does not fit, with both shapes.
+    """
+    path = Path(folder)
+    if not (path / "adapter_config.json").exists():
+        return
+    config = json.loads((path / "adapter_config.json").read_text())
+    merge_adapters(model, resolve(config["base_model_name_or_path"]))
+    scale = config["lora_alpha"] / (config["r"] ** 0.5 if config.get("use_rslora") else config["r"])
+    tensors = load_file(path / "adapter_model.safetensors")
+    for key, A in tensors.items():
+        if ".lora_A." not in key:
+            continue
+        B = tensors[key.replace(".lora_A.", ".lora_B.")].float()
+        target = key.removeprefix("base_model.model.").split(".lora_A.")[0] + ".weight"
+        try:
+            weight = model.get_parameter(target)
+        except AttributeError:
+            raise ValueError(f"--model {folder}: its adapter has {key}, but the base model has no {target}") from None
+        if weight.shape != (B.shape[0], A.shape[1]):
+            raise ValueError(f"--model {folder}: its adapter's {key} makes {tuple((B.shape[0], A.shape[1]))}, "
+                             f"but the base model's {target} is {tuple(weight.shape)}")
+        weight += scale * (B @ A.float())
+
+
+def stop_ids(model, tokenizer) -> list[int]:
+    """Every token id that ends an answer: the tokenizer's end token and all of the model's generation_config.
+
+    Qwen2.5 has two of them (<|im_end|>, <|endoftext|>); a sampler that knows one never sees base models stop.
+    """
+    from_config = getattr(model.generation_config, "eos_token_id", None)
+    from_config = from_config if isinstance(from_config, list) else [from_config]
+    return sorted({tokenizer.eos_token_id, *(i for i in from_config if i is not None)})
+
+
+def layer_range(text: str, model) -> range | None:
+    """`--train-layers`: "" all (None), "20-27" or "27". Errors: ValueError if the model has no such layers."""
+    if not text:
+        return None
+    n = model.config.num_hidden_layers
+    first, _, last = text.partition("-")
+    if not (first.isdigit() and (last or first).isdigit() and int(first) <= int(last or first) < n):
+        raise ValueError(f"--train-layers {text}: not a range within this model's layers 0-{n - 1}")
+    return range(int(first), int(last or first) + 1)
+
+
+def check_token_ids(model, tokenizer) -> None:
+    """Errors: ValueError if the tokenizer can make an id that the embedding has no row for (an opaque crash on CUDA)."""
+    rows = model.get_input_embeddings().weight.shape[0]
+    if len(tokenizer) > rows:
+        raise ValueError(f"the tokenizer has {len(tokenizer)} tokens but the model's embedding only {rows} rows: "
+                         "they do not belong together")
+
+
+def choose_dtype(name: str, device: torch.device) -> torch.dtype:
+    """`--dtype`: auto is bfloat16 on CUDA and float32 elsewhere."""
+    if name == "auto":
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+    return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]
+
+
+def load_weights(folder) -> dict[str, torch.Tensor]:
+    """All tensors of a folder written by `save_plain`."""
+    return {key: value for path in sorted(Path(folder).glob("*.safetensors")) for key, value in load_file(path).items()}
+
+
+def save_plain(model, tokenizer, folder, state_dict=None) -> None:
+    """Write a plain Hugging Face model (safetensors, config, tokenizer) that transformers and vLLM load."""
+    os.makedirs(folder, exist_ok=True)
+    model.save_pretrained(folder, state_dict=state_dict)
+    tokenizer.save_pretrained(folder)

@@ -1,0 +1,1329 @@
+"""GRPO: sample a group of answers to each question, and raise the probability of those that beat their group's mean.
+
+    J = E[ 1/N sum_i 1/L_i sum_t min(rho_it A_i, clip(rho_it, 1 - eps_low, 1 + eps_high) A_i) ] - beta KL(policy || reference)
+    A_i = (R_i - mean of the group) / (deviation of the group + 1e-4)          rho_it = p(token) now / p(token) when sampled
+
+Paper: DeepSeekMath, arXiv 2402.03300, eqs. 3-4 and algorithm 1. Differs from it in:
+  - the old log-probs are the sampler's own; no pass is made for them (--recompute-old makes it);
+  - KL is off by default (beta 0), and then no reference pass is made;
+  - switches turn it into Dr. GRPO, DAPO, GSPO, CISPO or RLOO: see the table in README.md.
+The loss is near 0 at every step, by construction: watch the reward.
+
+    python grpo.py                                                    # the embedded model, minutes on two CPU cores
+    python grpo.py --model Qwen/Qwen2.5-3B-Instruct                   # GSM8K on one GPU
+    torchrun --nproc-per-node 8 grpo.py --model Qwen/Qwen2.5-3B-Instruct
+    python grpo.py --out runs/a --resume                              # go on where it was killed
+"""
+
+import copy
+import hashlib
+import itertools
+import json
+import math
+import os
+import shutil
+import tempfile
+from collections import deque
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from common import data, dist, models, rewards
+from common.run import Run, check_out, cli, retry_smaller
+
+# Shapes: B rows, T tokens, V vocabulary, P prompts, G samples per prompt, D hidden size, L layers or a row's completion
+# tokens, H heads, K head size, R LoRA rank, N rows or tokens in all.
+
+
+@dataclass
+class Args:
+    # ---- run ----
+    out: str = ""
+    """run directory; empty: one of its own under runs/"""
+    resume: bool = False
+    """go on with the run in --out from its newest checkpoint, with its arguments"""
+    config: str = ""
+    """YAML or JSON file of arguments (a run's config.json too); the command line overrides it"""
+    seed: int = 0
+    """seed of data order, adapter initialisation and sampling noise"""
+    max_steps: int = 60
+    """optimizer steps in all"""
+    save_every: int = 50
+    """steps between checkpoints (one is always written at the end, and on SIGTERM or Ctrl-C)"""
+    keep: int = 2
+    """newest checkpoints to keep"""
+    wandb: bool = False
+    """also log to Weights & Biases"""
+    dry_run: bool = False
+    """build everything, run one step at the largest sizes, print peak memory and projected time, keep nothing"""
+    profile: int = 0
+    """steps to trace with torch.profiler, from the first on"""
+    device: str = ""
+    """cuda, mps or cpu; empty: the best there is"""
+    # ---- data ----
+    data: str = ""
+    """data set name, hub id, or local .jsonl/.csv/.parquet; empty: arithmetic for the embedded model, else gsm8k"""
+    level: str = ""
+    """difficulty of a generated task, such as 3 or 1-4; empty: the task's own default"""
+    train_questions: int = 0
+    """questions to train on; 0: all that are not held out"""
+    eval_questions: int = 500
+    """questions held out of the training split for evaluation (never the official test split)"""
+    system: str = ""
+    """system message; empty: for other models than the embedded one, a request for the <think>/<answer> format"""
+    prompt_template: str = "{prompt}"
+    """text around the question, {prompt} in it"""
+    max_prompt_tokens: int = 0
+    """leave out questions with a longer prompt; 0: none"""
+    # ---- model ----
+    model: str = ""
+    """hub id, local folder or run directory; empty: the embedded model"""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """of the frozen weights and the computation; auto: bfloat16 on CUDA, else float32"""
+    full: bool = False
+    """train all weights (kept in float32) instead of an adapter"""
+    gradient_checkpointing: bool = False
+    """recompute the layers in the backward pass: less memory, about a third more time"""
+    tokens_per_batch: int = 16384
+    """padded tokens per forward and backward pass and GPU; halved when memory runs out"""
+    # ---- LoRA ----
+    lora_r: int = 32
+    """rank"""
+    lora_alpha: float = 64
+    """the adapter's output is scaled by lora_alpha / lora_r"""
+    lora_targets: tuple[str, ...] = models.PROJECTIONS
+    """linear layers to adapt"""
+    train_layers: str = ""
+    """decoder layers to adapt, such as 20-27; empty: all"""
+    # ---- sampling ----
+    prompts_per_step: int = 16
+    """questions per step, over all ranks"""
+    num_generations: int = 8
+    """G, samples per question"""
+    max_new_tokens: int = 512
+    """longest completion; a longer one counts as truncated"""
+    temperature: float = 1.0
+    """of sampling, and of the log-probs that are trained"""
+    slots: int = 256
+    """rows sampled at a time per rank; halved when memory runs out"""
+    # ---- method ----
+    rewards: tuple[str, ...] = ("correctness=1", "format=0.2")
+    """reward functions with weights: correctness, format, digit, mark, math, or your own as file.py:name=weight"""
+    reward_timeout: float = 30.0
+    """seconds that a call of a reward of your own may take; its row is left out and counted"""
+    group_scaling: Literal["std", "none", "loo"] = "std"
+    """advantage: reward minus group mean, over the deviation (std, GRPO), as it is (none, Dr. GRPO), or leave-one-out (RLOO)"""
+    aggregation: Literal["sequence", "token", "constant"] = "sequence"
+    """token losses averaged per row then over rows (GRPO), over all tokens (DAPO), or over max_new_tokens (Dr. GRPO)"""
+    ratio: Literal["token", "sequence"] = "token"
+    """probability ratio per token, or its geometric mean per row (GSPO)"""
+    clip: Literal["min", "detach"] = "min"
+    """min: PPO's clipped objective; detach: the clipped ratio is a constant weight (CISPO)"""
+    clip_eps_low: float = 0.2
+    """lower clip: the ratio counts as at least 1 - this (arXiv 1707.06347 eq. 7)"""
+    clip_eps_high: float = 0.2
+    """upper clip: the ratio counts as at most 1 + this; DAPO takes 0.28"""
+    dual_clip: float = 0.0
+    """with a negative advantage the loss is at most this many times it (arXiv 1912.09729); 0: off"""
+    beta: float = 0.0
+    """KL coefficient towards the start model; 0: no reference pass at all"""
+    kl_estimator: Literal["k1", "k2", "k3"] = "k3"
+    """estimator of the KL term"""
+    kl_in: Literal["loss", "reward"] = "loss"
+    """KL as a loss term, or subtracted from the rewards"""
+    updates_per_batch: int = 1
+    """optimizer steps on each batch of samples (mu in arXiv 2402.03300 alg. 1)"""
+    recompute_old: bool | None = None
+    """old log-probs by a pass of the trainer, not the sampler's own; default: only with --ratio sequence"""
+    sampler_correction: Literal["none", "truncate", "mask"] = "none"
+    """weight tokens by the trainer's over the sampler's probability: capped, or dropped when outside [1/cap, cap]"""
+    sampler_correction_cap: float = 2.0
+    """cap of that weight"""
+    dynamic_sampling: bool = False
+    """draw further questions in place of groups whose samples are all right or all wrong (DAPO)"""
+    max_refills: int = 4
+    """most further draws per step with --dynamic-sampling"""
+    overlong_buffer: int = 0
+    """the last tokens before max_new_tokens over which the reward falls by up to 1 (DAPO); 0: off"""
+    mask_truncated: bool = False
+    """leave truncated rows out of the loss and its denominators (their reward stays in the group's mean)"""
+    # ---- optimizer ----
+    lr: float = 0.0
+    """AdamW's peak learning rate; 0: 1e-3 for the embedded model, 2e-5 for an adapter, 1e-6 with --full"""
+    warmup_steps: int = 5
+    """steps of linear warm-up"""
+    lr_schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """after the warm-up"""
+    weight_decay: float = 0.0
+    """AdamW's decoupled decay"""
+    max_grad_norm: float = 1.0
+    """clip the gradient's norm to this"""
+    # ---- evaluation ----
+    eval_every: int = 20
+    """steps between evaluations; one before the first step and one after the last are always made"""
+    eval_samples: int = 0
+    """samples per held-out question for pass@k, beside the greedy one; 0: none"""
+    eval_temperature: float = 0.5
+    """of those samples"""
+    eval_k: tuple[int, ...] = ()
+    """report pass@k for these k (each at most eval_samples)"""
+    show_every: int = 10
+    """steps between printed samples"""
+
+
+class LoRALinear(nn.Module):
+    """A frozen nn.Linear with low-rank adapters on it, one or none of them active: y = W x + b + (alpha / r) B A x.
+
+    State: `A[name]` [R, in] and `B[name]` [out, R], float32 whatever the base's dtype (in bfloat16 AdamW's small steps
+    would round to nothing); B starts at zero, so that a fresh adapter changes no output. `active` is the name of the
+    adapter in use or None for the bare base; only `use_adapter` changes it.
+    Source: LoRA, arXiv 2106.09685 eq. 3.
+    """
+
+    def __init__(self, base: nn.Linear):
+        super().__init__()
+        self.base = base.requires_grad_(False)
+        self.A, self.B, self.scale = nn.ParameterDict(), nn.ParameterDict(), {}
+        self.in_features, self.out_features = base.in_features, base.out_features
+        self.active: str | None = None
+
+    def add(self, name: str, r: int, alpha: float) -> None:
+        device = self.base.weight.device
+        A = torch.empty(r, self.base.in_features)  # drawn on the CPU: the same start on every device
+        nn.init.kaiming_uniform_(A, a=5**0.5)
+        self.A[name] = nn.Parameter(A.to(device))
+        self.B[name] = nn.Parameter(torch.zeros(self.base.out_features, r, device=device))
+        self.scale[name] = alpha / r
+
+    def forward(self, x):
+        y = self.base(x)
+        if self.active is None:
+            return y
+        A, B = self.A[self.active].to(x.dtype), self.B[self.active].to(x.dtype)
+        return y + F.linear(F.linear(x, A) * self.scale[self.active], B)
+
+
+def add_lora(model, name: str, r: int, alpha: float, targets, layers=None) -> list[nn.Parameter]:
+    """Put adapter `name` on the projections `targets` of the decoder layers (all, or the indices in `layers`).
+
+    Freezes every other parameter, activates the adapter, and returns its parameters in the order of the layers.
+    Errors: ValueError if a target does not exist or r < 1.
+    """
+    if r < 1:
+        raise ValueError(f"--lora-r {r}: the rank must be 1 or more (or train all weights with --full)")
+    model.requires_grad_(False)
+    params, found = [], set()
+    for i, layer in enumerate(model.base_model.layers):
+        for path, module in list(layer.named_modules()):
+            leaf = path.rpartition(".")[2]
+            if leaf not in targets or not isinstance(module, nn.Linear | LoRALinear):
+                continue
+            found.add(leaf)
+            if layers is not None and i not in layers:
+                continue
+            if isinstance(module, nn.Linear):
+                module = LoRALinear(module)
+                layer.set_submodule(path, module)
+            module.add(name, r, alpha)
+            module.active = name
+            params += [module.A[name], module.B[name]]
+    if missing := set(targets) - found:
+        raise ValueError(f"--lora-targets {' '.join(sorted(missing))}: no such linear layer in this model "
+                         f"(it has {' '.join(sorted(found)) or 'none of those asked for'})")
+    return params
+
+
+def lora_modules(model) -> dict[str, LoRALinear]:
+    return {path: module for path, module in model.named_modules() if isinstance(module, LoRALinear)}
+
+
+@contextmanager
+def use_adapter(model, name: str | None):
+    """Within the block the model runs with adapter `name` (None: the bare base); afterwards as it was."""
+    modules = lora_modules(model).values()
+    before = [module.active for module in modules]
+    for module in modules:
+        module.active = name if name in module.A else None
+    try:
+        yield
+    finally:
+        for module, active in zip(modules, before):
+            module.active = active
+
+
+def enable_checkpointing(model) -> None:
+    """Recompute each layer in the backward pass, with the adapter of its own forward and not the one active by then."""
+
+    def contexts():
+        active = next((module.active for module in lora_modules(model).values()), None)
+        return nullcontext(), use_adapter(model, active)
+
+    model.gradient_checkpointing_enable({"use_reentrant": False, "context_fn": contexts})
+
+
+def save_adapter(model, name: str, folder, base: str) -> None:
+    """Write adapter `name` in PEFT's format; `base` is the folder or hub id of the model that it stands on."""
+    os.makedirs(folder, exist_ok=True)
+    tensors, modules = {}, {path: module for path, module in lora_modules(model).items() if name in module.A}
+    for path, module in modules.items():
+        tensors[f"base_model.model.{path}.lora_A.weight"] = module.A[name].detach().cpu().contiguous()
+        tensors[f"base_model.model.{path}.lora_B.weight"] = module.B[name].detach().cpu().contiguous()
+    save_file(tensors, f"{folder}/adapter_model.safetensors", {"format": "pt"})
+    r, scale = next((module.A[name].shape[0], module.scale[name]) for module in modules.values())
+    config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base, "r": r,
+              "lora_alpha": scale * r, "lora_dropout": 0.0, "bias": "none", "fan_in_fan_out": False,
+              "inference_mode": True, "init_lora_weights": True, "modules_to_save": None, "use_rslora": False,
+              "target_modules": sorted({path.rpartition(".")[2] for path in modules})}
+    layers = sorted({int(part) for path in modules for part in path.split(".") if part.isdigit()})
+    if len(layers) < model.config.num_hidden_layers:
+        config["layers_to_transform"] = layers
+    with open(f"{folder}/adapter_config.json", "w") as file:
+        json.dump(config, file, indent=1)
+
+
+@torch.no_grad()
+def load_adapter(model, name: str, folder) -> None:
+    """Copy a saved adapter into adapter `name`. Errors: ValueError naming the first tensor that does not fit, and both shapes."""
+    tensors = load_file(f"{folder}/adapter_model.safetensors")
+    for path, module in lora_modules(model).items():
+        for letter, table in (("A", module.A), ("B", module.B)):
+            key = f"base_model.model.{path}.lora_{letter}.weight"
+            found, wanted = tuple(tensors[key].shape) if key in tensors else None, tuple(table[name].shape)
+            if found != wanted:
+                raise ValueError(f"{folder}: {key} is {found or 'missing'}, this run's adapter needs {wanted}")
+            table[name].copy_(tensors[key])
+
+
+@torch.no_grad()
+def merged_state_dict(model) -> dict[str, torch.Tensor]:
+    """The weights of a plain model with the active adapter added in float32; the base itself is left untouched."""
+    state = {key: value for key, value in model.state_dict().items() if ".A." not in key and ".B." not in key}
+    state = {key.replace(".base.", "."): value.clone() for key, value in state.items()}
+    for path, module in lora_modules(model).items():
+        if module.active is not None:
+            delta = module.scale[module.active] * module.B[module.active] @ module.A[module.active]
+            weight = module.base.weight
+            state[f"{path}.weight"] = (weight.float() + delta).to(weight.dtype)
+    return state
+
+
+class TokenLogprobs(torch.autograd.Function):
+    """Log-probs of given tokens from hidden states, a chunk of tokens at a time: [N, V] never exists.
+
+    The slope of a log-prob by its own hidden state is known in the forward pass: W[token] - sum_v p_v W[v], over the
+    temperature. With a frozen `lm_head` that [N, D] is kept and the backward pass is one product with the incoming
+    gradient; a trainable one needs the probabilities again, and each chunk is recomputed there.
+    """
+
+    @staticmethod
+    def forward(ctx, hidden, weight, targets, temperature, softcap, chunk_tokens):
+        hidden_grad, weight_grad = ctx.needs_input_grad[:2]
+        logprobs = hidden.new_empty(len(hidden), dtype=torch.float32)
+        slope = torch.empty_like(hidden) if hidden_grad and not weight_grad else None
+        for i in range(0, len(hidden), chunk_tokens):
+            piece = slice(i, i + chunk_tokens)
+            logprobs[piece], dlogits = chunk_logprobs(
+                hidden[piece], weight, targets[piece], temperature, softcap, slope is not None)
+            if slope is not None:
+                slope[piece] = dlogits @ weight
+        ctx.save_for_backward(*((hidden, weight, targets) if weight_grad else (slope,)))
+        ctx.settings = temperature, softcap, chunk_tokens
+        return logprobs
+
+    @staticmethod
+    def backward(ctx, grad):
+        grad = grad[:, None]
+        if len(ctx.saved_tensors) == 1:
+            slope = ctx.saved_tensors[0]
+            return (grad * slope).to(slope.dtype), None, None, None, None, None
+        hidden, weight, targets = ctx.saved_tensors
+        temperature, softcap, chunk_tokens = ctx.settings
+        hidden_grad, weight_grad = torch.empty_like(hidden), torch.zeros_like(weight)
+        for i in range(0, len(hidden), chunk_tokens):
+            piece = slice(i, i + chunk_tokens)
+            dlogits = chunk_logprobs(hidden[piece], weight, targets[piece], temperature, softcap, True)[1]
+            dlogits = (grad[piece] * dlogits).to(weight.dtype)
+            hidden_grad[piece] = dlogits @ weight
+            weight_grad += dlogits.T @ hidden[piece]
+        return hidden_grad, weight_grad, None, None, None, None
+
+
+def chunk_logprobs(hidden, weight, targets, temperature, softcap, with_slope):
+    """One chunk of TokenLogprobs: log-probs [n] and, if asked for, d log-prob / d logits [n, V]."""
+    logits = F.linear(hidden, weight).float()  # [n, V]
+    if softcap:
+        logits = softcap * torch.tanh(logits / softcap)
+    scaled = logits / temperature if temperature != 1 else logits
+    log_z = scaled.logsumexp(-1, keepdim=True)
+    logprobs = (scaled.gather(1, targets[:, None]) - log_z).squeeze(1)
+    if not with_slope:
+        return logprobs, None
+    slope = (scaled - log_z).exp_().neg_()
+    slope.scatter_add_(1, targets[:, None], torch.ones_like(log_z))
+    if softcap:
+        slope *= 1 - (logits / softcap) ** 2
+    return logprobs, slope.div_(temperature).to(weight.dtype)
+
+
+def token_logprobs(model, input_ids, completion_mask, temperature=1.0, attention_mask=None, chunk_tokens=0):
+    """Log-prob of each completion token given all before it, as the sampler at `temperature` sees it.
+
+    Shapes: input_ids, completion_mask [B, T] -> [B, T], float32, nats, 0 outside the mask. Entry t belongs to token t:
+    this is the one place that shifts. Rows are right-padded and then need no attention_mask (a causal model never looks
+    at what follows); left-padded rows pass theirs, [B, T], and positions count real tokens only. A row's first token
+    has nothing before it and stays 0. A completion_mask on the CPU spares a CUDA synchronisation.
+    """
+    rows, columns = completion_mask[:, 1:].nonzero(as_tuple=True)
+    rows, columns = rows.to(input_ids.device), columns.to(input_ids.device)
+    positions = None if attention_mask is None else (attention_mask.cumsum(1) - 1).clamp(min=0)
+    hidden = model.base_model(input_ids=input_ids, attention_mask=attention_mask, position_ids=positions,
+                              use_cache=False).last_hidden_state[rows, columns]  # [N, D]
+    weight = model.get_output_embeddings().weight
+    chunk_tokens = chunk_tokens or max(16, (2**27 if weight.is_cuda else 2**24) // weight.shape[0])
+    values = TokenLogprobs.apply(hidden, weight.to(hidden.dtype), input_ids[rows, columns + 1], temperature,
+                                 getattr(model.config, "final_logit_softcapping", None), chunk_tokens)
+    return torch.zeros(input_ids.shape, device=input_ids.device).index_put((rows, columns + 1), values)
+
+
+@dataclass
+class Completion:
+    """One sampled answer: its token ids (the stop token included), their log-probs, and whether it stopped by itself."""
+
+    ids: list[int]
+    logprobs: list[float]
+    finished: bool
+
+
+def noise_key(*parts: int) -> int:
+    """A signed 64-bit key from whole numbers such as (seed, step, prompt id, sample): the same on every machine."""
+    digest = hashlib.blake2b(" ".join(map(str, parts)).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little", signed=True)
+
+
+def uniform(keys, positions):
+    """One number in (0, 1) per row from its key and token position: a counter hash (splitmix64), no generator state.
+
+    So the noise of a token depends on neither its slot nor the batch, the number of ranks or a captured graph.
+    """
+    x = keys + positions * -7046029254386353131  # 2^64 / golden ratio; int64 products wrap around
+    x = (x ^ (x >> 30 & (1 << 34) - 1)) * -4658895280553007687
+    x = (x ^ (x >> 27 & (1 << 37) - 1)) * -7723592293110705685
+    x = x ^ (x >> 31 & (1 << 33) - 1)
+    return ((x >> 41 & (1 << 23) - 1).float() + 0.5) / (1 << 23)  # 23 bits and a half: exact in float32, never 0 or 1
+
+
+def draw(logits, temperature, u):
+    """Invert the cumulative distribution of softmax(logits / temperature) at u; temperature 0 takes the largest.
+
+    Shapes: logits [B, V] float32, u [B] -> tokens [B], log-probs [B] (at temperature 0: those of temperature 1).
+    The sum runs over blocks and then inside one block: faster and more exact in float32 than one long cumulative sum.
+    """
+    if temperature == 0:
+        best, tokens = logits.max(-1)
+        return tokens, best - logits.logsumexp(-1)
+    z = logits / temperature
+    z = z - z.amax(-1, keepdim=True)
+    width = 512
+    weights = F.pad(z.exp(), (0, -z.shape[1] % width)).view(len(z), -1, width)  # [B, V / 512, 512]
+    blocks = weights.sum(-1).cumsum(-1)
+    total = blocks[:, -1:]
+    target = u[:, None] * total
+    block = (blocks <= target).sum(-1, keepdim=True).clamp(max=blocks.shape[1] - 1)  # [B, 1]
+    before = torch.where(block > 0, blocks.gather(1, (block - 1).clamp(min=0)), 0)
+    inside = weights.gather(1, block[:, :, None].expand(-1, -1, width)).squeeze(1).cumsum(-1)
+    # rounding may leave the rest at or above the block's sum: stay below it, on a token that has probability
+    rest = torch.minimum(target - before, inside[:, -1:] * (1 - 1e-6))
+    tokens = block * width + (inside <= rest).sum(-1, keepdim=True)
+    return tokens.squeeze(1), (z.gather(1, tokens) - total.log()).squeeze(1)
+
+
+class FusedLinear:
+    """Projections of one input as one product, for the sampler: `weight` [out, in] holds theirs one below the other.
+
+    In float32 the active adapters are merged into it. In bfloat16 a merge would round small updates away, so they stay
+    apart, as A [n R, in] and block-diagonal B [out, n R], and `weight` becomes the storage of the modules' own weights:
+    no second copy. `refresh` writes in place, so that a captured graph goes on with the new values.
+    """
+
+    def __init__(self, parts, dtype):
+        self.parts, self.bases = parts, [getattr(part, "base", part) for part in parts]
+        adapted = [part for part in parts if isinstance(part, LoRALinear) and part.active]
+        self.merge = bool(adapted) and dtype == torch.float32
+        self.shared = not self.merge and all(base.weight.dtype == dtype for base in self.bases)
+        weights = [base.weight.detach() for base in self.bases]
+        self.weight = weights[0] if self.shared and len(parts) == 1 else torch.cat(weights).to(dtype)
+        self.rows = self.weight.split([base.out_features for base in self.bases])  # each part's own, views
+        if self.shared:
+            for base, rows in zip(self.bases, self.rows):
+                base.weight.data = rows
+        biased = self.bases[0].bias is not None
+        self.bias = torch.cat([base.bias.detach() for base in self.bases]).to(dtype) if biased else None
+        self.A = self.B = None
+        if adapted and not self.merge:
+            rank = sum(part.A[part.active].shape[0] for part in adapted)
+            self.A = self.weight.new_zeros(rank, self.weight.shape[1])
+            self.B = self.weight.new_zeros(self.weight.shape[0], rank)
+
+    @torch.no_grad()
+    def refresh(self):
+        """Take over the present weights, biases and active adapters of the modules."""
+        if self.bias is not None:
+            self.bias.copy_(torch.cat([base.bias for base in self.bases]))
+        out = rank = 0
+        for part, base, rows in zip(self.parts, self.bases, self.rows):
+            if not self.shared:
+                rows.copy_(base.weight)
+            if isinstance(part, LoRALinear) and part.active:
+                A, B, scale = part.A[part.active], part.B[part.active], part.scale[part.active]
+                if self.merge:
+                    rows.addmm_(B, A, alpha=scale)
+                else:
+                    self.A[rank:rank + len(A)] = A
+                    self.B[out:out + len(B), rank:rank + len(A)] = scale * B
+                    rank += len(A)
+            out += len(rows)
+
+    def __call__(self, x):
+        y = F.linear(x, self.weight, self.bias)
+        return y if self.A is None else torch.addmm(y, x @ self.A.T, self.B.T)
+
+
+class SamplerLayer:
+    """One decoder layer of the Llama family, written out: x [N, D] -> [N, D], for any N tokens of any rows.
+
+    Covers grouped-query attention, q/k norms (Qwen3), norms on both sides of each block and (1 + weight) norms (Gemma).
+    """
+
+    def __init__(self, layer, dtype):
+        attn, mlp = layer.self_attn, layer.mlp
+        self.qkv = FusedLinear([attn.q_proj, attn.k_proj, attn.v_proj], dtype)
+        self.out = FusedLinear([attn.o_proj], dtype)
+        self.gate_up = FusedLinear([mlp.gate_proj, mlp.up_proj], dtype)
+        self.down = FusedLinear([mlp.down_proj], dtype)
+        self.act = mlp.act_fn
+        names = ("input_layernorm", "post_attention_layernorm", "pre_feedforward_layernorm", "post_feedforward_layernorm")
+        norms = [RMSNorm(getattr(layer, name), dtype) for name in names if hasattr(layer, name)]
+        self.attn_norm, self.attn_out_norm, self.mlp_norm, self.mlp_out_norm = (
+            norms if len(norms) == 4 else (norms[0], None, norms[1], None))  # four: Gemma 2
+        self.head_dim = attn.head_dim
+        self.heads = attn.q_proj.out_features // self.head_dim
+        self.kv_heads = attn.k_proj.out_features // self.head_dim
+        qk_norms = [attn.q_norm] * self.heads + [attn.k_norm] * self.kv_heads if hasattr(attn, "q_norm") else []
+        self.qk_norm = RMSNorm(qk_norms, dtype) if qk_norms else None
+        self.scale, self.softcap = attn.scaling, getattr(attn, "attn_logit_softcapping", None)
+
+    def refresh(self):
+        for part in vars(self).values():
+            if isinstance(part, FusedLinear | RMSNorm):
+                part.refresh()
+
+    def __call__(self, x, cos, sin, attend):
+        """cos, sin [N, 1, K], the sine with the sign of the rotated half; attend(q, k, v) -> [N, H K] keeps k and v."""
+        qkv = self.qkv(self.attn_norm(x)).view(len(x), -1, self.head_dim)  # [N, H + 2 Hkv, K]
+        qk, v = qkv.split([self.heads + self.kv_heads, self.kv_heads], dim=1)
+        if self.qk_norm:
+            qk = self.qk_norm(qk)
+        qk = torch.addcmul(qk * cos, qk.roll(self.head_dim // 2, -1), sin)
+        y = self.out(attend(qk[:, :self.heads], qk[:, self.heads:], v))
+        x = x + (self.attn_out_norm(y) if self.attn_out_norm else y)
+        gate, up = self.gate_up(self.mlp_norm(x)).chunk(2, -1)
+        y = self.down(self.act(gate) * up)
+        return x + (self.mlp_out_norm(y) if self.mlp_out_norm else y)
+
+
+class RMSNorm:
+    """A layer's RMS norm (or a stack of them, one a head) as one fused call, its weight in the sampler's dtype."""
+
+    def __init__(self, modules, dtype):
+        self.modules = modules if isinstance(modules, list) else [modules]
+        self.eps = getattr(self.modules[0], "variance_epsilon", None) or self.modules[0].eps
+        self.weight = torch.empty(len(self.modules), *self.modules[0].weight.shape, dtype=dtype,
+                                  device=self.modules[0].weight.device).squeeze(0)
+        self.refresh()
+
+    @torch.no_grad()
+    def refresh(self):
+        offset = 1 if "Gemma" in type(self.modules[0]).__name__ else 0  # Gemma stores weight - 1
+        self.weight.copy_(torch.stack([module.weight.float() + offset for module in self.modules]).squeeze(0))
+
+    def __call__(self, x):
+        if self.weight.dim() == 1:
+            return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+        return F.rms_norm(x, x.shape[-1:], None, self.eps) * self.weight
+
+
+def attention(q, k, v, bias, scale, softcap):
+    """Softmax attention. Shapes: q [B, H, Q, K], k and v [B, H, S, K], bias [.., S] added to the scores (0 or -inf)."""
+    if q.is_cuda and not softcap:
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=scale)
+    scores = (q @ k.transpose(-1, -2)) * scale  # on the CPU two plain products beat the fused kernel at these sizes
+    if softcap:
+        scores = softcap * torch.tanh(scores / softcap)
+    return (scores + bias).softmax(-1, dtype=torch.float32).to(q.dtype) @ v
+
+
+class Sampler:
+    """Samples completions with continuous batching over a static KV cache of `slots` rows, one token a step for all.
+
+    A row that ends leaves at once: the last live row moves into its slot, so that the live ones are always the first,
+    and the next waiting row is admitted behind them. A prompt is prefilled once for all its samples. Attention reads the
+    cache only up to the longest live row, in blocks. On CUDA a step is a captured graph for each (rows, length) block
+    and the host looks at the tokens only every `sync_every` steps; what a row drew past its end is thrown away.
+    """
+
+    def __init__(self, model, stop_ids, slots=256, dtype=None, sync_every=None, graphs=None):
+        self.model, self.stop_ids, self.slots = model, set(stop_ids), slots
+        self.device = model.get_input_embeddings().weight.device
+        self.dtype = dtype or model.get_input_embeddings().weight.dtype
+        on_gpu = self.device.type == "cuda"
+        self.sync_every = sync_every or (8 if on_gpu else 1)
+        self.use_graphs = on_gpu if graphs is None else graphs
+        self.block, self.row_block = (256, 32) if on_gpu else (32, 1)
+        self.layers = [SamplerLayer(layer, self.dtype) for layer in model.base_model.layers]
+        self.norm = RMSNorm(model.base_model.norm, self.dtype)
+        self.head = FusedLinear([model.get_output_embeddings()], self.dtype)
+        self.softcap = getattr(model.config, "final_logit_softcapping", None)
+        self.cache = None
+        self.tokens_generated = 0  # over the sampler's life; the caller takes differences
+
+    def _allocate(self, slots, length):
+        """Make the cache [L, 2, slots, Hkv, length, K] and the buffers of a step at least this large."""
+        if self.cache is not None and self.cache.shape[2] >= slots and self.cache.shape[4] >= length:
+            return
+        self.cache = self.graphs = self.pool = None  # free the old ones before the new are made
+        layer, new = self.layers[0], partial(torch.zeros, device=self.device)
+        length = -(-length // self.block) * self.block
+        self.cache = new(len(self.layers), 2, slots, layer.kv_heads, length, layer.head_dim, dtype=self.dtype)
+        self.graphs, self.rows = {}, torch.arange(slots, device=self.device)
+        self.tokens, self.positions, self.keys = (new(slots, dtype=torch.int64) for _ in range(3))
+        self.drawn = new(self.sync_every, slots, dtype=torch.int64), new(self.sync_every, slots)
+        self.count = new(1, dtype=torch.int64)
+        self.columns = torch.arange(length, device=self.device)
+        cos, sin = self.model.base_model.rotary_emb(new(1, dtype=self.dtype), self.columns[None])  # [1, length, K]
+        half = cos.shape[-1] // 2
+        self.cos = cos[0, :, None]
+        self.sin = torch.cat([-sin[0, :, :half], sin[0, :, half:]], -1)[:, None]
+
+    def _logits(self, x):
+        logits = self.head(self.norm(x)).float()
+        return self.softcap * torch.tanh(logits / self.softcap) if self.softcap else logits
+
+    def _prefill(self, prompts):
+        """Keys and values of right-padded prompts [L, 2, P, Hkv, T, K], and the logits after each [P, V]."""
+        lengths = torch.tensor([len(prompt) for prompt in prompts])
+        P, T = len(prompts), int(lengths.max())
+        ids = torch.zeros(P, T, dtype=torch.int64)
+        for row, prompt in zip(ids, prompts):
+            row[:len(prompt)] = torch.tensor(prompt)
+        x = self.model.get_input_embeddings()(ids.to(self.device)).to(self.dtype).flatten(0, 1)  # [P T, D]
+        cos, sin = self.cos[:T].repeat(P, 1, 1), self.sin[:T].repeat(P, 1, 1)
+        kept = x.new_empty(len(self.layers), 2, P, self.layers[0].kv_heads, T, self.layers[0].head_dim)
+        ahead = self.columns[:T] > self.columns[:T, None]
+        bias = torch.zeros(T, T, dtype=self.dtype, device=self.device).masked_fill(ahead, -torch.inf)
+        for i, layer in enumerate(self.layers):
+
+            def attend(q, k, v):
+                q, k, v = (t.view(P, T, -1, t.shape[-1]).transpose(1, 2) for t in (q, k, v))
+                kept[i, 0], kept[i, 1] = k, v
+                group = layer.heads // layer.kv_heads
+                k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
+                return attention(q, k, v, bias, layer.scale, layer.softcap).transpose(1, 2).reshape(P * T, -1)
+
+            x = layer(x, cos, sin, attend)
+        last = torch.arange(P) * T + lengths - 1
+        return kept, self._logits(x[last.to(self.device)])
+
+    def _decode(self, n, length, temperature):
+        """One token for each of the first n slots, reading `length` columns of the cache. All in place: graph-safe."""
+        positions, rows = self.positions[:n], self.rows[:n]
+        x = self.model.get_input_embeddings()(self.tokens[:n]).to(self.dtype)  # [n, D]
+        cos, sin = self.cos[positions], self.sin[positions]
+        ahead = self.columns[:length] > positions[:, None]
+        bias = torch.zeros(n, length, dtype=self.dtype, device=self.device).masked_fill(ahead, -torch.inf)[:, None, None]
+        for layer, (keys, values) in zip(self.layers, self.cache):
+
+            def attend(q, k, v):
+                keys[rows, :, positions], values[rows, :, positions] = k, v
+                q = q.reshape(n, layer.kv_heads, -1, layer.head_dim)  # query heads that share a key: as if a query each
+                return attention(q, keys[:n, :, :length], values[:n, :, :length], bias, layer.scale,
+                                 layer.softcap).reshape(n, -1)
+
+            x = layer(x, cos, sin, attend)
+        positions += 1
+        tokens, logprobs = draw(self._logits(x), temperature, uniform(self.keys[:n], positions))
+        self.tokens[:n] = tokens
+        self.drawn[0][:, :n].index_copy_(0, self.count, tokens[None])
+        self.drawn[1][:, :n].index_copy_(0, self.count, logprobs[None])
+        self.count += 1
+
+    def _run(self, n, length, temperature):
+        """`sync_every` steps; returns their tokens and log-probs as lists [steps][n]."""
+        self.count.zero_()
+        key = (n, length, temperature)
+        if key in self.graphs:
+            for _ in range(self.sync_every):
+                self.graphs[key].replay()
+        else:
+            for _ in range(self.sync_every):
+                self._decode(n, length, temperature)
+            if self.use_graphs:  # the steps just run were the warm-up
+                self.pool = self.pool or torch.cuda.graph_pool_handle()
+                self.graphs[key] = torch.cuda.CUDAGraph()
+                with torch.cuda.graph(self.graphs[key], pool=self.pool):
+                    self._decode(n, length, temperature)
+        return self.drawn[0][:, :n].tolist(), self.drawn[1][:, :n].tolist()
+
+    @torch.no_grad()
+    def sample(self, prompts, keys, max_new_tokens, temperature=1.0, progress=None):
+        """Sample len(keys[p]) completions of each prompt p, of at most `max_new_tokens` tokens.
+
+        prompts: lists of token ids. keys: for each prompt one `noise_key` per sample; equal keys give equal samples of
+        equal prompts, whatever else is sampled beside them. Returns lists of Completion shaped like `keys`.
+        progress(rows done, rows in all) is called as rows end. Errors: ValueError for an empty prompt.
+        """
+        if not all(prompts):
+            raise ValueError("a prompt has no tokens; there is nothing to continue")
+        done = [[Completion([], [], False) for _ in row] for row in keys]
+        waiting = deque((p, g) for p, row in enumerate(keys) for g in range(len(row)))
+        if not waiting:
+            return done
+        total, live, prefilled = len(waiting), [], {}
+        for part in (*self.layers, self.norm, self.head):
+            part.refresh()
+        self._allocate(min(self.slots, total), max(map(len, prompts)) + max_new_tokens + self.sync_every)
+        slots = self.cache.shape[2]
+
+        def record(slot_rows, tokens, logprobs):
+            """Append one step's draws; returns the slots whose row has just ended."""
+            ended = []
+            for slot, ((p, g), token, logprob) in enumerate(zip(slot_rows, tokens, logprobs)):
+                row = done[p][g]
+                if row.finished or len(row.ids) == max_new_tokens:
+                    continue  # it ended earlier, between two looks
+                row.ids.append(token)
+                row.logprobs.append(logprob)
+                row.finished = token in self.stop_ids
+                if row.finished or len(row.ids) == max_new_tokens:
+                    ended.append(slot)
+            return ended
+
+        def leave(ended):
+            for slot in sorted(ended, reverse=True):
+                last = len(live) - 1
+                if slot != last:
+                    p, g = live[last]
+                    filled = len(prompts[p]) + len(done[p][g].ids)
+                    self.cache[:, :, slot, :, :filled] = self.cache[:, :, last, :, :filled]
+                    for buffer in (self.tokens, self.positions, self.keys):
+                        buffer[slot] = buffer[last]
+                    live[slot] = live[last]
+                live.pop()
+                self.positions[last] = 0  # a free slot inside the block of rows still steps: keep it in bounds
+            if progress and ended:
+                progress(total - len(waiting) - len(live), total)
+
+        def admit():
+            new = [waiting.popleft() for _ in range(min(slots - len(live), len(waiting)))]
+            fresh = [p for p in dict.fromkeys(p for p, _ in new) if p not in prefilled]
+            while fresh:  # a bounded number of prompt tokens at a time
+                size = max(1, 16384 // max(len(prompts[p]) for p in fresh))
+                part, fresh = fresh[:size], fresh[size:]
+                kept, logits = self._prefill([prompts[p] for p in part])
+                prefilled.update((p, (kept[:, :, j, :, :len(prompts[p])], logits[j])) for j, p in enumerate(part))
+            first = len(live)
+            for p, samples in itertools.groupby(new, key=lambda row: row[0]):
+                n, kept = len(list(samples)), prefilled[p][0]
+                self.cache[:, :, first:first + n, :, :kept.shape[-2]] = kept[:, :, None]
+                first += n
+            slot = slice(len(live), first)
+            self.keys[slot] = torch.tensor([keys[p][g] for p, g in new], device=self.device)
+            self.positions[slot] = torch.tensor([len(prompts[p]) for p, _ in new], device=self.device)
+            logits = torch.stack([prefilled[p][1] for p, _ in new])
+            tokens, logprobs = draw(logits, temperature, uniform(self.keys[slot], self.positions[slot]))
+            self.tokens[slot] = tokens
+            ended = [len(live) + j for j in record(new, tokens.tolist(), logprobs.tolist())]
+            live.extend(new)
+            still = {p for p, _ in waiting}
+            for p in [p for p in prefilled if p not in still]:
+                del prefilled[p]
+            leave(ended)
+
+        while waiting or live:
+            while waiting and slots - len(live) >= max(1, min(slots // 8, len(waiting))):
+                admit()
+            if not live:
+                continue
+            n = min(slots, -(-len(live) // self.row_block) * self.row_block)
+            longest = max(len(prompts[p]) + len(done[p][g].ids) for p, g in live) + self.sync_every
+            length = min(self.cache.shape[4], -(-longest // self.block) * self.block)
+            ended = set()
+            for tokens, logprobs in zip(*self._run(n, length, temperature)):
+                ended.update(record(live, tokens, logprobs))
+            leave(ended)
+        self.tokens_generated += sum(len(row.ids) for rows in done for row in rows)
+        return done
+
+
+def group_advantages(rewards, groups, scaling):
+    """How much better each sample was than the others of its prompt.
+
+    Shapes: rewards [N] (NaN: the sample is left out of its group and gets 0), groups [N] integer ids -> [N], float64.
+    scaling, with m and s the group's mean and standard deviation (N - 1): "std" (R - m) / (s + 1e-4), GRPO, arXiv
+    2402.03300 sec. 4.1.2; "none" R - m, Dr. GRPO, arXiv 2503.20783; "loo" R - mean of the others, RLOO, arXiv 2402.14740.
+    A group of equal rewards gets exactly 0, whatever rounding makes of its mean.
+    """
+    rewards, known = rewards.double().nan_to_num(0.0), ~rewards.isnan()
+    _, group = groups.unique(return_inverse=True)
+    size = int(group.max()) + 1 if len(group) else 0
+
+    def total(values):
+        return torch.zeros(size, dtype=torch.float64).index_add_(0, group, torch.where(known, values, 0.0))
+
+    count = total(torch.ones_like(rewards))
+    centred = rewards - (total(rewards) / count)[group]
+    largest = torch.full((size,), -torch.inf, dtype=torch.float64).index_reduce_(
+        0, group, torch.where(known, rewards, -torch.inf), "amax")
+    smallest = torch.full_like(largest, torch.inf).index_reduce_(
+        0, group, torch.where(known, rewards, torch.inf), "amin")
+    if scaling == "std":
+        deviation = (total(centred**2) / (count - 1).clamp(min=1)).sqrt()
+        centred = centred / (deviation[group] + 1e-4)
+    elif scaling == "loo":
+        centred = centred * (count / (count - 1).clamp(min=1))[group]
+    return torch.where(known & (largest > smallest)[group], centred, 0.0)
+
+
+def policy_loss(logprobs, old_logprobs, advantages, mask, *, ratio, clip, clip_eps_low, clip_eps_high, dual_clip=0.0):
+    """The clipped policy-gradient loss of each token, and where the lower and the upper clip cut the gradient off.
+
+    Shapes: logprobs, old_logprobs, mask [B, T], advantages [B] -> loss [B, T], low [B, T], high [B, T]; 0 outside the
+    mask, whatever stands there. With rho = exp(logprob - old):
+    ratio "token": rho of each token (PPO, arXiv 1707.06347 eq. 7); "sequence": the geometric mean of the row's rho at
+    each of its tokens (GSPO, arXiv 2507.18071 eq. 7). clip "min": -min(rho A, clip(rho) A), and with dual_clip c > 0 at
+    most -c A for A < 0 (arXiv 1912.09729); "detach": -sg(min(rho, 1 + high)) A logprob (CISPO, arXiv 2506.13585 eq. 4).
+    """
+    logprobs = torch.where(mask, logprobs, 0.0)
+    log_ratio = torch.where(mask, logprobs - torch.where(mask, old_logprobs, 0.0), 0.0)
+    if ratio == "sequence":
+        log_ratio = (log_ratio.sum(1) / mask.sum(1).clamp(min=1))[:, None].expand_as(log_ratio)
+    A, rho = advantages[:, None], log_ratio.exp()
+    low, high = mask & (A < 0) & (rho < 1 - clip_eps_low), mask & (A > 0) & (rho > 1 + clip_eps_high)
+    if clip == "detach":
+        return -torch.where(mask, rho.detach().clamp(max=1 + clip_eps_high) * A * logprobs, 0.0), low & False, high
+    objective = torch.minimum(rho * A, rho.clamp(1 - clip_eps_low, 1 + clip_eps_high) * A)
+    if dual_clip:
+        objective = torch.where(A < 0, torch.maximum(objective, dual_clip * A), objective)
+    return -torch.where(mask, objective, 0.0), low, high
+
+
+def kl_estimate(logprobs, ref_logprobs, kind):
+    """Per-token estimate of KL(policy || reference) from tokens that the policy sampled, in nats. Shapes: [...] -> [...].
+
+    With d = logprob - ref: k1 = d, k2 = d^2 / 2, k3 = exp(-d) - 1 + d, never negative (Schulman, "Approximating KL
+    Divergence", 2020). As a loss term they pull differently: k1 not at all (its expected gradient is 0), k2 along
+    KL(policy || ref), k3 along KL(ref || policy); k1 in the reward pulls along KL(policy || ref) again.
+    """
+    d = logprobs - ref_logprobs
+    return {"k1": d, "k2": d**2 / 2, "k3": torch.exp(-d) - 1 + d}[kind]
+
+
+def row_weights(aggregation, lengths, n_sequences, n_tokens, max_new_tokens):
+    """Weight [B] of each row's sum of token losses, so that the weighted sum over all micro-batches and ranks is
+
+    "sequence": the mean over rows of the mean over their tokens (GRPO); "token": the mean over all tokens (DAPO, arXiv
+    2503.14476 eq. 8); "constant": the sum over n_sequences * max_new_tokens (Dr. GRPO). n_sequences and n_tokens count
+    the whole optimizer step, the skipped rows and the other ranks included: micro-batching changes no gradient.
+    """
+    lengths = lengths.double()
+    return {"sequence": 1 / (n_sequences * lengths.clamp(min=1)),
+            "token": torch.full_like(lengths, 1 / max(1, n_tokens)),
+            "constant": torch.full_like(lengths, 1 / (max(1, n_sequences) * max_new_tokens))}[aggregation].float()
+
+
+def overlong_penalty(length, max_new_tokens, buffer):
+    """0 up to max_new_tokens - buffer tokens, then falling to -1 at max_new_tokens (DAPO, arXiv 2503.14476 eq. 13)."""
+    return -min(1.0, max(0.0, (length - (max_new_tokens - buffer)) / buffer)) if buffer else 0.0
+
+
+def pass_at_k(n, c, k):
+    """Unbiased chance that k of n samples, c of them right, hold a right one (Codex, arXiv 2107.03374 eq. 1).
+
+    Errors: ValueError if k > n.
+    """
+    if k > n:
+        raise ValueError(f"pass@{k} needs {k} samples, there are {n}")
+    return 1.0 - math.comb(n - c, k) / math.comb(n, k)
+
+
+def pack(lengths, tokens_per_batch):
+    """Split rows into micro-batches of similar length: lists of row numbers, each row once.
+
+    A micro-batch, padded to its longest row, holds at most tokens_per_batch tokens (one row may alone be longer).
+    """
+    batches, longest = [], 0
+    for row in sorted(range(len(lengths)), key=lambda row: -lengths[row]):
+        if not batches or (len(batches[-1]) + 1) * longest > tokens_per_batch:
+            batches.append([])
+            longest = lengths[row]
+        batches[-1].append(row)
+    return batches
+
+
+def learning_rate(step, args):
+    """Rate of a step (1, 2, ...): linear warm-up to args.lr, then constant, or linear or cosine decay to 0 after the last."""
+    if step < args.warmup_steps:
+        return args.lr * step / args.warmup_steps
+    done = (step - args.warmup_steps) / max(1, args.max_steps - args.warmup_steps + 1)
+    return args.lr * {"constant": 1.0, "linear": 1 - done, "cosine": (1 + math.cos(math.pi * done)) / 2}[args.lr_schedule]
+
+
+@dataclass
+class Rollout:
+    """One sample of one question, and what is found out about it on the way to the loss."""
+
+    example: data.Example
+    group: int  # number of the question within the step, the same on every rank
+    sample: int  # 0 .. G - 1
+    prompt_ids: list[int]
+    completion: Completion
+    response: str = ""  # the text up to the stop token
+    rewards: dict[str, float] = field(default_factory=dict)
+    correct: float = 0.0
+    reward: float = 0.0  # weighted sum; NaN where a reward function failed
+    advantage: float = 0.0
+    old_logprobs: torch.Tensor | None = None  # [L], as ref_logprobs
+    ref_logprobs: torch.Tensor | None = None
+
+    def __len__(self):
+        return len(self.prompt_ids) + len(self.completion.ids)
+
+
+def make_batch(rollouts, device):
+    """Right-padded input_ids [B, T] on the device and completion_mask [B, T] on the CPU. The mask comes from lengths."""
+    T = max(map(len, rollouts))
+    input_ids, mask = torch.zeros(len(rollouts), T, dtype=torch.int64), torch.zeros(len(rollouts), T, dtype=torch.bool)
+    for i, r in enumerate(rollouts):
+        input_ids[i, :len(r)] = torch.tensor(r.prompt_ids + r.completion.ids)
+        mask[i, len(r.prompt_ids):len(r)] = True
+    return input_ids.to(device, non_blocking=True), mask
+
+
+def pad_logprobs(rollouts, mask, values):
+    """Each row's [L] values at its completion's places in a [B, T] tensor."""
+    padded = torch.zeros(mask.shape)
+    padded[mask] = torch.cat([torch.as_tensor(value, dtype=torch.float32) for value in values])
+    return padded
+
+
+@torch.no_grad()
+def completion_logprobs(model, rollouts, temperature, tokens_per_batch, device):
+    """Log-probs [L] of each rollout's completion under the model as it stands, in the order of the rollouts."""
+    values = [None] * len(rollouts)
+    for rows in pack([len(r) for r in rollouts], tokens_per_batch):
+        input_ids, mask = make_batch([rollouts[i] for i in rows], device)
+        logprobs = token_logprobs(model, input_ids, mask, temperature)
+        for i, row, of_row in zip(rows, logprobs.cpu(), mask):
+            values[i] = row[of_row]
+    return values
+
+
+def accumulate_gradients(model, rollouts, args, n_sequences, n_tokens, tokens_per_batch, device):
+    """Add the gradient of the step's loss over this rank's rollouts; returns sums over tokens for the metrics."""
+    sums = dict.fromkeys(("loss", "kl", "clip_low", "clip_high", "gap", "tokens"), torch.zeros((), device=device))
+    largest_gap = torch.zeros((), device=device)
+    for rows in pack([len(r) for r in rollouts], tokens_per_batch):
+        batch = [rollouts[i] for i in rows]
+        input_ids, cpu_mask = make_batch(batch, device)
+        mask = cpu_mask.to(device)
+        old = pad_logprobs(batch, cpu_mask, [r.old_logprobs for r in batch]).to(device)
+        sampled = pad_logprobs(batch, cpu_mask, [r.completion.logprobs for r in batch]).to(device)
+        advantages = torch.tensor([r.advantage for r in batch], dtype=torch.float32).to(device)
+        lengths = cpu_mask.sum(1).to(device)
+        logprobs = token_logprobs(model, input_ids, cpu_mask, args.temperature)  # [B, T]
+        loss, low, high = policy_loss(
+            logprobs, old, advantages, mask, ratio=args.ratio, clip=args.clip, clip_eps_low=args.clip_eps_low,
+            clip_eps_high=args.clip_eps_high, dual_clip=args.dual_clip)
+        if args.sampler_correction != "none":
+            loss = loss * sampler_weights(old, sampled, mask, args.sampler_correction, args.sampler_correction_cap)
+        if args.beta and args.kl_in == "loss":
+            ref = pad_logprobs(batch, cpu_mask, [r.ref_logprobs for r in batch]).to(device)
+            kl = torch.where(mask, kl_estimate(logprobs, ref, args.kl_estimator), 0.0)
+            loss, sums["kl"] = loss + args.beta * kl, sums["kl"] + kl.detach().sum()
+        weights = row_weights(args.aggregation, lengths, n_sequences, n_tokens, args.max_new_tokens)
+        loss = (loss.sum(1) * weights).sum()
+        loss.backward()
+        gap = torch.where(mask, (logprobs.detach() - sampled).abs(), 0.0)
+        largest_gap = torch.maximum(largest_gap, gap.max())
+        for name, value in (("loss", loss.detach()), ("clip_low", low.sum()), ("clip_high", high.sum()),
+                            ("gap", gap.sum()), ("tokens", mask.sum())):
+            sums[name] = sums[name] + value
+    return {name: value.item() for name, value in sums.items()} | {"gap_max": largest_gap.item()}
+
+
+def sampler_weights(old_logprobs, sampled_logprobs, mask, kind, cap):
+    """Importance weight [B, T] of the trainer's over the sampler's probability, without gradient: truncated or masked.
+
+    Source: truncated importance sampling, as in verl's rollout correction; weights are per token.
+    """
+    weight = torch.where(mask, old_logprobs - sampled_logprobs, 0.0).exp()
+    return weight.clamp(max=cap) if kind == "truncate" else ((weight <= cap) & (weight >= 1 / cap)).to(weight.dtype)
+
+
+def score_rollouts(rollouts, reward_functions, args, tokenizer):
+    """Fill in response, rewards, correct and reward. Returns one line about the first reward that failed, or ""."""
+    for r in rollouts:
+        ids = r.completion.ids
+        r.response = tokenizer.decode(ids[:-1] if r.completion.finished else ids, skip_special_tokens=True)
+    columns = {"tasks": [r.example.task for r in rollouts], "metas": [r.example.meta for r in rollouts]}
+    scored = rewards.score(reward_functions, [data.prompt_text(r.example.prompt) for r in rollouts],
+                           [r.response for r in rollouts], [r.example.answer for r in rollouts], columns,
+                           args.reward_timeout)
+    for i, r in enumerate(rollouts):
+        r.rewards = {name: values[i] for name, values in scored["rewards"].items()}
+        r.reward, r.correct = scored["total"][i], scored["correct"][i]
+        if args.overlong_buffer:
+            r.rewards["overlong"] = overlong_penalty(len(r.completion.ids), args.max_new_tokens, args.overlong_buffer)
+            r.reward += r.rewards["overlong"]
+    return scored["error"]
+
+
+def sample_rollouts(sampler, questions, prompt_ids, args, step, run):
+    """G rollouts of each (group, example), group by group."""
+    keys = [[noise_key(args.seed, step, group, g) for g in range(args.num_generations)] for group, _ in questions]
+    completions = sampler.sample([prompt_ids[e.id] for _, e in questions], keys, args.max_new_tokens, args.temperature,
+                                 lambda done, total: run.progress(f"step {step}: sampled {done}/{total}"))
+    return [Rollout(example, group, g, prompt_ids[example.id], completion)
+            for (group, example), row in zip(questions, completions) for g, completion in enumerate(row)]
+
+
+def csv_row(r, step):
+    return {"step": step, "id": r.example.id, "group": r.group, "sample": r.sample, "prompt": data.prompt_text(r.example.prompt),
+            "completion": r.response, "answer": r.example.answer, "extracted": rewards.extract_answer(r.response) or "",
+            "correct": int(r.correct), "reward": r.reward, **{f"reward/{k}": v for k, v in r.rewards.items()},
+            "advantage": r.advantage, "logprob": sum(r.completion.logprobs), "tokens": len(r.completion.ids),
+            "finished": int(r.completion.finished), "level": r.example.level}
+
+
+def evaluate(sampler, questions, prompt_ids, args, step, tokenizer, run):
+    """Metrics of the held-out questions: greedy pass@1, pass@k if asked for, lengths; every answer goes to eval.csv.
+
+    The questions are split over ranks, each answered once. Sampling noise is keyed apart from training's.
+    """
+    plan = [(0.0, 1)] + ([(args.eval_temperature, args.eval_samples)] if args.eval_samples else [])
+    rows, mine = [], dist.share(questions)
+    for temperature, n in plan:
+        keys = [[noise_key(args.seed, -1, e.id, g) for g in range(n)] for e in mine]
+        completions = sampler.sample([prompt_ids[e.id] for e in mine], keys, args.max_new_tokens, temperature,
+                                     lambda done, total: run.progress(f"evaluating {done}/{total}"))
+        rollouts = [Rollout(e, i, g, [], completion) for i, (e, row) in enumerate(zip(mine, completions))
+                    for g, completion in enumerate(row)]
+        score_rollouts(rollouts, [], args, tokenizer)
+        rows += [csv_row(r, step) | {"sample": r.sample + (temperature > 0), "temperature": temperature} for r in rollouts]
+    rows = [row for part in dist.gather(rows) for row in part]
+    run.write_rows(rows, "eval.csv")
+    greedy = [row for row in rows if row["temperature"] == 0]
+    metrics = {"eval/pass@1": mean([row["correct"] for row in greedy]), "eval/questions": len(greedy),
+               "eval/tokens": mean([row["tokens"] for row in greedy]),
+               "eval/truncated": mean([1 - row["finished"] for row in greedy])}
+    right = {}
+    for row in rows:
+        if row["temperature"] > 0:
+            right.setdefault(row["id"], []).append(row["correct"])
+    for k in args.eval_k:
+        metrics[f"eval/pass@{k} T={args.eval_temperature:g}"] = mean(
+            [pass_at_k(len(row), sum(row), k) for row in right.values()])
+    run.log(step, metrics)
+    run.print(f"step {step}: " + "  ".join(f"{name} {value:.4g}" for name, value in metrics.items()))
+
+
+def mean(values):
+    return sum(values) / len(values) if values else 0.0
+
+
+def log_step(run, step, args, sampled, rollouts, sums, totals):
+    """Metrics of a step over all ranks, its rollouts to samples.csv, and now and then one of them on the terminal."""
+    every = [row for part in dist.gather([(r.reward, r.correct, r.rewards, len(r.completion.ids), r.completion.finished,
+                                           sum(r.completion.logprobs)) for r in sampled]) for row in part]
+    known = [row[0] for row in every if row[0] == row[0]]
+    n_tokens = sum(row[3] for row in every)
+    sums = dist.sum_dict({k: v for k, v in sums.items() if k != "gap_max"}, run.device) | {
+        "gap_max": max(dist.gather(sums["gap_max"]))}
+    live_tokens = max(1, sums["tokens"])
+    average = mean(known)
+    metrics = {
+        "reward": average, "reward/std": mean([(x - average) ** 2 for x in known]) ** 0.5,
+        "reward/min": min(known, default=0.0), "reward/max": max(known, default=0.0),
+        **{f"reward/{name}": mean([row[2][name] for row in every if row[2][name] == row[2][name]]) for name in every[0][2]},
+        "correct": mean([row[1] for row in every]), "tokens": n_tokens / len(every), "tokens/max": max(r[3] for r in every),
+        "truncated": mean([1 - row[4] for row in every]), "entropy": -sum(row[5] for row in every) / n_tokens,
+        "reward_failed": len(every) - len(known), "loss": sums["loss"], "kl": sums["kl"] / live_tokens,
+        "clip_low": sums["clip_low"] / live_tokens, "clip_high": sums["clip_high"] / live_tokens,
+        "sampler_gap": sums["gap"] / live_tokens, "sampler_gap/max": sums["gap_max"], "tokens_trained": sums["tokens"], **totals}
+    rows = [row for part in dist.gather([csv_row(r, step) for r in rollouts]) for row in part]
+    run.write_rows(rows)
+    run.log(step, metrics, args.max_steps, show=("reward", "correct", "tokens", "kl", "sampler_gap", "grad_norm"))
+    if metrics["truncated"] > 0.5:
+        run.print(f"  {metrics['truncated']:.0%} of the answers hit --max-new-tokens {args.max_new_tokens}")
+    if step % args.show_every == 0 and rows:
+        row = rows[0]
+        parts = ", ".join(f"{key[7:]} {value:.2g}" for key, value in row.items() if key.startswith("reward/"))
+        run.print(f"  Q: {row['prompt']}\n  A: {row['completion']}\n  reward {row['reward']:.3g} ({parts}), gold {row['answer']}")
+    return metrics
+
+
+def self_check(model, params, sampler, prompts, args, stop_id, device):
+    """Measure on a few short samples what must hold before hours are spent: name -> (value, largest right value).
+
+    sampler and trainer agree; a row's padding changes nothing; a fresh adapter equals the base; the stop token is in the
+    mask; every B gets gradient; no frozen weight does.
+    """
+    exact = model.get_input_embeddings().weight.dtype == torch.float32 and device.type == "cpu"
+    completions = sampler.sample(prompts, [[noise_key(args.seed, -2, p)] for p in range(len(prompts))], 16, args.temperature)
+    example = data.Example(0, "", "")
+    rollouts = [Rollout(example, 0, 0, prompt, c) for prompt, (c,) in zip(prompts, completions)]
+    for r in rollouts:
+        if not r.completion.finished:  # so that each row has a stop token to look for
+            r.completion.ids, r.completion.logprobs = r.completion.ids + [stop_id], r.completion.logprobs + [math.nan]
+    input_ids, mask = make_batch(rollouts, device)
+    logprobs = token_logprobs(model, input_ids, mask, args.temperature)
+    sampled = pad_logprobs(rollouts, mask, [r.completion.logprobs for r in rollouts]).to(device)
+    gap = torch.where(mask.to(device), logprobs.detach() - sampled, 0.0).nan_to_num(0.0).abs()
+    alone = completion_logprobs(model, rollouts, args.temperature, 1, device)
+    padded = completion_logprobs(model, rollouts, args.temperature, args.tokens_per_batch, device)
+    with use_adapter(model, None):
+        reference = completion_logprobs(model, rollouts, args.temperature, args.tokens_per_batch, device)
+    logprobs.sum().backward()
+    adapters = list(lora_modules(model).values())
+    dead = sum(module.B[module.active].grad is None or not module.B[module.active].grad.any()
+               for module in adapters if module.active)
+    leaked = sum(p.grad is not None for p in model.parameters() if not p.requires_grad)
+    untrained = sum(not mask[i, len(r) - 1] or r.completion.ids[-1] not in sampler.stop_ids for i, r in enumerate(rollouts))
+    for p in params:
+        p.grad = None
+
+    def largest(a, b):
+        return max((x - y).abs().max().item() for x, y in zip(a, b))
+
+    checks = {"sampler-trainer": (gap.max().item() if exact else gap.sum().item() / int(mask.sum()), 1e-4 if exact else 0.05),
+              "padding": (largest(alone, padded), 1e-4 if exact else 0.5)}
+    if adapters and not args.resume:
+        checks["step-0 KL"] = (largest(padded, reference), 0.0)
+    return checks | {"stop tokens left out": (untrained, 0), "adapters without gradient": (dead, 0),
+                     "frozen weights with gradient": (leaked, 0)}
+
+
+def resolve(args):
+    """Fill in the defaults that depend on others, and refuse what cannot work, before anything is loaded or written."""
+    embedded = not args.model
+    if args.num_generations < 2:
+        raise ValueError(f"--num-generations {args.num_generations}: a group of one has no mean to beat; use 2 or more")
+    for name in ("prompts_per_step", "max_new_tokens", "max_steps", "tokens_per_batch", "slots", "updates_per_batch",
+                 "save_every", "keep", "eval_questions", "eval_every", "show_every"):
+        if getattr(args, name) < 1:
+            raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be 1 or more")
+    if args.temperature <= 0:
+        raise ValueError(f"--temperature {args.temperature}: training needs samples that differ; use more than 0")
+    if args.beta and args.kl_in == "loss" and args.kl_estimator == "k1":
+        raise ValueError("--kl-estimator k1 in the loss has an expected gradient of 0; use k2 or k3, or --kl-in reward")
+    if args.eval_k and max(args.eval_k) > args.eval_samples:
+        raise ValueError(f"--eval-k {max(args.eval_k)} needs --eval-samples {max(args.eval_k)} or more")
+    recompute = args.ratio == "sequence" if args.recompute_old is None else args.recompute_old
+    if args.sampler_correction != "none" and not recompute:
+        raise ValueError("--sampler-correction compares the trainer's old log-probs with the sampler's: add --recompute-old")
+    if dist.world_size() > 1 and args.out == "" and args.resume:
+        raise ValueError("--resume needs --out RUN")
+    return replace(
+        args, recompute_old=recompute,
+        data=args.data or ("arithmetic" if embedded else "gsm8k"),
+        system=args.system or ("" if embedded else data.THINK_ANSWER_SYSTEM),
+        lr=args.lr or (1e-3 if embedded else 1e-6 if args.full else 2e-5))
+
+
+def main(args: Args) -> None:
+    # ---- set up: whatever can be wrong is found here ----
+    device = dist.setup(args.device)
+    asked = args = resolve(args)
+    if args.dry_run:
+        args = replace(args, out=f"{tempfile.mkdtemp()}/dry-run", max_steps=1, wandb=False, resume=False)
+    check_out(args)
+    reward_functions = rewards.parse_rewards(args.rewards)
+    tokenizer = models.load_tokenizer(args.model)
+    train, held_out = data.train_validation(args.data, n_train=args.train_questions, n_validation=args.eval_questions,
+                                            level=args.level or None, seed=args.seed)
+    prompt_ids = {e.id: data.encode_prompt(tokenizer, e.prompt, args.system, args.prompt_template)
+                  for e in train + held_out}
+    if args.max_prompt_tokens:
+        train, held_out = ([e for e in part if len(prompt_ids[e.id]) <= args.max_prompt_tokens] for part in (train, held_out))
+        if not train or not held_out:
+            raise ValueError(f"--max-prompt-tokens {args.max_prompt_tokens} leaves {len(train)} questions to train on "
+                             f"and {len(held_out)} held out")
+    longest = max(len(prompt_ids[e.id]) for e in train + held_out)
+    torch.manual_seed(args.seed)
+    dtype = models.choose_dtype(args.dtype, device)
+    model = models.load_model(args.model, torch.float32 if args.full else dtype, device, longest + args.max_new_tokens)
+    models.check_token_ids(model, tokenizer)
+    reference = None  # the frozen model of the KL: the base with the adapter off, or with --full a copy of the start
+    if args.full:
+        params = [p.requires_grad_() for p in model.parameters()]
+        reference = copy.deepcopy(model).requires_grad_(False) if args.beta else None
+    else:
+        params = add_lora(model, "policy", args.lora_r, args.lora_alpha, args.lora_targets, models.layer_range(args.train_layers, model))
+    if args.gradient_checkpointing:
+        enable_checkpointing(model)
+    model.train()  # dropout is off (load_model); gradient checkpointing acts in this mode alone
+    optimizer = torch.optim.AdamW(params, lr=args.lr, weight_decay=args.weight_decay)
+    stop_ids = models.stop_ids(model, tokenizer)
+    sampler = Sampler(model, () if args.dry_run else stop_ids, args.slots, dtype)  # a dry run samples to the full length
+    run = Run(args, __file__, device, tags=(os.path.basename(args.model.rstrip("/")) or "tiny", os.path.basename(args.data)))
+    compute = partial(torch.autocast, device.type, torch.bfloat16, enabled=args.full and dtype == torch.bfloat16)
+    run.print(f"model: {models.resolve(args.model)}, {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M weights, "
+              f"{sum(p.numel() for p in params) / 1e6:.2f} M trained ({'all' if args.full else f'LoRA r={args.lora_r}'}), "
+              f"{str(dtype)[6:]}, learning rate {args.lr:g}")
+    run.print(f"data: {args.data}, {len(train)} questions to train on, {len(held_out)} held out, "
+              f"prompts up to {longest} tokens; {args.prompts_per_step} x {args.num_generations} samples a step")
+
+    def save_weights(folder):
+        if args.full:
+            models.save_plain(model, tokenizer, folder)
+        else:
+            save_adapter(model, "policy", folder, models.base_of(args.model))
+            tokenizer.save_pretrained(folder)
+
+    step, position, accumulated_reward, bad_steps, tokens_per_batch = 0, 0, 0.0, 0, args.tokens_per_batch
+    if args.resume:
+        folder, saved = run.load()
+        if folder:
+            if args.full:
+                model.load_state_dict(models.load_weights(folder))
+            else:
+                load_adapter(model, "policy", folder)
+            optimizer.load_state_dict(saved["optimizer"])
+            torch.set_rng_state(saved["rng"])
+            step, position, accumulated_reward, tokens_per_batch = (
+                saved[name] for name in ("step", "position", "accumulated_reward", "tokens_per_batch"))
+    with compute():
+        run.self_check(self_check(model, params, sampler, [prompt_ids[e.id] for e in train[:3]], args, stop_ids[0], device))
+    if step == 0 and not args.dry_run:
+        evaluate(sampler, held_out, prompt_ids, args, step, tokenizer, run)
+
+    while step < args.max_steps and not dist.any_rank(run.stop, device):
+        step += 1
+        with run.profile(step), compute():
+            # ---- sample and reward ----
+            rollouts, kept_groups, drawn, error = [], [], 0, ""
+            while True:
+                chosen = data.batch_indices(len(train), position + drawn, args.prompts_per_step, args.seed)
+                mine = dist.share([(drawn + i, train[index]) for i, index in enumerate(chosen)])
+                drawn += args.prompts_per_step
+                with run.phase("sample"):
+                    fresh = sample_rollouts(sampler, mine, prompt_ids, args, step, run)
+                with run.phase("reward"):
+                    error = score_rollouts(fresh, reward_functions, args, tokenizer) or error
+                rollouts += fresh
+                if not args.dynamic_sampling:
+                    kept_groups = list(range(drawn))
+                    break
+                informative = [g for g, _ in mine if len({r.reward for r in fresh if r.group == g} - {math.nan}) > 1]
+                kept_groups += sorted(g for part in dist.gather(informative) for g in part)
+                if len(kept_groups) >= args.prompts_per_step or drawn >= (1 + args.max_refills) * args.prompts_per_step:
+                    kept_groups = kept_groups[:args.prompts_per_step]
+                    break
+            position += drawn
+            sampled = rollouts
+            if args.dynamic_sampling:
+                rollouts = [r for r in rollouts if r.group in set(kept_groups)]
+
+            # ---- old and reference log-probs, advantage ----
+            with run.phase("logprobs"):
+                def logprobs_of(network, rows):
+                    passes = partial(completion_logprobs, network, rows, args.temperature)
+                    return retry_smaller(lambda size: passes(size, device), tokens_per_batch, device, longest, "tokens per batch")[0]
+
+                for r in rollouts:
+                    r.old_logprobs = torch.tensor(r.completion.logprobs)
+                if args.recompute_old:
+                    for r, values in zip(rollouts, logprobs_of(model, rollouts)):
+                        r.old_logprobs = values
+                if args.beta:
+                    with use_adapter(model, None):
+                        for r, values in zip(rollouts, logprobs_of(reference or model, rollouts)):
+                            r.ref_logprobs = values
+                            if args.kl_in == "reward":
+                                r.reward -= args.beta * kl_estimate(r.old_logprobs, values, args.kl_estimator).sum().item()
+            advantages = group_advantages(torch.tensor([r.reward for r in rollouts], dtype=torch.float64),
+                                          torch.tensor([r.group for r in rollouts], dtype=torch.int64), args.group_scaling)
+            for r, advantage in zip(rollouts, advantages.tolist()):
+                r.advantage = advantage
+
+            # ---- update ----
+            # Rows that cannot move the weights are skipped, but stay in the denominators: skipping changes no number.
+            counted = [r for r in rollouts if r.reward == r.reward and (r.completion.finished or not args.mask_truncated)]
+            pulls = args.beta and args.kl_in == "loss"
+            live = [r for r in counted if r.advantage or pulls]
+            counts = dist.sum_dict({"sequences": len(counted), "tokens": sum(len(r.completion.ids) for r in counted)}, device)
+            with run.phase("update"):
+                for update in range(args.updates_per_batch):
+                    def attempt(size):
+                        optimizer.zero_grad()
+                        return accumulate_gradients(model, live, args, counts["sequences"], counts["tokens"], size, device)
+
+                    sums, tokens_per_batch = retry_smaller(attempt, tokens_per_batch, device, longest, "tokens per batch")
+                    dist.sum_gradients(params)
+                    norm = nn.utils.clip_grad_norm_(params, args.max_grad_norm).item()
+                    for group in optimizer.param_groups:
+                        group["lr"] = learning_rate(step, args)
+                    if math.isfinite(norm):
+                        optimizer.step()
+                        bad_steps = 0
+                    else:
+                        bad_steps += 1
+                        run.print(f"step {step}: the gradient is not finite; the update is skipped ({bad_steps} in a row)")
+                    if update == 0:
+                        first_sums = sums
+            optimizer.zero_grad()
+
+        # ---- log ----
+        if error:
+            run.print(f"step {step}: {error}")
+        accumulated_reward += sum(r.reward for r in sampled if r.reward == r.reward)
+        metrics = log_step(run, step, args, sampled, rollouts, first_sums, {
+            "grad_norm": norm, "lr": optimizer.param_groups[0]["lr"], "questions_drawn": drawn,
+            "rows_trained": len(live), "accumulated_reward": accumulated_reward, "tokens_per_batch": tokens_per_batch})
+        if args.dry_run:
+            break
+
+        # ---- evaluate ----
+        if step % args.eval_every == 0 or step == args.max_steps:
+            evaluate(sampler, held_out, prompt_ids, args, step, tokenizer, run)
+
+        # ---- save ----
+        stop = bad_steps >= 5 or dist.any_rank(run.stop, device)
+        if step % args.save_every == 0 or step == args.max_steps or stop:
+            run.save(step, save_weights, {
+                "optimizer": optimizer.state_dict(), "rng": torch.get_rng_state(), "step": step, "position": position,
+                "accumulated_reward": accumulated_reward, "tokens_per_batch": tokens_per_batch})
+        if bad_steps >= 5:
+            raise ValueError(f"the gradient was not finite in {bad_steps} updates in a row; the state is in {run.path}: lower --lr")
+
+    # ---- the end ----
+    if args.dry_run:
+        hours = metrics["seconds"] * asked.max_steps / 3600
+        run.print(f"dry run: peak memory {metrics['memory_gb']:.2f} GB, one step at full length {metrics['seconds']:.1f} s, "
+                  f"so at most {hours:.2g} h for {asked.max_steps} steps; nothing was kept")
+        shutil.rmtree(os.path.dirname(args.out))
+        return
+    if step == args.max_steps:
+        if dist.is_main():
+            save_weights(run.path / "final")
+        run.before_after()
+    run.finish()
+
+
+if __name__ == "__main__":
+    cli(main, Args)

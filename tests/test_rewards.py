@@ -1,0 +1,649 @@
+"""Answer extraction, comparison, the built-in rewards, and other people's rewards in their own process."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import threading
+import time
+from fractions import Fraction
+from math import isnan
+from pathlib import Path
+
+import pytest
+
+from common import rewards
+from common.rewards import extract_answer, extract_choice, normalize_number, parse_rewards, same_answer, score
+
+ROOT = Path(__file__).resolve().parents[1]
+DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
+FIXTURE = json.loads((Path(__file__).parent / "fixtures" / "answer_endings.json").read_text(encoding="utf-8"))
+
+
+def rows_of(*names):
+    if not all((DATA / name).exists() for name in names):
+        pytest.skip(f"no sample data in {DATA}")
+    return [json.loads(line) for name in names for line in (DATA / name).open(encoding="utf-8")]
+
+
+# Extraction and comparison
+
+
+def test_the_fixture_is_large_enough():
+    assert len(FIXTURE["endings"]) >= 60 and len(FIXTURE["equal"]) + len(FIXTURE["unequal"]) >= 40
+
+
+@pytest.mark.parametrize("case", FIXTURE["endings"], ids=lambda case: case["text"][:40])
+def test_extract_answer(case):
+    assert extract_answer(case["text"]) == case["answer"]
+
+
+@pytest.mark.parametrize("case", FIXTURE["choices"], ids=lambda case: case["text"][:40])
+def test_extract_choice(case):
+    assert extract_choice(case["text"]) == case["answer"]
+    assert extract_answer(case["text"], choices=True) == case["answer"]
+
+
+@pytest.mark.parametrize("expected, key", [(True, "equal"), (False, "unequal")])
+def test_same_answer_in_both_directions(expected, key):
+    for a, b in FIXTURE[key]:
+        assert (a, b, same_answer(a, b)) == (a, b, expected)
+        assert (b, a, same_answer(b, a)) == (b, a, expected)
+
+
+def test_normalize_number_table():
+    table = {
+        "$108": 108,
+        "108.": 108,
+        "1,080": 1080,
+        "-5": -5,
+        "108.0": 108,
+        "108%": 108,
+        r"\boxed{108}": 108,
+    }
+    table |= {"**108**": 108, "5.": 5, "29.00": 29, "no number": None, "": None, ".5": Fraction(1, 2)}
+    table |= {r"\frac{3}{4}": Fraction(3, 4), "1.2.3": None, "1,08": None, "1. First": None, "5/0": None}
+    assert {text: normalize_number(text) for text in table} == table
+
+
+def test_gsm8k_gold_scores_one_and_neither_echo_nor_another_rows_number_scores():
+    rows = rows_of("gsm8k/train.jsonl", "gsm8k/test.jsonl")
+    questions, solutions = [row["question"] for row in rows], [row["answer"] for row in rows]
+    golds = [solution.rpartition("####")[2].strip().replace(",", "") for solution in solutions]
+    assert len(rows) == 7473 + 1319
+    assert rewards.correctness(questions, solutions, golds) == [1.0] * len(rows)
+    assert rewards.correctness(questions, questions, golds) == [0.0] * len(rows)
+    assert rewards.correctness(questions, [""] * len(rows), golds) == [0.0] * len(rows)
+    shifted = golds[1:] + golds[:1]
+    expected = [float(int(gold) == int(other)) for gold, other in zip(golds, shifted, strict=True)]
+    assert rewards.correctness(questions, solutions, shifted) == expected
+
+
+def test_math500_gold_scores_one_and_echo_none():
+    rows = rows_of("math500/test.jsonl")
+    golds = [row["answer"] for row in rows]
+    assert rewards.correctness(golds, [row["solution"] for row in rows], golds) == [1.0] * 500
+    assert rewards.correctness(golds, [row["problem"] for row in rows], golds) == [0.0] * 500
+    shifted = golds[1:] + golds[:1]
+    expected = [float(other in (gold, "x=" + gold)) for gold, other in zip(golds, shifted, strict=True)]
+    assert rewards.correctness(golds, [row["solution"] for row in rows], shifted) == expected
+
+
+def test_aqua_rationales_and_the_echoed_options():
+    rows = rows_of("aqua_rat/dev.json", "aqua_rat/test.json")
+    found = [extract_choice(row["rationale"]) for row in rows]
+    right = sum(letter == row["correct"] for letter, row in zip(found, rows, strict=True))
+    wrong = sum(letter not in (None, row["correct"]) for letter, row in zip(found, rows, strict=True))
+    assert right >= 470 and wrong <= 1  # of 508; the others name no letter, or not in so many words
+    for row in rows:
+        assert extract_choice(row["question"] + "\n" + "\n".join(row["options"])) is None
+
+
+HOSTILE = {
+    "answer tags": "<answer>" * 12_500,
+    "empty answers": "<answer></answer>" * 6_000,
+    "closing tags": "</answer>" * 11_000,
+    "boxes": "\\boxed{" * 14_000,
+    "closed boxes": "\\boxed{" * 7_000 + "}" * 50_000,
+    "answer is": "the answer is " * 7_000,
+    "answer words": "answer to " * 10_000,
+    "options": "option is " * 10_000,
+    "lettered lines": "A) \n" * 25_000,
+    "digits": "9" * 100_000,
+    "commas": "1,000" * 20_000,
+    "spaces": "answer" + " " * 100_000,
+    "newlines": "answer:" + "\n" * 100_000,
+    "stars": "*" * 100_000,
+    "hashes": "#### 1 " * 14_000,
+    "equals": "=" * 100_000,
+    "backslashes": "\\" * 100_000,
+    "fractions": "<answer>" + "\\frac{" * 16_000 + "</answer>",
+    "carets": "<answer>" + "^ " * 50_000 + "</answer>",
+    "one caret": "<answer>^" + " " * 900 + "1</answer>",
+    "dollars": "The answer is " + "$" * 99_000,
+    "parentheses": "The answer is \\(" + "(" * 99_000,
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_hostile_text_is_linear(name):
+    text = HOSTILE[name]
+    start = time.perf_counter()
+    for task in ("math", "choice", "countdown"):
+        rewards.correctness([""], [text], ["7"], tasks=[task], metas=[{"numbers": [7]}])
+    rewards.digit([""], [text], ["7"])
+    rewards.format([""], [text], ["7"])
+    same_answer(text, "7")
+    assert time.perf_counter() - start < 2.0  # a quadratic pass over 100,000 characters takes minutes
+
+
+# Arithmetic
+
+
+def test_safe_arithmetic_is_exact():
+    table = {
+        "1+2*3": 7,
+        "(1+2)*3": 9,
+        "1/3+1/3+1/3": 1,
+        "-3+5": 2,
+        "7/2": Fraction(7, 2),
+        "10-4-3": 3,
+        " 2 * 3\n": 6,
+    }
+    assert {expr: rewards.safe_arithmetic(expr) for expr in table} == table
+
+
+ATTACKS = [
+    *(
+        "2**3",
+        "7//2",
+        "9**9**9**9",
+        "7%2",
+        "1<<9",
+        "5&4",
+        "5|4",
+        "5^4",
+        "~5",
+        "5,4",
+        "[5]",
+        "{5}",
+        "5==5",
+        "+5",
+    ),
+    *(
+        "__import__('os').system('id')",
+        "(lambda: 5)()",
+        "abs(5)",
+        "exit()",
+        "print(5)",
+        "import os",
+        "3(4)",
+        "()",
+    ),
+    *(
+        "1_0",
+        "0x10",
+        "007",
+        "1e9",
+        "1.5",
+        "True",
+        "None",
+        "...",
+        "a",
+        "x:=5",
+        "5 if 1 else 2",
+        "not 5",
+        "await 5",
+    ),
+    *(
+        "\u0667+1",
+        "\u00b2",
+        "\uff11+\uff11",
+        "\\x35",
+        "'5'",
+        'f"5"',
+        "5!",
+        "5;5",
+        "5 5",
+        "5\n+2",
+        "*5",
+        "5 #5",
+    ),
+    *(
+        "1/0",
+        "1/(2-2)",
+        "",
+        " ",
+        "9" * 13,
+        "1+" * 200 + "1",
+        "(" * 150 + "5" + ")" * 150,
+        "(" * 190,
+        "-" * 100_000,
+    ),
+]
+
+
+@pytest.mark.parametrize("attack", ATTACKS, ids=lambda attack: attack[:20])
+def test_attacks_score_nothing_fast(attack):
+    start = time.perf_counter()
+    assert rewards.safe_arithmetic(attack) is None
+    assert time.perf_counter() - start < 0.05
+
+
+def test_there_are_at_least_thirty_attacks():
+    assert len(set(ATTACKS)) >= 30
+
+
+def test_deep_but_legal_arithmetic_does_not_raise():
+    for expr in ("-" * 199 + "1", "1" + "+1" * 99, "(" * 90 + "5" + ")" * 90):
+        rewards.safe_arithmetic(expr)
+    assert rewards.safe_arithmetic("1" + "+1" * 99) == 100
+
+
+def test_countdown_wants_the_value_and_each_number_at_most_once():
+    def reward(expression, numbers=(3, 7, 12), target="60"):
+        response = f"<think>hm</think><answer>{expression}</answer>"
+        columns = {"tasks": ["countdown"], "metas": [{"numbers": list(numbers)}]}
+        return rewards.correctness([""], [response], [target], **columns)[0]
+
+    assert reward("12*(7-3)+12") == 0  # 60, with 12 twice
+    assert reward("12*(7-3)+12", numbers=(3, 7, 12, 12)) == 1
+    assert reward("12*7-3*8", numbers=(3, 7, 12)) == 0  # 8 is not among them
+    assert reward("(7+3)*12", target="120") == 1
+    assert reward("(7+3)*12") == 0  # wrong value
+    assert reward("60") == 0  # the target itself is not a given number
+    assert reward("12*5", numbers=(1, 25, 12)) == 0  # a piece of a given number is not that number
+    assert reward("2**3", numbers=(2, 3), target="8") == 0
+    assert reward("7//2", numbers=(7, 2), target="3") == 0
+    assert reward("7/2*2", numbers=(7, 2, 2), target="7") == 1
+
+
+# The built-in rewards
+
+EIGHT = [  # response to "Compute 8+17-5." (20), then correctness, format, digit, mark by hand
+    ("<think>8+17=25 25-5=20</think><answer>20</answer>", 1, 1, 1, 1),
+    ("<think>8+17=25</think>\n<answer>\n20\n</answer>\n", 1, 1, 1, 1),
+    ("<think>8+17=25</think><answer>21</answer>", 0, 1, 1, 1),
+    ("Sure! <think>25</think><answer>20</answer> Done.", 1, 0.5, 1, 1),
+    ("<think>25</think><answer>about twenty</answer>", 0, 1, 0, 1),
+    ("<answer>20</answer>", 1, 0, 1, 0.5),
+    ("<think>25</think><answer>20</answer><answer>20</answer>", 1, 0, 1, 0.5),
+    ("", 0, 0, 0, 0),
+]
+
+
+def test_totals_of_eight_responses_worked_out_by_hand():
+    functions = parse_rewards(["correctness=2.0", "format=0.5", "digit=0.5", "mark=0.5"])
+    result = score(functions, ["Compute 8+17-5."] * 8, [row[0] for row in EIGHT], ["20"] * 8)
+    for column, name in enumerate(["correctness", "format", "digit", "mark"], start=1):
+        assert result["rewards"][name] == [row[column] for row in EIGHT], name
+    assert result["total"] == [3.5, 3.5, 1.5, 3.25, 1.0, 2.75, 2.75, 0.0]
+    assert result["correct"] == [1, 1, 0, 1, 0, 1, 1, 0]
+    assert result["failed"] == 0 and result["error"] == ""
+
+
+@pytest.mark.parametrize(
+    "response, expected",
+    [
+        ("<think>a</think><answer>b</answer>", 1.0),
+        ("<think>a\nb</think>\n\n<answer>b\n</answer>  \n", 1.0),
+        ("<think>a</think> so <answer>b</answer>", 0.5),
+        ("<think>a</think><answer>b</answer>!", 0.5),
+        ("<think>a</think><answer> </answer>", 0.0),
+        ("<think></think><answer>b</answer>", 0.0),
+        ("<answer>b</answer><think>a</think>", 0.0),
+        ("<think>a<answer>b</answer></think>", 0.0),
+        ("<think>a</think><think>a</think><answer>b</answer>", 0.0),
+        ("<think>a</think><answer>b", 0.0),
+        ("<think>" * 30_000, 0.0),
+    ],
+)
+def test_format(response, expected):
+    assert rewards.format([""], [response], [""]) == [expected]
+
+
+def test_choices_compare_letters():
+    def reward(response, answer):
+        return rewards.correctness([""], [response], [answer], tasks=["choice"])[0]
+
+    assert reward("So option B is correct.", "B") == 1 and reward("So option B is correct.", "C") == 0
+    assert reward("The answer is (B) 65.", "B") == 1 and reward("The answer is 65.", "B") == 0
+
+
+def test_an_empty_gold_answer_is_never_met():
+    for response in ("", "<answer></answer>", "<answer> </answer>", "\\boxed{}"):
+        assert rewards.correctness([""], [response], [""]) == [0.0]
+
+
+# Specs
+
+
+def test_weights_and_names():
+    functions = parse_rewards(["correctness", "format=0.2", "mark=0"])
+    assert [(f.name, f.weight) for f in functions] == [("correctness", 1.0), ("format", 0.2), ("mark", 0.0)]
+
+
+def test_a_column_of_weight_zero_is_computed_and_adds_nothing():
+    result = score(parse_rewards(["format=0", "digit=0.5"]), ["q"], ["<answer>5</answer>"], ["5"])
+    assert result["rewards"] == {"format": [0.0], "digit": [1.0]} and result["total"] == [0.5]
+    assert score(parse_rewards(["digit=0"]), ["q"], ["<answer>5</answer>"], ["5"])["total"] == [0.0]
+
+
+def test_correct_is_there_without_the_reward():
+    result = score([], ["q", "q"], ["<answer>5</answer>", ""], ["5", "5"])
+    assert result["correct"] == [1.0, 0.0] and result["total"] == [0.0, 0.0]
+
+
+@pytest.mark.parametrize(
+    "spec, message",
+    [
+        ("corectness", "unknown reward 'corectness': take correctness, format, digit, mark, math"),
+        ("format:0.2", "path/file.py:function=weight"),
+        ("format=much", "not a number"),
+        ("format=nan", "not finite"),
+        ("nowhere.py:f=1", "no file 'nowhere.py'"),
+        ("{dir}/r.py:g", "no function 'g'"),
+        ("{dir}/r.py:value", "no function 'value'"),
+        ("{dir}/r.py:two", "TypeError"),
+        ("{dir}/broken.py:f", "SyntaxError"),
+        ("{dir}/raises.py:f", "KeyError: 'no such key' (raises.py, line 2)"),
+    ],
+)
+def test_a_bad_spec_is_one_line_before_anything_expensive(tmp_path, monkeypatch, spec, message):
+    popen, started = subprocess.Popen, []
+    monkeypatch.setattr(
+        subprocess, "Popen", lambda *args, **kw: started.append(popen(*args, **kw)) or started[-1]
+    )
+    (tmp_path / "r.py").write_text("value = 3\ndef two(prompts, responses): return [0.0]\n")
+    (tmp_path / "broken.py").write_text("def f(:\n")
+    (tmp_path / "raises.py").write_text("table = {}\ntable['no such key']\n")
+    with pytest.raises(ValueError) as caught:
+        parse_rewards([spec.replace("{dir}", str(tmp_path))])
+    assert message in str(caught.value) and "\n" not in str(caught.value)
+    assert all(process.poll() is not None for process in started)  # none is left behind
+
+
+def test_a_name_used_twice_is_refused():
+    with pytest.raises(ValueError, match="two rewards are named 'format'"):
+        parse_rewards(["format=1", "format=2"])
+
+
+def test_columns_of_another_length_are_refused():
+    with pytest.raises(ValueError, match="2 prompts but 1 answers"):
+        score(parse_rewards(["digit"]), ["q", "q"], ["a", "b"], ["5"])
+
+
+# Other people's functions
+
+
+@pytest.fixture
+def user(tmp_path):
+    """user(source) -> [the reward function of a file with that source]; its process ends with the test."""
+    made = []
+
+    def make(source, name="f", weight=1.0):
+        path = tmp_path / f"reward{len(made)}.py"
+        path.write_text(source)
+        made.extend(parse_rewards([f"{path}:{name}={weight}"]))
+        return made[-1:]
+
+    yield make
+    for reward in made:
+        reward.function.kill()
+
+
+def run(functions, responses, timeout_s=30.0, **columns):
+    n = len(responses)
+    return score(functions, [f"q{i}" for i in range(n)], responses, ["5"] * n, columns, timeout_s)
+
+
+def test_a_reward_of_ones_own_in_under_ten_lines(user):
+    functions = parse_rewards(["correctness=2"]) + user(
+        "def brevity(prompts, responses, answers):\n"
+        "    return [1.0 if len(response) < 20 else 0.0 for response in responses]\n",
+        "brevity",
+        0.5,
+    )
+    result = run(functions, ["<answer>5</answer>", "<answer>5</answer> and then some", "6"])
+    assert result["rewards"]["brevity"] == [1.0, 0.0, 1.0]
+    assert result["total"] == [2.5, 2.0, 0.5]
+
+
+def test_it_is_called_once_per_batch_and_sees_the_columns_it_names(user):
+    source = (
+        "calls = 0\n"
+        "def f(prompts, responses, answers, tasks, ids=None):\n"
+        "    global calls\n"
+        "    calls += 1\n"
+        "    assert prompts == ['q0', 'q1'] and answers == ['5', '5'] and tasks == ['gsm8k', 'math']\n"
+        "    return [calls + i for i in ids]\n"
+    )
+    functions = user(source)
+    columns = {"tasks": ["gsm8k", "math"], "ids": [10, 20], "metas": [{}, {}]}
+    assert run(functions, ["a", "b"], **columns)["rewards"]["f"] == [11, 21]
+    assert run(functions, ["a", "b"], **columns)["rewards"]["f"] == [12, 22]  # the process persists
+
+
+def test_var_keywords_take_every_column(user):
+    functions = user("def f(prompts, responses, answers, **columns): return [len(columns)] * len(prompts)")
+    assert run(functions, ["a"], tasks=["math"], metas=[{"numbers": [1]}])["rewards"]["f"] == [2]
+
+
+def test_a_row_that_raises_is_nan_and_the_others_keep_their_score(user):
+    functions = user(
+        "def f(prompts, responses, answers):\n    return [1 / len(response) for response in responses]\n"
+    )
+    result = run(functions, ["ab", "", "abcd"])
+    assert result["rewards"]["f"][0] == 0.5 and result["rewards"]["f"][2] == 0.25
+    assert isnan(result["rewards"]["f"][1]) and isnan(result["total"][1])
+    assert result["failed"] == 1
+    assert result["error"].startswith("reward 'f': ZeroDivisionError: division by zero (reward0.py, line 2)")
+
+
+def test_a_batch_of_one_that_raises_is_not_called_again(user, tmp_path):
+    functions = user(
+        "def f(prompts, responses, answers):\n"
+        f"    open({str(tmp_path / 'calls')!r}, 'a').write('x')\n"
+        "    raise KeyError('five')\n"
+    )
+    assert run(functions, ["a"])["failed"] == 1
+    assert (tmp_path / "calls").read_text() == "x"
+
+
+def test_a_row_that_hangs_is_nan_and_costs_its_share_of_time(user):
+    functions = user(
+        "import time\n"
+        "def f(prompts, responses, answers):\n"
+        "    if 'hang' in responses: time.sleep(1000)\n"
+        "    return [float(len(response)) for response in responses]\n"
+    )
+    first = functions[0].function.process.pid
+    start = time.monotonic()
+    result = run(functions, ["a", "hang", "abc"], timeout_s=1.0)
+    assert time.monotonic() - start < 10
+    assert result["rewards"]["f"][0] == 1.0 and result["rewards"]["f"][2] == 3.0 and result["failed"] == 1
+    assert isnan(result["total"][1]) and "no result within 1 s" in result["error"]
+    with pytest.raises(ProcessLookupError):
+        os.kill(first, 0)
+    assert run(functions, ["ab"])["total"] == [2.0]  # and the next batch has a process
+
+
+def test_all_rows_hanging_costs_at_most_about_three_limits(user):
+    functions = user("import time\ndef f(prompts, responses, answers): time.sleep(1000)\n")
+    start = time.monotonic()
+    result = run(functions, ["a"] * 40, timeout_s=0.5)
+    assert result["failed"] == 40 and time.monotonic() - start < 5
+
+
+def test_a_hang_that_never_lets_go_of_the_interpreter_is_ended(user):
+    functions = user("def f(prompts, responses, answers): return [9**9**9 % 2 for _ in prompts]\n")
+    start = time.monotonic()
+    result = run(functions, ["a"], timeout_s=0.5)
+    assert result["failed"] == 1 and time.monotonic() - start < 5
+
+
+@pytest.mark.parametrize("exit_call", ["import sys; sys.exit(3)", "import os; os._exit(3)"])
+def test_a_row_that_exits_is_nan(user, exit_call):
+    functions = user(
+        "def f(prompts, responses, answers):\n"
+        f"    if 'x' in responses: {exit_call}\n"
+        "    return [1.0] * len(responses)\n"
+    )
+    result = run(functions, ["a", "x", "b"])
+    assert result["rewards"]["f"][0] == result["rewards"]["f"][2] == 1.0 and result["failed"] == 1
+
+
+@pytest.mark.parametrize("value", ["None", "float('nan')", "float('inf')", "'1'", "10**400", "[1]"])
+def test_what_is_no_finite_number_is_a_failed_row(user, value):
+    result = run(user(f"def f(prompts, responses, answers): return [1, {value}, True, False]"), list("abcd"))
+    assert isnan(result["rewards"]["f"][1]) and result["failed"] == 1
+    assert [result["rewards"]["f"][i] for i in (0, 2, 3)] == [1.0, 1.0, 0.0]
+    assert "row 1 of the batch" in result["error"]
+
+
+def test_a_list_of_the_wrong_length_falls_back_to_rows(user):
+    functions = user("def f(prompts, responses, answers): return [float(len(responses[0]))]")
+    result = run(functions, ["a", "bb"])
+    assert result["rewards"]["f"] == [1.0, 2.0] and "1 values for 2 rows" in result["error"]
+
+
+def test_a_failed_column_of_weight_zero_costs_no_row(user):
+    functions = user("def f(prompts, responses, answers): return [None]", weight=0) + parse_rewards(
+        ["digit=1"]
+    )
+    result = run(functions, ["<answer>5</answer>"])
+    assert result["total"] == [1.0] and result["failed"] == 0 and "not a finite number" in result["error"]
+
+
+def test_prints_and_odd_text_do_not_disturb_the_replies(user, capfd):
+    functions = user(
+        "import os, sys\n"
+        "print('loaded')\n"
+        "def f(prompts, responses, answers):\n"
+        "    print('{\"values\": [9]}')\n"
+        "    os.write(1, b'raw bytes\\n')\n"
+        "    assert sys.stdin.read() == ''\n"
+        "    return [float(len(response)) for response in responses]\n"
+    )
+    texts = [
+        "a\nb\r\u2028c",
+        "\ud800",
+        "\x00",
+        "é" * 100_000,
+    ]  # a lone surrogate is what a broken decode leaves
+    assert run(functions, texts)["total"] == [6.0, 1.0, 1.0, 100_000.0]
+    captured = capfd.readouterr()
+    assert "raw bytes" in captured.err and "loaded" in captured.err and captured.out == ""
+
+
+def test_a_users_own_correctness_does_not_replace_the_measured_one(user):
+    functions = user(
+        "def correctness(prompts, responses, answers): return [1.0] * len(prompts)", "correctness"
+    )
+    result = run(functions, ["wrong"])
+    assert result["total"] == [1.0] and result["correct"] == [0.0]
+
+
+def test_it_works_from_threads(user):
+    functions = user("def f(prompts, responses, answers): return [float(r) for r in responses]")
+    totals = {}
+
+    def work(k):
+        totals[k] = [run(functions, [str(k), str(k + 0.5)])["total"] for _ in range(5)]
+
+    threads = [threading.Thread(target=work, args=(k,)) for k in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert totals == {k: [[k, k + 0.5]] * 5 for k in range(4)}
+
+
+def test_an_interrupted_call_leaves_no_reply_for_the_next(user):
+    functions = user(
+        "import time\n"
+        "def f(prompts, responses, answers):\n"
+        "    time.sleep(1.0 if responses == ['slow'] else 0)\n"
+        "    return [float(len(r)) for r in responses]\n"
+    )
+    threading.Timer(0.3, signal.pthread_kill, [threading.main_thread().ident, signal.SIGINT]).start()
+    with pytest.raises(KeyboardInterrupt):
+        run(functions, ["slow"])
+    time.sleep(0.2)
+    assert run(functions, ["ab"])["total"] == [2.0]
+
+
+def alive(pid):
+    try:  # a zombie waits for its parent, and has ended
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="needs /proc")
+def test_the_process_dies_with_its_parent_even_in_the_middle_of_a_call(tmp_path):
+    (tmp_path / "r.py").write_text(
+        "import os, pathlib, time\n"
+        "def f(prompts, responses, answers):\n"
+        f"    pathlib.Path({str(tmp_path / 'pid')!r}).write_text(str(os.getpid()))\n"
+        "    time.sleep(1000)\n"
+    )
+    code = (
+        "import sys; from common.rewards import parse_rewards, score\n"
+        "score(parse_rewards([sys.argv[1]]), ['q'], ['r'], ['a'])\n"
+    )
+    parent = subprocess.Popen([sys.executable, "-c", code, f"{tmp_path / 'r.py'}:f"], cwd=ROOT)
+    deadline = time.monotonic() + 20
+    while (
+        not ((tmp_path / "pid").exists() and (tmp_path / "pid").read_text()) and time.monotonic() < deadline
+    ):
+        time.sleep(0.05)
+    worker = int((tmp_path / "pid").read_text())
+    assert alive(worker)
+    parent.kill()
+    parent.wait()
+    while alive(worker) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not alive(worker)
+
+
+def test_built_in_rewards_start_no_process(monkeypatch):
+    monkeypatch.setattr(subprocess, "Popen", lambda *args, **options: pytest.fail("started a process"))
+    functions = parse_rewards(["correctness=2", "format", "digit", "mark"])
+    run(functions, ["<answer>5</answer>"])
+
+
+def test_importing_rewards_imports_the_standard_library_alone():
+    code = "import sys, common.rewards; print([m for m in ('torch', 'numpy', 'sympy') if m in sys.modules])"
+    output = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert output.stdout.strip() == "[]"
+
+
+def test_math_does_algebra_in_its_process():
+    pytest.importorskip("math_verify")
+    functions = parse_rewards(["math"])
+    responses = ["\\boxed{1+x}", "\\boxed{x+1}", "\\boxed{x+2}", "", "\\boxed{" + "(" * 5000 + "}"]
+    result = score(functions, ["q"] * 5, responses, ["x+1"] * 5)
+    functions[0].function.kill()
+    assert result["rewards"]["math"] == [1.0, 1.0, 0.0, 0.0, 0.0]
+    assert result["correct"] == [0.0, 1.0, 0.0, 0.0, 0.0]
+
+
+def test_the_countdown_and_arithmetic_demonstrations_are_correct():
+    data = pytest.importorskip("common.data")
+    for name in ("arithmetic", "countdown"):
+        examples = data.load_examples(name, limit=100)
+        random.Random(0).shuffle(examples)
+        columns = {"tasks": [e.task for e in examples], "metas": [e.meta for e in examples]}
+        arguments = (
+            [e.prompt for e in examples],
+            [e.completion for e in examples],
+            [e.answer for e in examples],
+        )
+        assert rewards.correctness(*arguments, **columns) == [1.0] * len(examples)
+        echoed = rewards.correctness(arguments[0], arguments[0], arguments[2], **columns)
+        assert echoed == [0.0] * len(examples)
