@@ -18,10 +18,7 @@ The loss is near 0 at every step, by construction: watch the reward.
 import copy
 import hashlib
 import itertools
-import json
 import math
-import os
-import shutil
 import tempfile
 from collections import deque
 from contextlib import contextmanager, nullcontext
@@ -31,7 +28,6 @@ from typing import Literal
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
 from torch import nn
 
 from common import data, dist, models, rewards
@@ -267,37 +263,9 @@ def enable_checkpointing(model) -> None:
     model.gradient_checkpointing_enable({"use_reentrant": False, "context_fn": contexts})
 
 
-def save_adapter(model, name: str, folder, base: str) -> None:
-    """Write adapter `name` in PEFT's format; `base` is the folder or hub id of the model that it stands on."""
-    os.makedirs(folder, exist_ok=True)
-    tensors, modules = {}, {path: module for path, module in lora_modules(model).items() if name in module.A}
-    for path, module in modules.items():
-        tensors[f"base_model.model.{path}.lora_A.weight"] = module.A[name].detach().cpu().contiguous()
-        tensors[f"base_model.model.{path}.lora_B.weight"] = module.B[name].detach().cpu().contiguous()
-    save_file(tensors, f"{folder}/adapter_model.safetensors", {"format": "pt"})
-    r, scale = next((module.A[name].shape[0], module.scale[name]) for module in modules.values())
-    config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base, "r": r,
-              "lora_alpha": scale * r, "lora_dropout": 0.0, "bias": "none", "fan_in_fan_out": False,
-              "inference_mode": True, "init_lora_weights": True, "modules_to_save": None, "use_rslora": False,
-              "target_modules": sorted({path.rpartition(".")[2] for path in modules})}
-    layers = sorted({int(part) for path in modules for part in path.split(".") if part.isdigit()})
-    if len(layers) < model.config.num_hidden_layers:
-        config["layers_to_transform"] = layers
-    with open(f"{folder}/adapter_config.json", "w") as file:
-        json.dump(config, file, indent=1)
-
-
-@torch.no_grad()
-def load_adapter(model, name: str, folder) -> None:
-    """Copy a saved adapter into adapter `name`. Errors: ValueError naming the first tensor that does not fit, and both shapes."""
-    tensors = load_file(f"{folder}/adapter_model.safetensors")
-    for path, module in lora_modules(model).items():
-        for letter, table in (("A", module.A), ("B", module.B)):
-            key = f"base_model.model.{path}.lora_{letter}.weight"
-            found, wanted = tuple(tensors[key].shape) if key in tensors else None, tuple(table[name].shape)
-            if found != wanted:
-                raise ValueError(f"{folder}: {key} is {found or 'missing'}, this run's adapter needs {wanted}")
-            table[name].copy_(tensors[key])
+def adapter_tensors(model, name: str) -> dict[str, tuple[nn.Parameter, nn.Parameter]]:
+    """(A, B) of adapter `name` by the path of its linear layer: what `models.save_adapter` and `load_adapter` take."""
+    return {path: (module.A[name], module.B[name]) for path, module in lora_modules(model).items() if name in module.A}
 
 
 @torch.no_grad()
@@ -787,10 +755,10 @@ def group_advantages(rewards, groups, scaling):
 
     count = total(torch.ones_like(rewards))
     centred = rewards - (total(rewards) / count)[group]
-    largest = torch.full((size,), -torch.inf, dtype=torch.float64).index_reduce_(
-        0, group, torch.where(known, rewards, -torch.inf), "amax")
-    smallest = torch.full_like(largest, torch.inf).index_reduce_(
-        0, group, torch.where(known, rewards, torch.inf), "amin")
+    largest = torch.full((size,), -torch.inf, dtype=torch.float64)
+    largest.scatter_reduce_(0, group, torch.where(known, rewards, -torch.inf), "amax")
+    smallest = torch.full_like(largest, torch.inf)
+    smallest.scatter_reduce_(0, group, torch.where(known, rewards, torch.inf), "amin")
     if scaling == "std":
         deviation = (total(centred**2) / (count - 1).clamp(min=1)).sqrt()
         centred = centred / (deviation[group] + 1e-4)
@@ -904,33 +872,37 @@ class Rollout:
         return len(self.prompt_ids) + len(self.completion.ids)
 
 
-def make_batch(rollouts, device):
-    """Right-padded input_ids [B, T] on the device and completion_mask [B, T] on the CPU. The mask comes from lengths."""
-    T = max(map(len, rollouts))
-    input_ids, mask = torch.zeros(len(rollouts), T, dtype=torch.int64), torch.zeros(len(rollouts), T, dtype=torch.bool)
-    for i, r in enumerate(rollouts):
-        input_ids[i, :len(r)] = torch.tensor(r.prompt_ids + r.completion.ids)
-        mask[i, len(r.prompt_ids):len(r)] = True
+def make_batch(prompt_ids, completion_ids, device):
+    """Right-padded input_ids [B, T] on the device and completion_mask [B, T] on the CPU.
+
+    The mask comes from the lengths: an end token that is also the padding token stays in it.
+    """
+    T = max(len(p) + len(c) for p, c in zip(prompt_ids, completion_ids))
+    input_ids = torch.zeros(len(prompt_ids), T, dtype=torch.int64)
+    mask = torch.zeros(len(prompt_ids), T, dtype=torch.bool)
+    for i, (p, c) in enumerate(zip(prompt_ids, completion_ids)):
+        input_ids[i, :len(p) + len(c)] = torch.tensor(p + c)
+        mask[i, len(p):len(p) + len(c)] = True
     return input_ids.to(device, non_blocking=True), mask
 
 
-def pad_logprobs(rollouts, mask, values):
-    """Each row's [L] values at its completion's places in a [B, T] tensor."""
-    padded = torch.zeros(mask.shape)
-    padded[mask] = torch.cat([torch.as_tensor(value, dtype=torch.float32) for value in values])
-    return padded
-
-
 @torch.no_grad()
-def completion_logprobs(model, rollouts, temperature, tokens_per_batch, device):
-    """Log-probs [L] of each rollout's completion under the model as it stands, in the order of the rollouts."""
-    values = [None] * len(rollouts)
-    for rows in pack([len(r) for r in rollouts], tokens_per_batch):
-        input_ids, mask = make_batch([rollouts[i] for i in rows], device)
+def completion_logprobs(model, prompt_ids, completion_ids, temperature, tokens_per_batch, device):
+    """Log-probs [L] of each row's completion under the model as it stands, a list in the order of the rows."""
+    values = [None] * len(prompt_ids)
+    for rows in pack([len(p) + len(c) for p, c in zip(prompt_ids, completion_ids)], tokens_per_batch):
+        input_ids, mask = make_batch([prompt_ids[i] for i in rows], [completion_ids[i] for i in rows], device)
         logprobs = token_logprobs(model, input_ids, mask, temperature)
         for i, row, of_row in zip(rows, logprobs.cpu(), mask):
             values[i] = row[of_row]
     return values
+
+
+def pad_logprobs(values, mask):
+    """Each row's [L] values at the places of its completion in a [B, T] tensor."""
+    padded = torch.zeros(mask.shape)
+    padded[mask] = torch.cat([torch.as_tensor(value, dtype=torch.float32) for value in values])
+    return padded
 
 
 def accumulate_gradients(model, rollouts, args, n_sequences, n_tokens, tokens_per_batch, device):
@@ -939,10 +911,10 @@ def accumulate_gradients(model, rollouts, args, n_sequences, n_tokens, tokens_pe
     largest_gap = torch.zeros((), device=device)
     for rows in pack([len(r) for r in rollouts], tokens_per_batch):
         batch = [rollouts[i] for i in rows]
-        input_ids, cpu_mask = make_batch(batch, device)
+        input_ids, cpu_mask = make_batch([r.prompt_ids for r in batch], [r.completion.ids for r in batch], device)
         mask = cpu_mask.to(device)
-        old = pad_logprobs(batch, cpu_mask, [r.old_logprobs for r in batch]).to(device)
-        sampled = pad_logprobs(batch, cpu_mask, [r.completion.logprobs for r in batch]).to(device)
+        old = pad_logprobs([r.old_logprobs for r in batch], cpu_mask).to(device)
+        sampled = pad_logprobs([r.completion.logprobs for r in batch], cpu_mask).to(device)
         advantages = torch.tensor([r.advantage for r in batch], dtype=torch.float32).to(device)
         lengths = cpu_mask.sum(1).to(device)
         logprobs = token_logprobs(model, input_ids, cpu_mask, args.temperature)  # [B, T]
@@ -952,7 +924,7 @@ def accumulate_gradients(model, rollouts, args, n_sequences, n_tokens, tokens_pe
         if args.sampler_correction != "none":
             loss = loss * sampler_weights(old, sampled, mask, args.sampler_correction, args.sampler_correction_cap)
         if args.beta and args.kl_in == "loss":
-            ref = pad_logprobs(batch, cpu_mask, [r.ref_logprobs for r in batch]).to(device)
+            ref = pad_logprobs([r.ref_logprobs for r in batch], cpu_mask).to(device)
             kl = torch.where(mask, kl_estimate(logprobs, ref, args.kl_estimator), 0.0)
             loss, sums["kl"] = loss + args.beta * kl, sums["kl"] + kl.detach().sum()
         weights = row_weights(args.aggregation, lengths, n_sequences, n_tokens, args.max_new_tokens)
@@ -1067,7 +1039,7 @@ def log_step(run, step, args, sampled, rollouts, sums, totals):
         "sampler_gap": sums["gap"] / live_tokens, "sampler_gap/max": sums["gap_max"], "tokens_trained": sums["tokens"], **totals}
     rows = [row for part in dist.gather([csv_row(r, step) for r in rollouts]) for row in part]
     run.write_rows(rows)
-    run.log(step, metrics, args.max_steps, show=("reward", "correct", "tokens", "kl", "sampler_gap", "grad_norm"))
+    metrics = run.log(step, metrics, args.max_steps, show=("reward", "correct", "tokens", "kl", "sampler_gap", "grad_norm"))
     if metrics["truncated"] > 0.5:
         run.print(f"  {metrics['truncated']:.0%} of the answers hit --max-new-tokens {args.max_new_tokens}")
     if step % args.show_every == 0 and rows:
@@ -1077,45 +1049,37 @@ def log_step(run, step, args, sampled, rollouts, sums, totals):
     return metrics
 
 
-def self_check(model, params, sampler, prompts, args, stop_id, device):
+def self_check(model, params, sampler, prompt_ids, args, temperature, device):
     """Measure on a few short samples what must hold before hours are spent: name -> (value, largest right value).
 
-    sampler and trainer agree; a row's padding changes nothing; a fresh adapter equals the base; the stop token is in the
-    mask; every B gets gradient; no frozen weight does.
+    The sampler agrees with the trainer; a row's padding changes nothing; a fresh adapter equals the base; the stop token
+    is in the mask; every adapter gets gradient; no frozen weight does.
     """
-    exact = model.get_input_embeddings().weight.dtype == torch.float32 and device.type == "cpu"
-    completions = sampler.sample(prompts, [[noise_key(args.seed, -2, p)] for p in range(len(prompts))], 16, args.temperature)
-    example = data.Example(0, "", "")
-    rollouts = [Rollout(example, 0, 0, prompt, c) for prompt, (c,) in zip(prompts, completions)]
-    for r in rollouts:
-        if not r.completion.finished:  # so that each row has a stop token to look for
-            r.completion.ids, r.completion.logprobs = r.completion.ids + [stop_id], r.completion.logprobs + [math.nan]
-    input_ids, mask = make_batch(rollouts, device)
-    logprobs = token_logprobs(model, input_ids, mask, args.temperature)
-    sampled = pad_logprobs(rollouts, mask, [r.completion.logprobs for r in rollouts]).to(device)
-    gap = torch.where(mask.to(device), logprobs.detach() - sampled, 0.0).nan_to_num(0.0).abs()
-    alone = completion_logprobs(model, rollouts, args.temperature, 1, device)
-    padded = completion_logprobs(model, rollouts, args.temperature, args.tokens_per_batch, device)
-    with use_adapter(model, None):
-        reference = completion_logprobs(model, rollouts, args.temperature, args.tokens_per_batch, device)
+    exact = device.type == "cpu" and sampler.dtype == torch.float32
+    samples = sampler.sample(prompt_ids, [[noise_key(args.seed, -2, p)] for p in range(len(prompt_ids))], 16, temperature)
+    # a row that did not stop by itself gets a stop token, so that each has one to look for
+    completion_ids = [c.ids if c.finished else c.ids + [min(sampler.stop_ids, default=0)] for (c,) in samples]
+    input_ids, mask = make_batch(prompt_ids, completion_ids, device)
+    logprobs = token_logprobs(model, input_ids, mask, temperature)
     logprobs.sum().backward()
-    adapters = list(lora_modules(model).values())
-    dead = sum(module.B[module.active].grad is None or not module.B[module.active].grad.any()
-               for module in adapters if module.active)
-    leaked = sum(p.grad is not None for p in model.parameters() if not p.requires_grad)
-    untrained = sum(not mask[i, len(r) - 1] or r.completion.ids[-1] not in sampler.stop_ids for i, r in enumerate(rollouts))
+    gap = torch.cat([row[of_row][:len(c.logprobs)] - torch.tensor(c.logprobs)
+                     for row, of_row, (c,) in zip(logprobs.detach().cpu(), mask, samples)]).abs()
+    under = partial(completion_logprobs, model, prompt_ids, completion_ids, temperature)
+    alone, padded = torch.cat(under(1, device)), torch.cat(under(10**9, device))
+    adapters = [module for module in lora_modules(model).values() if module.active]
+    checks = {
+        "sampler-trainer": (gap.max().item(), 1e-4) if exact else (gap.mean().item(), 0.05),
+        "padding": ((alone - padded).abs().max().item(), 1e-4 if exact else 0.5),
+        "stop tokens left out": (sum(not row[len(p) + len(c) - 1]
+                                     for row, p, c in zip(mask, prompt_ids, completion_ids)), 0),
+        "adapters without gradient": (sum(not module.B[module.active].grad.any() for module in adapters), 0),
+        "frozen weights with gradient": (sum(p.grad is not None for p in model.parameters() if not p.requires_grad), 0)}
+    if adapters and not args.resume:
+        with use_adapter(model, None):
+            checks["step-0 KL"] = ((torch.cat(under(10**9, device)) - padded).abs().max().item(), 0)
     for p in params:
         p.grad = None
-
-    def largest(a, b):
-        return max((x - y).abs().max().item() for x, y in zip(a, b))
-
-    checks = {"sampler-trainer": (gap.max().item() if exact else gap.sum().item() / int(mask.sum()), 1e-4 if exact else 0.05),
-              "padding": (largest(alone, padded), 1e-4 if exact else 0.5)}
-    if adapters and not args.resume:
-        checks["step-0 KL"] = (largest(padded, reference), 0.0)
-    return checks | {"stop tokens left out": (untrained, 0), "adapters without gradient": (dead, 0),
-                     "frozen weights with gradient": (leaked, 0)}
+    return checks
 
 
 def resolve(args):
@@ -1180,11 +1144,9 @@ def main(args: Args) -> None:
     optimizer = torch.optim.AdamW(params, lr=args.lr, weight_decay=args.weight_decay)
     stop_ids = models.stop_ids(model, tokenizer)
     sampler = Sampler(model, () if args.dry_run else stop_ids, args.slots, dtype)  # a dry run samples to the full length
-    run = Run(args, __file__, device, tags=(os.path.basename(args.model.rstrip("/")) or "tiny", os.path.basename(args.data)))
+    run = Run(args, __file__, device, tags=models.run_tags(args))
     compute = partial(torch.autocast, device.type, torch.bfloat16, enabled=args.full and dtype == torch.bfloat16)
-    run.print(f"model: {models.resolve(args.model)}, {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M weights, "
-              f"{sum(p.numel() for p in params) / 1e6:.2f} M trained ({'all' if args.full else f'LoRA r={args.lora_r}'}), "
-              f"{str(dtype)[6:]}, learning rate {args.lr:g}")
+    run.print(models.describe(args, model, params, dtype))
     run.print(f"data: {args.data}, {len(train)} questions to train on, {len(held_out)} held out, "
               f"prompts up to {longest} tokens; {args.prompts_per_step} x {args.num_generations} samples a step")
 
@@ -1192,7 +1154,7 @@ def main(args: Args) -> None:
         if args.full:
             models.save_plain(model, tokenizer, folder)
         else:
-            save_adapter(model, "policy", folder, models.base_of(args.model))
+            models.save_adapter(folder, adapter_tensors(model, "policy"), args.lora_alpha, models.base_of(args.model), model)
             tokenizer.save_pretrained(folder)
 
     step, position, accumulated_reward, bad_steps, tokens_per_batch = 0, 0, 0.0, 0, args.tokens_per_batch
@@ -1200,15 +1162,16 @@ def main(args: Args) -> None:
         folder, saved = run.load()
         if folder:
             if args.full:
-                model.load_state_dict(models.load_weights(folder))
+                model.load_state_dict(models.load_weights(folder), strict=False)
             else:
-                load_adapter(model, "policy", folder)
+                models.load_adapter(folder, adapter_tensors(model, "policy"))
             optimizer.load_state_dict(saved["optimizer"])
             torch.set_rng_state(saved["rng"])
             step, position, accumulated_reward, tokens_per_batch = (
                 saved[name] for name in ("step", "position", "accumulated_reward", "tokens_per_batch"))
     with compute():
-        run.self_check(self_check(model, params, sampler, [prompt_ids[e.id] for e in train[:3]], args, stop_ids[0], device))
+        run.self_check(self_check(model, params, sampler, [prompt_ids[e.id] for e in train[:3]], args, args.temperature,
+                                  device))
     if step == 0 and not args.dry_run:
         evaluate(sampler, held_out, prompt_ids, args, step, tokenizer, run)
 
@@ -1241,21 +1204,22 @@ def main(args: Args) -> None:
 
             # ---- old and reference log-probs, advantage ----
             with run.phase("logprobs"):
-                def logprobs_of(network, rows):
-                    passes = partial(completion_logprobs, network, rows, args.temperature)
-                    return retry_smaller(lambda size: passes(size, device), tokens_per_batch, device, longest, "tokens per batch")[0]
+                def logprobs_under(network):
+                    ids = [r.prompt_ids for r in rollouts], [r.completion.ids for r in rollouts]
+                    return retry_smaller(
+                        lambda size: completion_logprobs(network, *ids, args.temperature, size, device),
+                        tokens_per_batch, device, longest, "tokens per batch")[0]
 
-                for r in rollouts:
-                    r.old_logprobs = torch.tensor(r.completion.logprobs)
-                if args.recompute_old:
-                    for r, values in zip(rollouts, logprobs_of(model, rollouts)):
-                        r.old_logprobs = values
+                old = logprobs_under(model) if args.recompute_old else [torch.tensor(r.completion.logprobs) for r in rollouts]
+                for r, values in zip(rollouts, old):
+                    r.old_logprobs = values
                 if args.beta:
                     with use_adapter(model, None):
-                        for r, values in zip(rollouts, logprobs_of(reference or model, rollouts)):
-                            r.ref_logprobs = values
-                            if args.kl_in == "reward":
-                                r.reward -= args.beta * kl_estimate(r.old_logprobs, values, args.kl_estimator).sum().item()
+                        ref = logprobs_under(reference or model)
+                    for r, values in zip(rollouts, ref):
+                        r.ref_logprobs = values
+                        if args.kl_in == "reward":
+                            r.reward -= args.beta * kl_estimate(r.old_logprobs, values, args.kl_estimator).sum().item()
             advantages = group_advantages(torch.tensor([r.reward for r in rollouts], dtype=torch.float64),
                                           torch.tensor([r.group for r in rollouts], dtype=torch.int64), args.group_scaling)
             for r, advantage in zip(rollouts, advantages.tolist()):
@@ -1313,10 +1277,7 @@ def main(args: Args) -> None:
 
     # ---- the end ----
     if args.dry_run:
-        hours = metrics["seconds"] * asked.max_steps / 3600
-        run.print(f"dry run: peak memory {metrics['memory_gb']:.2f} GB, one step at full length {metrics['seconds']:.1f} s, "
-                  f"so at most {hours:.2g} h for {asked.max_steps} steps; nothing was kept")
-        shutil.rmtree(os.path.dirname(args.out))
+        run.dry_run_report(metrics, asked.max_steps)
         return
     if step == args.max_steps:
         if dist.is_main():

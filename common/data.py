@@ -104,8 +104,8 @@ def _countdown(rng, level):
 
 
 GENERATED = {  # name: (problem maker, highest level, level where none is given)
-    "arithmetic": (_arithmetic, 8, 3),
-    "arithmetic-mixed": (_arithmetic, 8, 3),  # the same problems; all but WORKED_SHARE show the answer alone
+    "arithmetic": (_arithmetic, 8, 4),
+    "arithmetic-mixed": (_arithmetic, 8, 4),  # the same problems; all but WORKED_SHARE show the answer alone
     "countdown": (_countdown, 4, 1),
 }
 

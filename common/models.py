@@ -8,7 +8,7 @@ import os
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 TINY = Path(__file__).parent / "tiny"  # the embedded model
 
@@ -90,20 +90,25 @@ def base_of(name: str) -> str:
     return base_of(json.loads(adapter.read_text())["base_model_name_or_path"]) if adapter.exists() else name
 
 
-def load_model(name: str, dtype: torch.dtype, device: torch.device, max_tokens: int = 0):
+def load_model(name: str, dtype: torch.dtype, device: torch.device, max_tokens: int = 0, from_scratch: bool = False):
     """A plain causal language model in `dtype` on `device`, dropout off; adapters on the way are merged in float32.
 
-    max_tokens: the longest prompt and completion of the run; 0 leaves it unchecked.
+    max_tokens: the longest prompt and completion of the run; 0 leaves it unchecked. from_scratch: random weights.
     Errors: ValueError, one line, if the model is missing, unsupported, or its context or window is shorter than that.
     """
     from transformers import AutoModelForCausalLM
+    from transformers.utils.logging import disable_progress_bar
 
+    disable_progress_bar()  # one bar per rank, for files that load in a second
     config = load_config(name)
     check_length(name, config, max_tokens)
     folder, base = resolve(name), base_of(name)
     load_dtype = dtype if folder == base else torch.float32
-    model = _reach("weights", base, lambda: AutoModelForCausalLM.from_pretrained(base, dtype=load_dtype))
-    merge_adapters(model, folder)
+    if from_scratch:
+        model = AutoModelForCausalLM.from_config(config)
+    else:
+        model = _reach("weights", base, lambda: AutoModelForCausalLM.from_pretrained(base, dtype=load_dtype))
+        merge_adapters(model, folder)
     for module in model.modules():  # dropout would make the sampler, the reference and the trainer three models
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
@@ -152,6 +157,40 @@ def merge_adapters(model, folder: str) -> None:
         weight += scale * (B @ A.float())
 
 
+def save_adapter(folder, tensors, alpha, base: str, model) -> None:
+    """Write an adapter in PEFT's format.
+
+    tensors: path of the linear layer -> (A [R, in], B [out, R]); base: the folder or hub id that it stands on.
+    """
+    os.makedirs(folder, exist_ok=True)
+    layers = sorted({int(part) for path in tensors for part in path.split(".") if part.isdigit()})
+    config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base,
+              "r": next(iter(tensors.values()))[0].shape[0], "lora_alpha": alpha, "lora_dropout": 0.0, "bias": "none",
+              "fan_in_fan_out": False, "inference_mode": True, "init_lora_weights": True, "modules_to_save": None,
+              "use_rslora": False, "target_modules": sorted({path.rpartition(".")[2] for path in tensors}),
+              "layers_to_transform": layers if len(layers) < model.config.num_hidden_layers else None}
+    flat = {f"base_model.model.{path}.lora_{letter}.weight": tensor.detach().cpu().contiguous()
+            for path, pair in tensors.items() for letter, tensor in zip("AB", pair)}
+    save_file(flat, f"{folder}/adapter_model.safetensors", {"format": "pt"})
+    Path(folder, "adapter_config.json").write_text(json.dumps(config, indent=1))
+
+
+@torch.no_grad()
+def load_adapter(folder, tensors) -> None:
+    """Copy a saved adapter into `tensors` (as `save_adapter` takes them).
+
+    Errors: ValueError naming the first tensor that does not fit, with both shapes.
+    """
+    saved = load_file(f"{folder}/adapter_model.safetensors")
+    for path, pair in tensors.items():
+        for letter, tensor in zip("AB", pair):
+            key = f"base_model.model.{path}.lora_{letter}.weight"
+            if key not in saved or saved[key].shape != tensor.shape:
+                found = tuple(saved[key].shape) if key in saved else "missing"
+                raise ValueError(f"{folder}: {key} is {found}, this run's adapter needs {tuple(tensor.shape)}")
+            tensor.copy_(saved[key])
+
+
 def stop_ids(model, tokenizer) -> list[int]:
     """Every token id that ends an answer: the tokenizer's end token and all of the model's generation_config.
 
@@ -179,6 +218,19 @@ def check_token_ids(model, tokenizer) -> None:
     if len(tokenizer) > rows:
         raise ValueError(f"the tokenizer has {len(tokenizer)} tokens but the model's embedding only {rows} rows: "
                          "they do not belong together")
+
+
+def run_tags(args) -> tuple[str, str]:
+    """What a run's default directory name says of its model and data."""
+    return Path(args.model).name or "tiny", Path(args.data).stem
+
+
+def describe(args, model, params, dtype) -> str:
+    """One line for the run's head: which weights, how many are trained, at what rate."""
+    n_all, n_trained = (sum(p.numel() for p in ps) / 1e6 for ps in (model.parameters(), params))
+    kind = "all" if args.full else f"LoRA r={args.lora_r}"
+    return (f"model: {args.model or 'embedded'}, {n_all:.1f} M weights, {n_trained:.2f} M trained ({kind}), {str(dtype)[6:]}, "
+            f"learning rate {args.lr:g}")
 
 
 def choose_dtype(name: str, device: torch.device) -> torch.dtype:

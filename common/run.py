@@ -206,8 +206,11 @@ class Run:
             torch.cuda.synchronize()
         self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
 
-    def log(self, step, metrics, last_step=None, show=()) -> None:
-        """Append a line to metrics.jsonl (and wandb); with `last_step`, also print progress: `show` metrics and the ETA."""
+    def log(self, step, metrics, last_step=None, show=()) -> dict:
+        """Append a line to metrics.jsonl (and wandb); with `last_step`, also print progress: `show` metrics and the ETA.
+
+        Returns the metrics with what was added: the seconds of each phase, and memory.
+        """
         if last_step is not None:
             metrics = metrics | {f"seconds/{name}": value for name, value in self.seconds.items()} | self._memory()
             metrics["seconds"] = sum(self.seconds.values())
@@ -219,6 +222,7 @@ class Run:
             values = "  ".join(f"{name} {_short(metrics[name])}" for name in show if name in metrics)
             self.print(f"step {step:{len(str(last_step))}d}/{last_step}  {values}  {metrics['seconds']:.2f} s  "
                        f"ETA {_clock(rate * (last_step - step))}")
+        return metrics
 
     def _write_metrics(self, line):
         if dist.is_main():
@@ -335,6 +339,14 @@ class Run:
         n = len(before)
         self.print(f"held-out pass@1 before {sum(before) / n:.3f}, after {sum(after) / n:.3f} (step {steps[-1]}): "
                    f"{sum(after) / n - sum(before) / n:+.3f}, 95% [{low:+.3f}, {high:+.3f}], n = {n}")
+
+    def dry_run_report(self, metrics, steps) -> None:
+        """Print what the one step of a dry run measured, and throw its directory away."""
+        self.print(f"dry run: peak memory {metrics['memory_gb']:.2f} GB; one step at the largest sizes took "
+                   f"{metrics['seconds']:.1f} s, so {steps} steps take at most {_clock(metrics['seconds'] * steps)} (h:mm:ss), "
+                   "evaluation apart; nothing was kept")
+        if dist.is_main():
+            shutil.rmtree(self.path.parent)
 
     def finish(self) -> None:
         self.print(f"done in {_clock(time.time() - self._started)}: {self.path}")

@@ -1,0 +1,967 @@
+"""Supervised fine-tuning: raise the probability of given answers, on the answers' tokens alone.
+
+    L = -1/n sum over the completion tokens of log p(token | prompt, tokens before it)      n: all of them in the step
+
+Completions are tokenised apart from their prompts, as a sampler would have produced them, and end in one stop token.
+Nothing is packed: rows are padded on the right, in micro-batches of similar length.
+
+    python sft.py                                                     # the embedded model, on worked arithmetic
+    python sft.py --model Qwen/Qwen2.5-0.5B --data gsm8k
+    python sft.py --model Qwen/Qwen2.5-0.5B --data runs/a/samples.csv --filter correct      # what a run got right
+    torchrun --nproc-per-node 2 sft.py --model Qwen/Qwen2.5-0.5B --full
+"""
+
+import hashlib
+import itertools
+import math
+import tempfile
+from collections import deque
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from common import data, dist, models, rewards
+from common.run import Run, check_out, cli, retry_smaller
+
+# Shapes: B rows, T tokens, V vocabulary, P prompts, D hidden size, H heads, K head size, R LoRA rank, N rows or tokens
+# in all.
+
+
+@dataclass
+class Args:
+    # ---- run ----
+    out: str = ""
+    """run directory; empty: one of its own under runs/"""
+    resume: bool = False
+    """go on with the run in --out from its newest checkpoint, with its arguments"""
+    config: str = ""
+    """YAML or JSON file of arguments (a run's config.json too); the command line overrides it"""
+    seed: int = 0
+    """seed of data order, adapter initialisation and sampling noise"""
+    max_steps: int = 0
+    """optimizer steps in all; 0: as many as --epochs takes"""
+    save_every: int = 200
+    """steps between checkpoints (one is always written at the end, and on SIGTERM or Ctrl-C)"""
+    keep: int = 2
+    """newest checkpoints to keep"""
+    wandb: bool = False
+    """also log to Weights & Biases"""
+    dry_run: bool = False
+    """build everything, run one step at the largest sizes, print peak memory and projected time, keep nothing"""
+    profile: int = 0
+    """steps to trace with torch.profiler, from the first on"""
+    device: str = ""
+    """cuda, mps or cpu; empty: the best there is"""
+    # ---- data ----
+    data: str = ""
+    """data set name, hub id, or local .jsonl/.csv/.parquet; empty: arithmetic for the embedded model, else gsm8k"""
+    filter: str = ""
+    """correct: of a run's samples.csv only the answers that were right"""
+    level: str = ""
+    """difficulty of a generated task, such as 3 or 1-4; empty: the task's own default"""
+    train_questions: int = 0
+    """questions to train on; 0: all that are not held out"""
+    eval_questions: int = 500
+    """questions held out of the training split for evaluation (never the official test split)"""
+    system: str = ""
+    """system message; empty: for other models than the embedded one, a request for the <think>/<answer> format"""
+    prompt_template: str = "{prompt}"
+    """text around the question, {prompt} in it"""
+    max_tokens: int = 0
+    """leave out rows whose prompt and completion are longer; 0: none"""
+    single_batch: bool = False
+    """train on the first batch alone, again and again: a model that cannot learn it by heart has a bug"""
+    # ---- model ----
+    model: str = ""
+    """hub id, local folder or run directory; empty: the embedded model"""
+    from_scratch: bool = False
+    """random weights of the shape in --model's config.json; trains all of them"""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """of the frozen weights and the computation; auto: bfloat16 on CUDA, else float32"""
+    full: bool = False
+    """train all weights (kept in float32) instead of an adapter"""
+    gradient_checkpointing: bool = False
+    """recompute the layers in the backward pass: less memory, about a third more time"""
+    tokens_per_batch: int = 16384
+    """padded tokens per forward and backward pass and GPU; halved when memory runs out"""
+    # ---- LoRA ----
+    lora_r: int = 32
+    """rank"""
+    lora_alpha: float = 64
+    """the adapter's output is scaled by lora_alpha / lora_r"""
+    lora_targets: tuple[str, ...] = models.PROJECTIONS
+    """linear layers to adapt"""
+    train_layers: str = ""
+    """decoder layers to adapt, such as 20-27; empty: all"""
+    # ---- sampling ----
+    max_new_tokens: int = 512
+    """longest completion; a longer one counts as truncated"""
+    slots: int = 256
+    """rows sampled at a time per rank; halved when memory runs out"""
+    # ---- method ----
+    batch_size: int = 64
+    """rows per step, over all ranks"""
+    epochs: float = 1.0
+    """passes over the data, where --max-steps is 0"""
+    # ---- optimizer ----
+    lr: float = 0.0
+    """AdamW's peak learning rate; 0: 1e-3 for the embedded model, 2e-4 for an adapter, 1e-5 with --full"""
+    warmup_steps: int = 20
+    """steps of linear warm-up"""
+    lr_schedule: Literal["constant", "linear", "cosine"] = "cosine"
+    """after the warm-up"""
+    weight_decay: float = 0.0
+    """AdamW's decoupled decay"""
+    max_grad_norm: float = 1.0
+    """clip the gradient's norm to this"""
+    # ---- evaluation ----
+    eval_every: int = 100
+    """steps between evaluations; one before the first step and one after the last are always made"""
+
+
+# Copied from grpo.py::LoRALinear
+class LoRALinear(nn.Module):
+    """A frozen nn.Linear with low-rank adapters on it, one or none of them active: y = W x + b + (alpha / r) B A x.
+
+    State: `A[name]` [R, in] and `B[name]` [out, R], float32 whatever the base's dtype (in bfloat16 AdamW's small steps
+    would round to nothing); B starts at zero, so that a fresh adapter changes no output. `active` is the name of the
+    adapter in use or None for the bare base; only `use_adapter` changes it.
+    Source: LoRA, arXiv 2106.09685 eq. 3.
+    """
+
+    def __init__(self, base: nn.Linear):
+        super().__init__()
+        self.base = base.requires_grad_(False)
+        self.A, self.B, self.scale = nn.ParameterDict(), nn.ParameterDict(), {}
+        self.in_features, self.out_features = base.in_features, base.out_features
+        self.active: str | None = None
+
+    def add(self, name: str, r: int, alpha: float) -> None:
+        device = self.base.weight.device
+        A = torch.empty(r, self.base.in_features)  # drawn on the CPU: the same start on every device
+        nn.init.kaiming_uniform_(A, a=5**0.5)
+        self.A[name] = nn.Parameter(A.to(device))
+        self.B[name] = nn.Parameter(torch.zeros(self.base.out_features, r, device=device))
+        self.scale[name] = alpha / r
+
+    def forward(self, x):
+        y = self.base(x)
+        if self.active is None:
+            return y
+        A, B = self.A[self.active].to(x.dtype), self.B[self.active].to(x.dtype)
+        return y + F.linear(F.linear(x, A) * self.scale[self.active], B)
+
+
+# Copied from grpo.py::add_lora
+def add_lora(model, name: str, r: int, alpha: float, targets, layers=None) -> list[nn.Parameter]:
+    """Put adapter `name` on the projections `targets` of the decoder layers (all, or the indices in `layers`).
+
+    Freezes every other parameter, activates the adapter, and returns its parameters in the order of the layers.
+    Errors: ValueError if a target does not exist or r < 1.
+    """
+    if r < 1:
+        raise ValueError(f"--lora-r {r}: the rank must be 1 or more (or train all weights with --full)")
+    model.requires_grad_(False)
+    params, found = [], set()
+    for i, layer in enumerate(model.base_model.layers):
+        for path, module in list(layer.named_modules()):
+            leaf = path.rpartition(".")[2]
+            if leaf not in targets or not isinstance(module, nn.Linear | LoRALinear):
+                continue
+            found.add(leaf)
+            if layers is not None and i not in layers:
+                continue
+            if isinstance(module, nn.Linear):
+                module = LoRALinear(module)
+                layer.set_submodule(path, module)
+            module.add(name, r, alpha)
+            module.active = name
+            params += [module.A[name], module.B[name]]
+    if missing := set(targets) - found:
+        raise ValueError(f"--lora-targets {' '.join(sorted(missing))}: no such linear layer in this model "
+                         f"(it has {' '.join(sorted(found)) or 'none of those asked for'})")
+    return params
+
+
+# Copied from grpo.py::lora_modules
+def lora_modules(model) -> dict[str, LoRALinear]:
+    return {path: module for path, module in model.named_modules() if isinstance(module, LoRALinear)}
+
+
+# Copied from grpo.py::use_adapter
+@contextmanager
+def use_adapter(model, name: str | None):
+    """Within the block the model runs with adapter `name` (None: the bare base); afterwards as it was."""
+    modules = lora_modules(model).values()
+    before = [module.active for module in modules]
+    for module in modules:
+        module.active = name if name in module.A else None
+    try:
+        yield
+    finally:
+        for module, active in zip(modules, before):
+            module.active = active
+
+
+# Copied from grpo.py::enable_checkpointing
+def enable_checkpointing(model) -> None:
+    """Recompute each layer in the backward pass, with the adapter of its own forward and not the one active by then."""
+
+    def contexts():
+        active = next((module.active for module in lora_modules(model).values()), None)
+        return nullcontext(), use_adapter(model, active)
+
+    model.gradient_checkpointing_enable({"use_reentrant": False, "context_fn": contexts})
+
+
+# Copied from grpo.py::adapter_tensors
+def adapter_tensors(model, name: str) -> dict[str, tuple[nn.Parameter, nn.Parameter]]:
+    """(A, B) of adapter `name` by the path of its linear layer: what `models.save_adapter` and `load_adapter` take."""
+    return {path: (module.A[name], module.B[name]) for path, module in lora_modules(model).items() if name in module.A}
+
+
+# Copied from grpo.py::TokenLogprobs
+class TokenLogprobs(torch.autograd.Function):
+    """Log-probs of given tokens from hidden states, a chunk of tokens at a time: [N, V] never exists.
+
+    The slope of a log-prob by its own hidden state is known in the forward pass: W[token] - sum_v p_v W[v], over the
+    temperature. With a frozen `lm_head` that [N, D] is kept and the backward pass is one product with the incoming
+    gradient; a trainable one needs the probabilities again, and each chunk is recomputed there.
+    """
+
+    @staticmethod
+    def forward(ctx, hidden, weight, targets, temperature, softcap, chunk_tokens):
+        hidden_grad, weight_grad = ctx.needs_input_grad[:2]
+        logprobs = hidden.new_empty(len(hidden), dtype=torch.float32)
+        slope = torch.empty_like(hidden) if hidden_grad and not weight_grad else None
+        for i in range(0, len(hidden), chunk_tokens):
+            piece = slice(i, i + chunk_tokens)
+            logprobs[piece], dlogits = chunk_logprobs(
+                hidden[piece], weight, targets[piece], temperature, softcap, slope is not None)
+            if slope is not None:
+                slope[piece] = dlogits @ weight
+        ctx.save_for_backward(*((hidden, weight, targets) if weight_grad else (slope,)))
+        ctx.settings = temperature, softcap, chunk_tokens
+        return logprobs
+
+    @staticmethod
+    def backward(ctx, grad):
+        grad = grad[:, None]
+        if len(ctx.saved_tensors) == 1:
+            slope = ctx.saved_tensors[0]
+            return (grad * slope).to(slope.dtype), None, None, None, None, None
+        hidden, weight, targets = ctx.saved_tensors
+        temperature, softcap, chunk_tokens = ctx.settings
+        hidden_grad, weight_grad = torch.empty_like(hidden), torch.zeros_like(weight)
+        for i in range(0, len(hidden), chunk_tokens):
+            piece = slice(i, i + chunk_tokens)
+            dlogits = chunk_logprobs(hidden[piece], weight, targets[piece], temperature, softcap, True)[1]
+            dlogits = (grad[piece] * dlogits).to(weight.dtype)
+            hidden_grad[piece] = dlogits @ weight
+            weight_grad += dlogits.T @ hidden[piece]
+        return hidden_grad, weight_grad, None, None, None, None
+
+
+# Copied from grpo.py::chunk_logprobs
+def chunk_logprobs(hidden, weight, targets, temperature, softcap, with_slope):
+    """One chunk of TokenLogprobs: log-probs [n] and, if asked for, d log-prob / d logits [n, V]."""
+    logits = F.linear(hidden, weight).float()  # [n, V]
+    if softcap:
+        logits = softcap * torch.tanh(logits / softcap)
+    scaled = logits / temperature if temperature != 1 else logits
+    log_z = scaled.logsumexp(-1, keepdim=True)
+    logprobs = (scaled.gather(1, targets[:, None]) - log_z).squeeze(1)
+    if not with_slope:
+        return logprobs, None
+    slope = (scaled - log_z).exp_().neg_()
+    slope.scatter_add_(1, targets[:, None], torch.ones_like(log_z))
+    if softcap:
+        slope *= 1 - (logits / softcap) ** 2
+    return logprobs, slope.div_(temperature).to(weight.dtype)
+
+
+# Copied from grpo.py::token_logprobs
+def token_logprobs(model, input_ids, completion_mask, temperature=1.0, attention_mask=None, chunk_tokens=0):
+    """Log-prob of each completion token given all before it, as the sampler at `temperature` sees it.
+
+    Shapes: input_ids, completion_mask [B, T] -> [B, T], float32, nats, 0 outside the mask. Entry t belongs to token t:
+    this is the one place that shifts. Rows are right-padded and then need no attention_mask (a causal model never looks
+    at what follows); left-padded rows pass theirs, [B, T], and positions count real tokens only. A row's first token
+    has nothing before it and stays 0. A completion_mask on the CPU spares a CUDA synchronisation.
+    """
+    rows, columns = completion_mask[:, 1:].nonzero(as_tuple=True)
+    rows, columns = rows.to(input_ids.device), columns.to(input_ids.device)
+    positions = None if attention_mask is None else (attention_mask.cumsum(1) - 1).clamp(min=0)
+    hidden = model.base_model(input_ids=input_ids, attention_mask=attention_mask, position_ids=positions,
+                              use_cache=False).last_hidden_state[rows, columns]  # [N, D]
+    weight = model.get_output_embeddings().weight
+    chunk_tokens = chunk_tokens or max(16, (2**27 if weight.is_cuda else 2**24) // weight.shape[0])
+    values = TokenLogprobs.apply(hidden, weight.to(hidden.dtype), input_ids[rows, columns + 1], temperature,
+                                 getattr(model.config, "final_logit_softcapping", None), chunk_tokens)
+    return torch.zeros(input_ids.shape, device=input_ids.device).index_put((rows, columns + 1), values)
+
+
+# Copied from grpo.py::make_batch
+def make_batch(prompt_ids, completion_ids, device):
+    """Right-padded input_ids [B, T] on the device and completion_mask [B, T] on the CPU.
+
+    The mask comes from the lengths: an end token that is also the padding token stays in it.
+    """
+    T = max(len(p) + len(c) for p, c in zip(prompt_ids, completion_ids))
+    input_ids = torch.zeros(len(prompt_ids), T, dtype=torch.int64)
+    mask = torch.zeros(len(prompt_ids), T, dtype=torch.bool)
+    for i, (p, c) in enumerate(zip(prompt_ids, completion_ids)):
+        input_ids[i, :len(p) + len(c)] = torch.tensor(p + c)
+        mask[i, len(p):len(p) + len(c)] = True
+    return input_ids.to(device, non_blocking=True), mask
+
+
+# Copied from grpo.py::pack
+def pack(lengths, tokens_per_batch):
+    """Split rows into micro-batches of similar length: lists of row numbers, each row once.
+
+    A micro-batch, padded to its longest row, holds at most tokens_per_batch tokens (one row may alone be longer).
+    """
+    batches, longest = [], 0
+    for row in sorted(range(len(lengths)), key=lambda row: -lengths[row]):
+        if not batches or (len(batches[-1]) + 1) * longest > tokens_per_batch:
+            batches.append([])
+            longest = lengths[row]
+        batches[-1].append(row)
+    return batches
+
+
+# Copied from grpo.py::completion_logprobs
+@torch.no_grad()
+def completion_logprobs(model, prompt_ids, completion_ids, temperature, tokens_per_batch, device):
+    """Log-probs [L] of each row's completion under the model as it stands, a list in the order of the rows."""
+    values = [None] * len(prompt_ids)
+    for rows in pack([len(p) + len(c) for p, c in zip(prompt_ids, completion_ids)], tokens_per_batch):
+        input_ids, mask = make_batch([prompt_ids[i] for i in rows], [completion_ids[i] for i in rows], device)
+        logprobs = token_logprobs(model, input_ids, mask, temperature)
+        for i, row, of_row in zip(rows, logprobs.cpu(), mask):
+            values[i] = row[of_row]
+    return values
+
+
+# Copied from grpo.py::Completion
+@dataclass
+class Completion:
+    """One sampled answer: its token ids (the stop token included), their log-probs, and whether it stopped by itself."""
+
+    ids: list[int]
+    logprobs: list[float]
+    finished: bool
+
+
+# Copied from grpo.py::noise_key
+def noise_key(*parts: int) -> int:
+    """A signed 64-bit key from whole numbers such as (seed, step, prompt id, sample): the same on every machine."""
+    digest = hashlib.blake2b(" ".join(map(str, parts)).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little", signed=True)
+
+
+# Copied from grpo.py::uniform
+def uniform(keys, positions):
+    """One number in (0, 1) per row from its key and token position: a counter hash (splitmix64), no generator state.
+
+    So the noise of a token depends on neither its slot nor the batch, the number of ranks or a captured graph.
+    """
+    x = keys + positions * -7046029254386353131  # 2^64 / golden ratio; int64 products wrap around
+    x = (x ^ (x >> 30 & (1 << 34) - 1)) * -4658895280553007687
+    x = (x ^ (x >> 27 & (1 << 37) - 1)) * -7723592293110705685
+    x = x ^ (x >> 31 & (1 << 33) - 1)
+    return ((x >> 41 & (1 << 23) - 1).float() + 0.5) / (1 << 23)  # 23 bits and a half: exact in float32, never 0 or 1
+
+
+# Copied from grpo.py::draw
+def draw(logits, temperature, u):
+    """Invert the cumulative distribution of softmax(logits / temperature) at u; temperature 0 takes the largest.
+
+    Shapes: logits [B, V] float32, u [B] -> tokens [B], log-probs [B] (at temperature 0: those of temperature 1).
+    The sum runs over blocks and then inside one block: faster and more exact in float32 than one long cumulative sum.
+    """
+    if temperature == 0:
+        best, tokens = logits.max(-1)
+        return tokens, best - logits.logsumexp(-1)
+    z = logits / temperature
+    z = z - z.amax(-1, keepdim=True)
+    width = 512
+    weights = F.pad(z.exp(), (0, -z.shape[1] % width)).view(len(z), -1, width)  # [B, V / 512, 512]
+    blocks = weights.sum(-1).cumsum(-1)
+    total = blocks[:, -1:]
+    target = u[:, None] * total
+    block = (blocks <= target).sum(-1, keepdim=True).clamp(max=blocks.shape[1] - 1)  # [B, 1]
+    before = torch.where(block > 0, blocks.gather(1, (block - 1).clamp(min=0)), 0)
+    inside = weights.gather(1, block[:, :, None].expand(-1, -1, width)).squeeze(1).cumsum(-1)
+    # rounding may leave the rest at or above the block's sum: stay below it, on a token that has probability
+    rest = torch.minimum(target - before, inside[:, -1:] * (1 - 1e-6))
+    tokens = block * width + (inside <= rest).sum(-1, keepdim=True)
+    return tokens.squeeze(1), (z.gather(1, tokens) - total.log()).squeeze(1)
+
+
+# Copied from grpo.py::FusedLinear
+class FusedLinear:
+    """Projections of one input as one product, for the sampler: `weight` [out, in] holds theirs one below the other.
+
+    In float32 the active adapters are merged into it. In bfloat16 a merge would round small updates away, so they stay
+    apart, as A [n R, in] and block-diagonal B [out, n R], and `weight` becomes the storage of the modules' own weights:
+    no second copy. `refresh` writes in place, so that a captured graph goes on with the new values.
+    """
+
+    def __init__(self, parts, dtype):
+        self.parts, self.bases = parts, [getattr(part, "base", part) for part in parts]
+        adapted = [part for part in parts if isinstance(part, LoRALinear) and part.active]
+        self.merge = bool(adapted) and dtype == torch.float32
+        self.shared = not self.merge and all(base.weight.dtype == dtype for base in self.bases)
+        weights = [base.weight.detach() for base in self.bases]
+        self.weight = weights[0] if self.shared and len(parts) == 1 else torch.cat(weights).to(dtype)
+        self.rows = self.weight.split([base.out_features for base in self.bases])  # each part's own, views
+        if self.shared:
+            for base, rows in zip(self.bases, self.rows):
+                base.weight.data = rows
+        biased = self.bases[0].bias is not None
+        self.bias = torch.cat([base.bias.detach() for base in self.bases]).to(dtype) if biased else None
+        self.A = self.B = None
+        if adapted and not self.merge:
+            rank = sum(part.A[part.active].shape[0] for part in adapted)
+            self.A = self.weight.new_zeros(rank, self.weight.shape[1])
+            self.B = self.weight.new_zeros(self.weight.shape[0], rank)
+
+    @torch.no_grad()
+    def refresh(self):
+        """Take over the present weights, biases and active adapters of the modules."""
+        if self.bias is not None:
+            self.bias.copy_(torch.cat([base.bias for base in self.bases]))
+        out = rank = 0
+        for part, base, rows in zip(self.parts, self.bases, self.rows):
+            if not self.shared:
+                rows.copy_(base.weight)
+            if isinstance(part, LoRALinear) and part.active:
+                A, B, scale = part.A[part.active], part.B[part.active], part.scale[part.active]
+                if self.merge:
+                    rows.addmm_(B, A, alpha=scale)
+                else:
+                    self.A[rank:rank + len(A)] = A
+                    self.B[out:out + len(B), rank:rank + len(A)] = scale * B
+                    rank += len(A)
+            out += len(rows)
+
+    def __call__(self, x):
+        y = F.linear(x, self.weight, self.bias)
+        return y if self.A is None else torch.addmm(y, x @ self.A.T, self.B.T)
+
+
+# Copied from grpo.py::SamplerLayer
+class SamplerLayer:
+    """One decoder layer of the Llama family, written out: x [N, D] -> [N, D], for any N tokens of any rows.
+
+    Covers grouped-query attention, q/k norms (Qwen3), norms on both sides of each block and (1 + weight) norms (Gemma).
+    """
+
+    def __init__(self, layer, dtype):
+        attn, mlp = layer.self_attn, layer.mlp
+        self.qkv = FusedLinear([attn.q_proj, attn.k_proj, attn.v_proj], dtype)
+        self.out = FusedLinear([attn.o_proj], dtype)
+        self.gate_up = FusedLinear([mlp.gate_proj, mlp.up_proj], dtype)
+        self.down = FusedLinear([mlp.down_proj], dtype)
+        self.act = mlp.act_fn
+        names = ("input_layernorm", "post_attention_layernorm", "pre_feedforward_layernorm", "post_feedforward_layernorm")
+        norms = [RMSNorm(getattr(layer, name), dtype) for name in names if hasattr(layer, name)]
+        self.attn_norm, self.attn_out_norm, self.mlp_norm, self.mlp_out_norm = (
+            norms if len(norms) == 4 else (norms[0], None, norms[1], None))  # four: Gemma 2
+        self.head_dim = attn.head_dim
+        self.heads = attn.q_proj.out_features // self.head_dim
+        self.kv_heads = attn.k_proj.out_features // self.head_dim
+        qk_norms = [attn.q_norm] * self.heads + [attn.k_norm] * self.kv_heads if hasattr(attn, "q_norm") else []
+        self.qk_norm = RMSNorm(qk_norms, dtype) if qk_norms else None
+        self.scale, self.softcap = attn.scaling, getattr(attn, "attn_logit_softcapping", None)
+
+    def refresh(self):
+        for part in vars(self).values():
+            if isinstance(part, FusedLinear | RMSNorm):
+                part.refresh()
+
+    def __call__(self, x, cos, sin, attend):
+        """cos, sin [N, 1, K], the sine with the sign of the rotated half; attend(q, k, v) -> [N, H K] keeps k and v."""
+        qkv = self.qkv(self.attn_norm(x)).view(len(x), -1, self.head_dim)  # [N, H + 2 Hkv, K]
+        qk, v = qkv.split([self.heads + self.kv_heads, self.kv_heads], dim=1)
+        if self.qk_norm:
+            qk = self.qk_norm(qk)
+        qk = torch.addcmul(qk * cos, qk.roll(self.head_dim // 2, -1), sin)
+        y = self.out(attend(qk[:, :self.heads], qk[:, self.heads:], v))
+        x = x + (self.attn_out_norm(y) if self.attn_out_norm else y)
+        gate, up = self.gate_up(self.mlp_norm(x)).chunk(2, -1)
+        y = self.down(self.act(gate) * up)
+        return x + (self.mlp_out_norm(y) if self.mlp_out_norm else y)
+
+
+# Copied from grpo.py::RMSNorm
+class RMSNorm:
+    """A layer's RMS norm (or a stack of them, one a head) as one fused call, its weight in the sampler's dtype."""
+
+    def __init__(self, modules, dtype):
+        self.modules = modules if isinstance(modules, list) else [modules]
+        self.eps = getattr(self.modules[0], "variance_epsilon", None) or self.modules[0].eps
+        self.weight = torch.empty(len(self.modules), *self.modules[0].weight.shape, dtype=dtype,
+                                  device=self.modules[0].weight.device).squeeze(0)
+        self.refresh()
+
+    @torch.no_grad()
+    def refresh(self):
+        offset = 1 if "Gemma" in type(self.modules[0]).__name__ else 0  # Gemma stores weight - 1
+        self.weight.copy_(torch.stack([module.weight.float() + offset for module in self.modules]).squeeze(0))
+
+    def __call__(self, x):
+        if self.weight.dim() == 1:
+            return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+        return F.rms_norm(x, x.shape[-1:], None, self.eps) * self.weight
+
+
+# Copied from grpo.py::attention
+def attention(q, k, v, bias, scale, softcap):
+    """Softmax attention. Shapes: q [B, H, Q, K], k and v [B, H, S, K], bias [.., S] added to the scores (0 or -inf)."""
+    if q.is_cuda and not softcap:
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=scale)
+    scores = (q @ k.transpose(-1, -2)) * scale  # on the CPU two plain products beat the fused kernel at these sizes
+    if softcap:
+        scores = softcap * torch.tanh(scores / softcap)
+    return (scores + bias).softmax(-1, dtype=torch.float32).to(q.dtype) @ v
+
+
+# Copied from grpo.py::Sampler
+class Sampler:
+    """Samples completions with continuous batching over a static KV cache of `slots` rows, one token a step for all.
+
+    A row that ends leaves at once: the last live row moves into its slot, so that the live ones are always the first,
+    and the next waiting row is admitted behind them. A prompt is prefilled once for all its samples. Attention reads the
+    cache only up to the longest live row, in blocks. On CUDA a step is a captured graph for each (rows, length) block
+    and the host looks at the tokens only every `sync_every` steps; what a row drew past its end is thrown away.
+    """
+
+    def __init__(self, model, stop_ids, slots=256, dtype=None, sync_every=None, graphs=None):
+        self.model, self.stop_ids, self.slots = model, set(stop_ids), slots
+        self.device = model.get_input_embeddings().weight.device
+        self.dtype = dtype or model.get_input_embeddings().weight.dtype
+        on_gpu = self.device.type == "cuda"
+        self.sync_every = sync_every or (8 if on_gpu else 1)
+        self.use_graphs = on_gpu if graphs is None else graphs
+        self.block, self.row_block = (256, 32) if on_gpu else (32, 1)
+        self.layers = [SamplerLayer(layer, self.dtype) for layer in model.base_model.layers]
+        self.norm = RMSNorm(model.base_model.norm, self.dtype)
+        self.head = FusedLinear([model.get_output_embeddings()], self.dtype)
+        self.softcap = getattr(model.config, "final_logit_softcapping", None)
+        self.cache = None
+        self.tokens_generated = 0  # over the sampler's life; the caller takes differences
+
+    def _allocate(self, slots, length):
+        """Make the cache [L, 2, slots, Hkv, length, K] and the buffers of a step at least this large."""
+        if self.cache is not None and self.cache.shape[2] >= slots and self.cache.shape[4] >= length:
+            return
+        self.cache = self.graphs = self.pool = None  # free the old ones before the new are made
+        layer, new = self.layers[0], partial(torch.zeros, device=self.device)
+        length = -(-length // self.block) * self.block
+        self.cache = new(len(self.layers), 2, slots, layer.kv_heads, length, layer.head_dim, dtype=self.dtype)
+        self.graphs, self.rows = {}, torch.arange(slots, device=self.device)
+        self.tokens, self.positions, self.keys = (new(slots, dtype=torch.int64) for _ in range(3))
+        self.drawn = new(self.sync_every, slots, dtype=torch.int64), new(self.sync_every, slots)
+        self.count = new(1, dtype=torch.int64)
+        self.columns = torch.arange(length, device=self.device)
+        cos, sin = self.model.base_model.rotary_emb(new(1, dtype=self.dtype), self.columns[None])  # [1, length, K]
+        half = cos.shape[-1] // 2
+        self.cos = cos[0, :, None]
+        self.sin = torch.cat([-sin[0, :, :half], sin[0, :, half:]], -1)[:, None]
+
+    def _logits(self, x):
+        logits = self.head(self.norm(x)).float()
+        return self.softcap * torch.tanh(logits / self.softcap) if self.softcap else logits
+
+    def _prefill(self, prompts):
+        """Keys and values of right-padded prompts [L, 2, P, Hkv, T, K], and the logits after each [P, V]."""
+        lengths = torch.tensor([len(prompt) for prompt in prompts])
+        P, T = len(prompts), int(lengths.max())
+        ids = torch.zeros(P, T, dtype=torch.int64)
+        for row, prompt in zip(ids, prompts):
+            row[:len(prompt)] = torch.tensor(prompt)
+        x = self.model.get_input_embeddings()(ids.to(self.device)).to(self.dtype).flatten(0, 1)  # [P T, D]
+        cos, sin = self.cos[:T].repeat(P, 1, 1), self.sin[:T].repeat(P, 1, 1)
+        kept = x.new_empty(len(self.layers), 2, P, self.layers[0].kv_heads, T, self.layers[0].head_dim)
+        ahead = self.columns[:T] > self.columns[:T, None]
+        bias = torch.zeros(T, T, dtype=self.dtype, device=self.device).masked_fill(ahead, -torch.inf)
+        for i, layer in enumerate(self.layers):
+
+            def attend(q, k, v):
+                q, k, v = (t.view(P, T, -1, t.shape[-1]).transpose(1, 2) for t in (q, k, v))
+                kept[i, 0], kept[i, 1] = k, v
+                group = layer.heads // layer.kv_heads
+                k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
+                return attention(q, k, v, bias, layer.scale, layer.softcap).transpose(1, 2).reshape(P * T, -1)
+
+            x = layer(x, cos, sin, attend)
+        last = torch.arange(P) * T + lengths - 1
+        return kept, self._logits(x[last.to(self.device)])
+
+    def _decode(self, n, length, temperature):
+        """One token for each of the first n slots, reading `length` columns of the cache. All in place: graph-safe."""
+        positions, rows = self.positions[:n], self.rows[:n]
+        x = self.model.get_input_embeddings()(self.tokens[:n]).to(self.dtype)  # [n, D]
+        cos, sin = self.cos[positions], self.sin[positions]
+        ahead = self.columns[:length] > positions[:, None]
+        bias = torch.zeros(n, length, dtype=self.dtype, device=self.device).masked_fill(ahead, -torch.inf)[:, None, None]
+        for layer, (keys, values) in zip(self.layers, self.cache):
+
+            def attend(q, k, v):
+                keys[rows, :, positions], values[rows, :, positions] = k, v
+                q = q.reshape(n, layer.kv_heads, -1, layer.head_dim)  # query heads that share a key: as if a query each
+                return attention(q, keys[:n, :, :length], values[:n, :, :length], bias, layer.scale,
+                                 layer.softcap).reshape(n, -1)
+
+            x = layer(x, cos, sin, attend)
+        positions += 1
+        tokens, logprobs = draw(self._logits(x), temperature, uniform(self.keys[:n], positions))
+        self.tokens[:n] = tokens
+        self.drawn[0][:, :n].index_copy_(0, self.count, tokens[None])
+        self.drawn[1][:, :n].index_copy_(0, self.count, logprobs[None])
+        self.count += 1
+
+    def _run(self, n, length, temperature):
+        """`sync_every` steps; returns their tokens and log-probs as lists [steps][n]."""
+        self.count.zero_()
+        key = (n, length, temperature)
+        if key in self.graphs:
+            for _ in range(self.sync_every):
+                self.graphs[key].replay()
+        else:
+            for _ in range(self.sync_every):
+                self._decode(n, length, temperature)
+            if self.use_graphs:  # the steps just run were the warm-up
+                self.pool = self.pool or torch.cuda.graph_pool_handle()
+                self.graphs[key] = torch.cuda.CUDAGraph()
+                with torch.cuda.graph(self.graphs[key], pool=self.pool):
+                    self._decode(n, length, temperature)
+        return self.drawn[0][:, :n].tolist(), self.drawn[1][:, :n].tolist()
+
+    @torch.no_grad()
+    def sample(self, prompts, keys, max_new_tokens, temperature=1.0, progress=None):
+        """Sample len(keys[p]) completions of each prompt p, of at most `max_new_tokens` tokens.
+
+        prompts: lists of token ids. keys: for each prompt one `noise_key` per sample; equal keys give equal samples of
+        equal prompts, whatever else is sampled beside them. Returns lists of Completion shaped like `keys`.
+        progress(rows done, rows in all) is called as rows end. Errors: ValueError for an empty prompt.
+        """
+        if not all(prompts):
+            raise ValueError("a prompt has no tokens; there is nothing to continue")
+        done = [[Completion([], [], False) for _ in row] for row in keys]
+        waiting = deque((p, g) for p, row in enumerate(keys) for g in range(len(row)))
+        if not waiting:
+            return done
+        total, live, prefilled = len(waiting), [], {}
+        for part in (*self.layers, self.norm, self.head):
+            part.refresh()
+        self._allocate(min(self.slots, total), max(map(len, prompts)) + max_new_tokens + self.sync_every)
+        slots = self.cache.shape[2]
+
+        def record(slot_rows, tokens, logprobs):
+            """Append one step's draws; returns the slots whose row has just ended."""
+            ended = []
+            for slot, ((p, g), token, logprob) in enumerate(zip(slot_rows, tokens, logprobs)):
+                row = done[p][g]
+                if row.finished or len(row.ids) == max_new_tokens:
+                    continue  # it ended earlier, between two looks
+                row.ids.append(token)
+                row.logprobs.append(logprob)
+                row.finished = token in self.stop_ids
+                if row.finished or len(row.ids) == max_new_tokens:
+                    ended.append(slot)
+            return ended
+
+        def leave(ended):
+            for slot in sorted(ended, reverse=True):
+                last = len(live) - 1
+                if slot != last:
+                    p, g = live[last]
+                    filled = len(prompts[p]) + len(done[p][g].ids)
+                    self.cache[:, :, slot, :, :filled] = self.cache[:, :, last, :, :filled]
+                    for buffer in (self.tokens, self.positions, self.keys):
+                        buffer[slot] = buffer[last]
+                    live[slot] = live[last]
+                live.pop()
+                self.positions[last] = 0  # a free slot inside the block of rows still steps: keep it in bounds
+            if progress and ended:
+                progress(total - len(waiting) - len(live), total)
+
+        def admit():
+            new = [waiting.popleft() for _ in range(min(slots - len(live), len(waiting)))]
+            fresh = [p for p in dict.fromkeys(p for p, _ in new) if p not in prefilled]
+            while fresh:  # a bounded number of prompt tokens at a time
+                size = max(1, 16384 // max(len(prompts[p]) for p in fresh))
+                part, fresh = fresh[:size], fresh[size:]
+                kept, logits = self._prefill([prompts[p] for p in part])
+                prefilled.update((p, (kept[:, :, j, :, :len(prompts[p])], logits[j])) for j, p in enumerate(part))
+            first = len(live)
+            for p, samples in itertools.groupby(new, key=lambda row: row[0]):
+                n, kept = len(list(samples)), prefilled[p][0]
+                self.cache[:, :, first:first + n, :, :kept.shape[-2]] = kept[:, :, None]
+                first += n
+            slot = slice(len(live), first)
+            self.keys[slot] = torch.tensor([keys[p][g] for p, g in new], device=self.device)
+            self.positions[slot] = torch.tensor([len(prompts[p]) for p, _ in new], device=self.device)
+            logits = torch.stack([prefilled[p][1] for p, _ in new])
+            tokens, logprobs = draw(logits, temperature, uniform(self.keys[slot], self.positions[slot]))
+            self.tokens[slot] = tokens
+            ended = [len(live) + j for j in record(new, tokens.tolist(), logprobs.tolist())]
+            live.extend(new)
+            still = {p for p, _ in waiting}
+            for p in [p for p in prefilled if p not in still]:
+                del prefilled[p]
+            leave(ended)
+
+        while waiting or live:
+            while waiting and slots - len(live) >= max(1, min(slots // 8, len(waiting))):
+                admit()
+            if not live:
+                continue
+            n = min(slots, -(-len(live) // self.row_block) * self.row_block)
+            longest = max(len(prompts[p]) + len(done[p][g].ids) for p, g in live) + self.sync_every
+            length = min(self.cache.shape[4], -(-longest // self.block) * self.block)
+            ended = set()
+            for tokens, logprobs in zip(*self._run(n, length, temperature)):
+                ended.update(record(live, tokens, logprobs))
+            leave(ended)
+        self.tokens_generated += sum(len(row.ids) for rows in done for row in rows)
+        return done
+
+
+# Copied from grpo.py::learning_rate
+def learning_rate(step, args):
+    """Rate of a step (1, 2, ...): linear warm-up to args.lr, then constant, or linear or cosine decay to 0 after the last."""
+    if step < args.warmup_steps:
+        return args.lr * step / args.warmup_steps
+    done = (step - args.warmup_steps) / max(1, args.max_steps - args.warmup_steps + 1)
+    return args.lr * {"constant": 1.0, "linear": 1 - done, "cosine": (1 + math.cos(math.pi * done)) / 2}[args.lr_schedule]
+
+
+# Copied from grpo.py::self_check
+def self_check(model, params, sampler, prompt_ids, args, temperature, device):
+    """Measure on a few short samples what must hold before hours are spent: name -> (value, largest right value).
+
+    The sampler agrees with the trainer; a row's padding changes nothing; a fresh adapter equals the base; the stop token
+    is in the mask; every adapter gets gradient; no frozen weight does.
+    """
+    exact = device.type == "cpu" and sampler.dtype == torch.float32
+    samples = sampler.sample(prompt_ids, [[noise_key(args.seed, -2, p)] for p in range(len(prompt_ids))], 16, temperature)
+    # a row that did not stop by itself gets a stop token, so that each has one to look for
+    completion_ids = [c.ids if c.finished else c.ids + [min(sampler.stop_ids, default=0)] for (c,) in samples]
+    input_ids, mask = make_batch(prompt_ids, completion_ids, device)
+    logprobs = token_logprobs(model, input_ids, mask, temperature)
+    logprobs.sum().backward()
+    gap = torch.cat([row[of_row][:len(c.logprobs)] - torch.tensor(c.logprobs)
+                     for row, of_row, (c,) in zip(logprobs.detach().cpu(), mask, samples)]).abs()
+    under = partial(completion_logprobs, model, prompt_ids, completion_ids, temperature)
+    alone, padded = torch.cat(under(1, device)), torch.cat(under(10**9, device))
+    adapters = [module for module in lora_modules(model).values() if module.active]
+    checks = {
+        "sampler-trainer": (gap.max().item(), 1e-4) if exact else (gap.mean().item(), 0.05),
+        "padding": ((alone - padded).abs().max().item(), 1e-4 if exact else 0.5),
+        "stop tokens left out": (sum(not row[len(p) + len(c) - 1]
+                                     for row, p, c in zip(mask, prompt_ids, completion_ids)), 0),
+        "adapters without gradient": (sum(not module.B[module.active].grad.any() for module in adapters), 0),
+        "frozen weights with gradient": (sum(p.grad is not None for p in model.parameters() if not p.requires_grad), 0)}
+    if adapters and not args.resume:
+        with use_adapter(model, None):
+            checks["step-0 KL"] = ((torch.cat(under(10**9, device)) - padded).abs().max().item(), 0)
+    for p in params:
+        p.grad = None
+    return checks
+
+
+def accumulate_gradients(model, rows, n_tokens, tokens_per_batch, device):
+    """Add the gradient of -sum(log-probs) / n_tokens over this rank's (prompt ids, completion ids); returns the loss."""
+    loss_sum = torch.zeros((), device=device)
+    for picked in pack([len(p) + len(c) for p, c in rows], tokens_per_batch):
+        input_ids, mask = make_batch([rows[i][0] for i in picked], [rows[i][1] for i in picked], device)
+        loss = -token_logprobs(model, input_ids, mask).sum() / n_tokens
+        loss.backward()
+        loss_sum += loss.detach()
+    return loss_sum.item()
+
+
+def evaluate(model, sampler, questions, encoded, args, step, tokenizer, run):
+    """Held-out loss per token, and greedy pass@1 where the questions have an answer; every answer goes to eval.csv."""
+    mine = dist.share(questions)
+    targets = [encoded[e.id] for e in mine]
+    logprobs = completion_logprobs(model, [p for p, _ in targets], [c for _, c in targets], 1.0, args.tokens_per_batch,
+                                   run.device) if targets else []
+    sums = dist.sum_dict({"nll": -sum(row.sum().item() for row in logprobs), "tokens": sum(len(c) for _, c in targets)},
+                         run.device)
+    metrics = {"eval/loss": sums["nll"] / max(1, sums["tokens"])}
+    asked = [e for e in mine if e.answer]
+    completions = sampler.sample([encoded[e.id][0] for e in asked], [[0]] * len(asked), args.max_new_tokens, 0.0,
+                                 lambda done, total: run.progress(f"evaluating {done}/{total}"))
+    texts = [tokenizer.decode(c.ids[:-1] if c.finished else c.ids, skip_special_tokens=True) for (c,) in completions]
+    prompts = [data.prompt_text(e.prompt) for e in asked]
+    correct = rewards.correctness(prompts, texts, [e.answer for e in asked], tasks=[e.task for e in asked],
+                                  metas=[e.meta for e in asked])
+    rows = [{"step": step, "id": e.id, "sample": 0, "prompt": prompt, "completion": text, "answer": e.answer,
+             "extracted": rewards.extract_answer(text) or "", "correct": int(right), "logprob": sum(c.logprobs),
+             "tokens": len(c.ids), "finished": int(c.finished)}
+            for e, prompt, text, right, (c,) in zip(asked, prompts, texts, correct, completions)]
+    rows = [row for part in dist.gather(rows) for row in part]
+    if rows:
+        run.write_rows(rows, "eval.csv")
+        metrics |= {"eval/pass@1": sum(row["correct"] for row in rows) / len(rows), "eval/questions": len(rows),
+                    "eval/tokens": sum(row["tokens"] for row in rows) / len(rows),
+                    "eval/truncated": 1 - sum(row["finished"] for row in rows) / len(rows)}
+    run.log(step, metrics)
+    run.print(f"step {step}: " + "  ".join(f"{name} {value:.4g}" for name, value in metrics.items()))
+
+
+def resolve(args):
+    """Fill in the defaults that depend on others, and refuse what cannot work, before anything is loaded or written."""
+    embedded = not args.model
+    for name in ("batch_size", "max_new_tokens", "tokens_per_batch", "slots", "save_every", "keep", "eval_questions",
+                 "eval_every"):
+        if getattr(args, name) < 1:
+            raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be 1 or more")
+    if args.epochs <= 0 and not args.max_steps:
+        raise ValueError(f"--epochs {args.epochs}: must be more than 0")
+    full = args.full or args.from_scratch
+    return replace(
+        args, full=full, data=args.data or ("arithmetic" if embedded else "gsm8k"),
+        system=args.system or ("" if embedded else data.THINK_ANSWER_SYSTEM),
+        lr=args.lr or (1e-3 if embedded else 1e-5 if full else 2e-4))
+
+
+def main(args: Args) -> None:
+    # ---- set up: whatever can be wrong is found here ----
+    device = dist.setup(args.device)
+    args = resolve(args)
+    check_out(args)
+    tokenizer = models.load_tokenizer(args.model)
+    train, held_out = data.train_validation(args.data, n_train=args.train_questions, n_validation=args.eval_questions,
+                                            level=args.level or None, seed=args.seed, filter=args.filter)
+    encoded = {e.id: (data.encode_prompt(tokenizer, e.prompt, args.system, args.prompt_template),
+                      data.encode_completion(tokenizer, e.completion, tokenizer.eos_token_id))
+               for e in train + held_out if e.completion}
+    lengths = {id: len(p) + len(c) for id, (p, c) in encoded.items()}
+    fits = {id for id, length in lengths.items() if not args.max_tokens or length <= args.max_tokens}
+    n_dropped = len(train) - sum(e.id in fits for e in train)
+    train, held_out = ([e for e in part if e.id in fits] for part in (train, held_out))
+    if not train:
+        raise ValueError(f"--data {args.data}: no row has a completion to imitate"
+                         + (f" of at most --max-tokens {args.max_tokens}" if args.max_tokens else ""))
+    if not args.max_steps:
+        args = replace(args, max_steps=math.ceil(args.epochs * len(train) / args.batch_size))
+    asked = args
+    if args.dry_run:
+        args = replace(args, out=f"{tempfile.mkdtemp()}/dry-run", max_steps=1, wandb=False, resume=False)
+        train = sorted(train, key=lambda e: -lengths[e.id])[:args.batch_size]
+    torch.manual_seed(args.seed)
+    dtype = models.choose_dtype(args.dtype, device)
+    longest = max(lengths[e.id] for e in train + held_out)
+    needed = max(longest, max(len(encoded[e.id][0]) for e in train + held_out) + args.max_new_tokens)
+    model = models.load_model(args.model, torch.float32 if args.full else dtype, device, needed, args.from_scratch)
+    models.check_token_ids(model, tokenizer)
+    if args.full:
+        params = [p.requires_grad_() for p in model.parameters()]
+    else:
+        params = add_lora(model, "policy", args.lora_r, args.lora_alpha, args.lora_targets,
+                          models.layer_range(args.train_layers, model))
+    if args.gradient_checkpointing:
+        enable_checkpointing(model)
+    model.train()  # dropout is off (load_model); gradient checkpointing acts in this mode alone
+    optimizer = torch.optim.AdamW(params, lr=args.lr, weight_decay=args.weight_decay, betas=(0.9, 0.95))
+    sampler = Sampler(model, models.stop_ids(model, tokenizer), args.slots, dtype)
+    run = Run(args, __file__, device, tags=models.run_tags(args))
+    compute = partial(torch.autocast, device.type, torch.bfloat16, enabled=args.full and dtype == torch.bfloat16)
+    run.print(models.describe(args, model, params, dtype))
+    run.print(f"data: {args.data}, {len(train)} rows to train on ({n_dropped} left out: no completion, or too long), "
+              f"{len(held_out)} held out, up to {longest} tokens; {args.batch_size} rows a step")
+
+    def save_weights(folder):
+        if args.full:
+            models.save_plain(model, tokenizer, folder)
+        else:
+            models.save_adapter(folder, adapter_tensors(model, "policy"), args.lora_alpha, models.base_of(args.model), model)
+            tokenizer.save_pretrained(folder)
+
+    step, bad_steps, tokens_per_batch = 0, 0, args.tokens_per_batch
+    if args.resume:
+        folder, saved = run.load()
+        if folder:
+            if args.full:
+                model.load_state_dict(models.load_weights(folder), strict=False)
+            else:
+                models.load_adapter(folder, adapter_tensors(model, "policy"))
+            optimizer.load_state_dict(saved["optimizer"])
+            torch.set_rng_state(saved["rng"])
+            step, tokens_per_batch = saved["step"], saved["tokens_per_batch"]
+    with compute():
+        run.self_check(self_check(model, params, sampler, [encoded[e.id][0] for e in train[:3]], args, 1.0, device))
+    if step == 0 and not args.dry_run:
+        evaluate(model, sampler, held_out, encoded, args, step, tokenizer, run)
+
+    while step < args.max_steps and not dist.any_rank(run.stop, device):
+        step += 1
+        position = 0 if args.single_batch else (step - 1) * args.batch_size
+        rows = [encoded[train[i].id] for i in data.batch_indices(len(train), position, args.batch_size, args.seed)]
+        n_tokens = sum(len(c) for _, c in rows)  # of all ranks: every rank knows the whole batch
+
+        # ---- update ----
+        with run.profile(step), compute(), run.phase("update"):
+            def attempt(size):
+                optimizer.zero_grad()
+                return accumulate_gradients(model, dist.share(rows), n_tokens, size, device)
+
+            loss, tokens_per_batch = retry_smaller(attempt, tokens_per_batch, device, longest, "tokens per batch")
+            dist.sum_gradients(params)
+            norm = nn.utils.clip_grad_norm_(params, args.max_grad_norm).item()
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(step, args)
+            if math.isfinite(norm):
+                optimizer.step()
+                bad_steps = 0
+            else:
+                bad_steps += 1
+                run.print(f"step {step}: the gradient is not finite; the update is skipped ({bad_steps} in a row)")
+            optimizer.zero_grad()
+
+        # ---- log ----
+        metrics = dist.sum_dict({"loss": loss}, device) | {
+            "grad_norm": norm, "lr": optimizer.param_groups[0]["lr"], "epoch": step * args.batch_size / len(train),
+            "tokens": n_tokens, "tokens_per_batch": tokens_per_batch}
+        metrics = run.log(step, metrics, args.max_steps, show=("loss", "grad_norm", "lr", "epoch"))
+        if args.dry_run:
+            break
+
+        # ---- evaluate ----
+        if step % args.eval_every == 0 or step == args.max_steps:
+            evaluate(model, sampler, held_out, encoded, args, step, tokenizer, run)
+
+        # ---- save ----
+        stop = bad_steps >= 5 or dist.any_rank(run.stop, device)
+        if step % args.save_every == 0 or step == args.max_steps or stop:
+            run.save(step, save_weights, {"optimizer": optimizer.state_dict(), "rng": torch.get_rng_state(), "step": step,
+                                          "tokens_per_batch": tokens_per_batch})
+        if bad_steps >= 5:
+            raise ValueError(f"the gradient was not finite in {bad_steps} updates in a row; "
+                             f"the state is in {run.path}: lower --lr")
+
+    # ---- the end ----
+    if args.dry_run:
+        run.dry_run_report(metrics, asked.max_steps)
+        return
+    if step == args.max_steps:
+        if dist.is_main():
+            save_weights(run.path / "final")
+        run.before_after()
+    run.finish()
+
+
+if __name__ == "__main__":
+    cli(main, Args)
