@@ -472,55 +472,39 @@ class SamplerLayer:
         self.down = FusedLinear([mlp.down_proj], dtype)
         self.act = mlp.act_fn
         names = ("input_layernorm", "post_attention_layernorm", "pre_feedforward_layernorm", "post_feedforward_layernorm")
-        norms = [RMSNorm(getattr(layer, name), dtype) for name in names if hasattr(layer, name)]
+        norms = [getattr(layer, name) for name in names if hasattr(layer, name)]
         self.attn_norm, self.attn_out_norm, self.mlp_norm, self.mlp_out_norm = (
             norms if len(norms) == 4 else (norms[0], None, norms[1], None))  # four: Gemma 2
+        self.q_norm, self.k_norm = getattr(attn, "q_norm", None), getattr(attn, "k_norm", None)
         self.head_dim = attn.head_dim
         self.heads = attn.q_proj.out_features // self.head_dim
         self.kv_heads = attn.k_proj.out_features // self.head_dim
-        qk_norms = [attn.q_norm] * self.heads + [attn.k_norm] * self.kv_heads if hasattr(attn, "q_norm") else []
-        self.qk_norm = RMSNorm(qk_norms, dtype) if qk_norms else None
         self.scale, self.softcap = attn.scaling, getattr(attn, "attn_logit_softcapping", None)
 
     def refresh(self):
-        for part in vars(self).values():
-            if isinstance(part, FusedLinear | RMSNorm):
-                part.refresh()
+        for part in (self.qkv, self.out, self.gate_up, self.down):
+            part.refresh()
 
     def __call__(self, x, cos, sin, attend):
         """cos, sin [N, 1, K], the sine with the sign of the rotated half; attend(q, k, v) -> [N, H K] keeps k and v."""
-        qkv = self.qkv(self.attn_norm(x)).view(len(x), -1, self.head_dim)  # [N, H + 2 Hkv, K]
+        qkv = self.qkv(rms_norm(x, self.attn_norm)).view(len(x), -1, self.head_dim)  # [N, H + 2 Hkv, K]
         qk, v = qkv.split([self.heads + self.kv_heads, self.kv_heads], dim=1)
-        if self.qk_norm:
-            qk = self.qk_norm(qk)
+        if self.q_norm:
+            qk = torch.cat([rms_norm(qk[:, :self.heads], self.q_norm), rms_norm(qk[:, self.heads:], self.k_norm)], dim=1)
         qk = torch.addcmul(qk * cos, qk.roll(self.head_dim // 2, -1), sin)
         y = self.out(attend(qk[:, :self.heads], qk[:, self.heads:], v))
-        x = x + (self.attn_out_norm(y) if self.attn_out_norm else y)
-        gate, up = self.gate_up(self.mlp_norm(x)).chunk(2, -1)
+        x = x + (rms_norm(y, self.attn_out_norm) if self.attn_out_norm else y)
+        gate, up = self.gate_up(rms_norm(x, self.mlp_norm)).chunk(2, -1)
         y = self.down(self.act(gate) * up)
-        return x + (self.mlp_out_norm(y) if self.mlp_out_norm else y)
+        return x + (rms_norm(y, self.mlp_out_norm) if self.mlp_out_norm else y)
 
 
-# Copied from grpo.py::RMSNorm
-class RMSNorm:
-    """A layer's RMS norm (or a stack of them, one a head) as one fused call, its weight in the sampler's dtype."""
-
-    def __init__(self, modules, dtype):
-        self.modules = modules if isinstance(modules, list) else [modules]
-        self.eps = getattr(self.modules[0], "variance_epsilon", None) or self.modules[0].eps
-        self.weight = torch.empty(len(self.modules), *self.modules[0].weight.shape, dtype=dtype,
-                                  device=self.modules[0].weight.device).squeeze(0)
-        self.refresh()
-
-    @torch.no_grad()
-    def refresh(self):
-        offset = 1 if "Gemma" in type(self.modules[0]).__name__ else 0  # Gemma stores weight - 1
-        self.weight.copy_(torch.stack([module.weight.float() + offset for module in self.modules]).squeeze(0))
-
-    def __call__(self, x):
-        if self.weight.dim() == 1:
-            return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
-        return F.rms_norm(x, x.shape[-1:], None, self.eps) * self.weight
+# Copied from grpo.py::rms_norm
+def rms_norm(x, module):
+    """A layer's RMS norm as one fused call; Gemma stores weight - 1."""
+    weight = module.weight + 1 if "Gemma" in type(module).__name__ else module.weight
+    eps = module.eps if hasattr(module, "eps") else module.variance_epsilon
+    return F.rms_norm(x, weight.shape, weight.to(x.dtype), eps)
 
 
 # Copied from grpo.py::attention
@@ -553,7 +537,6 @@ class Sampler:
         self.use_graphs = on_gpu if graphs is None else graphs
         self.block, self.row_block = (256, 32) if on_gpu else (32, 1)
         self.layers = [SamplerLayer(layer, self.dtype) for layer in model.base_model.layers]
-        self.norm = RMSNorm(model.base_model.norm, self.dtype)
         self.head = FusedLinear([model.get_output_embeddings()], self.dtype)
         self.softcap = getattr(model.config, "final_logit_softcapping", None)
         self.cache = None
@@ -578,7 +561,7 @@ class Sampler:
         self.sin = torch.cat([-sin[0, :, :half], sin[0, :, half:]], -1)[:, None]
 
     def _logits(self, x):
-        logits = self.head(self.norm(x)).float()
+        logits = self.head(rms_norm(x, self.model.base_model.norm)).float()
         return self.softcap * torch.tanh(logits / self.softcap) if self.softcap else logits
 
     def _prefill(self, prompts):
@@ -661,7 +644,7 @@ class Sampler:
         if not waiting:
             return done
         total, live, prefilled = len(waiting), [], {}
-        for part in (*self.layers, self.norm, self.head):
+        for part in (*self.layers, self.head):
             part.refresh()
         self._allocate(min(self.slots, total), max(map(len, prompts)) + max_new_tokens + self.sync_every)
         slots = self.cache.shape[2]

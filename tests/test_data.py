@@ -158,8 +158,10 @@ def test_arithmetic_mixed_shows_the_working_in_its_share_of_the_same_problems():
     assert abs(share - common.data.WORKED_SHARE) < 0.03  # 4 standard errors
     for one, other in zip(mixed, worked):
         assert one.completion in (other.completion, f"<answer>{one.answer}</answer>")
-    other_seed = load_examples("arithmetic-mixed", limit=4000, seed=1)
-    assert sum("<think>" in example.completion for example in other_seed) / 4000 != share
+    one, other = (
+        {e.prompt: e for e in load_examples("arithmetic-mixed", level=1, limit=400, seed=s)} for s in (0, 1)
+    )
+    assert any(one[prompt].completion != other[prompt].completion for prompt in one.keys() & other.keys())
 
 
 def test_a_range_of_levels_is_mixed_uniformly():
@@ -233,6 +235,7 @@ def test_math():
         (r"so \boxed{\frac{1}{2}}.", r"\frac{1}{2}"),
         (r"first \boxed{1}, then \boxed{2}", "2"),
         (r"\boxed{\left\{1, \{2\}\right\}}", r"\left\{1, \{2\}\right\}"),
+        (r"\boxed{[0, 1\}} and \boxed{x", r"[0, 1\}"),
         (r"$\boxed 7$", "7"),
         (r"\fbox{x+1}", "x+1"),
         (r"\boxed{3}, not \boxed{4", "3"),
