@@ -544,8 +544,8 @@ class Sampler:
         self.tokens_generated = 0  # over the sampler's life; the caller takes differences
 
     def _allocate(self, slots, length):
-        """Make the cache [L, 2, slots, Hkv, length, K] and the buffers of a step at least this large."""
-        if self.cache is not None and self.cache.shape[2] >= slots and self.cache.shape[4] >= length:
+        """Make the cache [L, 2, slots, Hkv, length, K] and the buffers of a step large enough."""
+        if self.cache is not None and slots <= self.cache.shape[2] <= self.slots and length <= self.cache.shape[4]:
             return
         self.cache = self.graphs = self.pool = None  # free the old ones before the new are made
         layer, new = self.layers[0], partial(torch.zeros, device=self.device)
@@ -948,11 +948,22 @@ def score_rollouts(rollouts, reward_functions, args, tokenizer):
     return scored["error"]
 
 
+def sample_all(sampler, prompt_ids, keys, max_new_tokens, temperature, run, doing):
+    """`Sampler.sample` with progress on the terminal and, when memory runs out on any rank, half the slots on all."""
+
+    def attempt(slots):
+        sampler.slots = slots
+        return sampler.sample(prompt_ids, keys, max_new_tokens, temperature,
+                              lambda done, total: run.progress(f"{doing}: sampled {done}/{total}"))
+
+    return retry_smaller(attempt, sampler.slots, run.device, 1, "slots")[0]
+
+
 def sample_rollouts(sampler, questions, prompt_ids, args, step, run):
     """G rollouts of each (group, example), group by group."""
     keys = [[noise_key(args.seed, step, group, g) for g in range(args.num_generations)] for group, _ in questions]
-    completions = sampler.sample([prompt_ids[e.id] for _, e in questions], keys, args.max_new_tokens, args.temperature,
-                                 lambda done, total: run.progress(f"step {step}: sampled {done}/{total}"))
+    completions = sample_all(sampler, [prompt_ids[e.id] for _, e in questions], keys, args.max_new_tokens, args.temperature,
+                             run, f"step {step}")
     return [Rollout(example, group, g, prompt_ids[example.id], completion)
             for (group, example), row in zip(questions, completions) for g, completion in enumerate(row)]
 
@@ -974,8 +985,8 @@ def evaluate(sampler, questions, prompt_ids, args, step, tokenizer, run):
     rows, mine = [], dist.share(questions)
     for temperature, n in plan:
         keys = [[noise_key(args.seed, -1, e.id, g) for g in range(n)] for e in mine]
-        completions = sampler.sample([prompt_ids[e.id] for e in mine], keys, args.max_new_tokens, temperature,
-                                     lambda done, total: run.progress(f"evaluating {done}/{total}"))
+        completions = sample_all(sampler, [prompt_ids[e.id] for e in mine], keys, args.max_new_tokens, temperature, run,
+                                 "evaluation")
         rollouts = [Rollout(e, i, g, [], completion) for i, (e, row) in enumerate(zip(mine, completions))
                     for g, completion in enumerate(row)]
         score_rollouts(rollouts, [], args, tokenizer)

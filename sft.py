@@ -543,8 +543,8 @@ class Sampler:
         self.tokens_generated = 0  # over the sampler's life; the caller takes differences
 
     def _allocate(self, slots, length):
-        """Make the cache [L, 2, slots, Hkv, length, K] and the buffers of a step at least this large."""
-        if self.cache is not None and self.cache.shape[2] >= slots and self.cache.shape[4] >= length:
+        """Make the cache [L, 2, slots, Hkv, length, K] and the buffers of a step large enough."""
+        if self.cache is not None and slots <= self.cache.shape[2] <= self.slots and length <= self.cache.shape[4]:
             return
         self.cache = self.graphs = self.pool = None  # free the old ones before the new are made
         layer, new = self.layers[0], partial(torch.zeros, device=self.device)
@@ -763,6 +763,18 @@ def self_check(model, params, sampler, prompt_ids, args, temperature, device):
     return checks
 
 
+# Copied from grpo.py::sample_all
+def sample_all(sampler, prompt_ids, keys, max_new_tokens, temperature, run, doing):
+    """`Sampler.sample` with progress on the terminal and, when memory runs out on any rank, half the slots on all."""
+
+    def attempt(slots):
+        sampler.slots = slots
+        return sampler.sample(prompt_ids, keys, max_new_tokens, temperature,
+                              lambda done, total: run.progress(f"{doing}: sampled {done}/{total}"))
+
+    return retry_smaller(attempt, sampler.slots, run.device, 1, "slots")[0]
+
+
 def accumulate_gradients(model, rows, n_tokens, tokens_per_batch, device):
     """Add the gradient of -sum(log-probs) / n_tokens over this rank's (prompt ids, completion ids); returns the loss."""
     loss_sum = torch.zeros((), device=device)
@@ -784,8 +796,8 @@ def evaluate(model, sampler, questions, encoded, args, step, tokenizer, run):
                          run.device)
     metrics = {"eval/loss": sums["nll"] / max(1, sums["tokens"])}
     asked = [e for e in mine if e.answer]
-    completions = sampler.sample([encoded[e.id][0] for e in asked], [[0]] * len(asked), args.max_new_tokens, 0.0,
-                                 lambda done, total: run.progress(f"evaluating {done}/{total}"))
+    completions = sample_all(sampler, [encoded[e.id][0] for e in asked], [[0]] * len(asked), args.max_new_tokens, 0.0, run,
+                             "evaluation")
     texts = [tokenizer.decode(c.ids[:-1] if c.finished else c.ids, skip_special_tokens=True) for (c,) in completions]
     prompts = [data.prompt_text(e.prompt) for e in asked]
     correct = rewards.correctness(prompts, texts, [e.answer for e in asked], tasks=[e.task for e in asked],

@@ -641,8 +641,10 @@ def load_preferences(data, split="train", *, limit=0, seed=0, dropped=None) -> l
 # Text -> token ids
 
 
-THINK_ANSWER_SYSTEM = ("Think about the question step by step between <think> and </think>, then give the final answer alone "
-                       "between <answer> and </answer>.")
+THINK_ANSWER_SYSTEM = (
+    "Think about the question step by step between <think> and </think>, then give the final answer alone "
+    "between <answer> and </answer>."
+)
 
 
 def prompt_text(prompt):

@@ -11,11 +11,13 @@ import pytest
 import common.data
 from common.data import (
     Example,
+    batch_indices,
     carve,
     encode_completion,
     encode_prompt,
     load_examples,
     load_preferences,
+    prompt_text,
     train_validation,
 )
 
@@ -86,7 +88,7 @@ def test_arithmetic_is_exact_and_every_step_of_the_working_is_true():
         problem = example.prompt.removeprefix("Compute ").removesuffix(".")
         result, numbers = value(problem)
         assert result == int(example.answer)
-        assert len(numbers) == example.level + 1 and all(1 <= number <= 20 for number in numbers)
+        assert len(numbers) == example.level + 1 and all(1 <= number <= 9 for number in numbers)
         working, _, answer = example.completion.partition("</think>")
         assert answer == f"<answer>{example.answer}</answer>"
         steps = working.removeprefix("<think>").split(" ")
@@ -119,14 +121,14 @@ def test_countdown_solutions_use_the_numbers_and_reach_the_target():
 @pytest.mark.parametrize("data", ["arithmetic", "countdown"])
 def test_generated_splits_never_meet_whatever_the_seeds(data):
     by_split = {
-        split: [e for seed in range(3) for e in load_examples(data, split, level=1, limit=100, seed=seed)]
+        split: [e for seed in range(3) for e in load_examples(data, split, level=2, limit=100, seed=seed)]
         for split in ("train", "validation", "test")
     }
     prompts = {split: {example.prompt for example in examples} for split, examples in by_split.items()}
     assert not prompts["train"] & prompts["validation"]
     assert not prompts["train"] & prompts["test"]
     assert not prompts["validation"] & prompts["test"]
-    one_seed = [e.id for split in prompts for e in load_examples(data, split, level=1, limit=50, seed=9)]
+    one_seed = [e.id for split in prompts for e in load_examples(data, split, level=2, limit=50, seed=9)]
     assert len(set(one_seed)) == 150  # ids of different splits do not meet either
 
 
@@ -135,7 +137,7 @@ def test_generated_data_is_fixed_by_its_seed_and_a_longer_set_begins_like_a_shor
     assert first == load_examples("arithmetic", level="2", limit=80, seed=5)[:50]
     assert first != load_examples("arithmetic", level=2, limit=50, seed=6)
     # Fixed across releases as well: a change here moves problems between splits or changes published runs.
-    assert first[0].prompt == "Compute 17+19-12."
+    assert first[0].prompt == "Compute 8+9-6."
 
 
 def test_twenty_thousand_problems_differ_and_are_fast():
@@ -148,7 +150,7 @@ def test_twenty_thousand_problems_differ_and_are_fast():
     assert (
         len({example.prompt for example in examples}) == len({example.id for example in examples}) == 20_000
     )
-    assert {example.level for example in examples} == {3}
+    assert {example.level for example in examples} == {4}
 
 
 def test_arithmetic_mixed_shows_the_working_in_its_share_of_the_same_problems():
@@ -159,7 +161,7 @@ def test_arithmetic_mixed_shows_the_working_in_its_share_of_the_same_problems():
     for one, other in zip(mixed, worked):
         assert one.completion in (other.completion, f"<answer>{one.answer}</answer>")
     one, other = (
-        {e.prompt: e for e in load_examples("arithmetic-mixed", level=1, limit=400, seed=s)} for s in (0, 1)
+        {e.prompt: e for e in load_examples("arithmetic-mixed", level=2, limit=400, seed=s)} for s in (0, 1)
     )
     assert any(one[prompt].completion != other[prompt].completion for prompt in one.keys() & other.keys())
 
@@ -175,7 +177,7 @@ def test_an_exhausted_task_says_how_many_problems_there_are(monkeypatch):
     every_split = [
         e.prompt for s in ("train", "validation", "test") for e in load_examples("arithmetic", s, level=1)
     ]
-    assert len(every_split) == len(set(every_split)) == 800  # 20 x 20 numbers x 2 signs
+    assert len(every_split) == len(set(every_split)) == 162  # 9 x 9 numbers x 2 signs
     message = refusal(load_examples, "arithmetic", level=1, limit=700)
     assert f"{len(everything)} different train problems" in message and "700" in message
 
@@ -699,6 +701,15 @@ def test_carving_keeps_repeated_prompts_on_one_side_and_refuses_too_few_rows():
     refusal(carve, chats, n_train=1, n_validation=1, seed=0)  # one prompt, three times
 
 
+def test_batches_are_shuffled_epochs_that_any_position_can_continue():
+    order = batch_indices(7, 0, 21, seed=3)
+    epochs = order[:7], order[7:14], order[14:]
+    assert all(sorted(epoch) == list(range(7)) for epoch in epochs) and epochs[0] != epochs[1] != epochs[2]
+    assert [i for start in range(0, 21, 3) for i in batch_indices(7, start, 3, seed=3)] == order
+    assert batch_indices(7, 0, 21, seed=4) != order
+    assert sorted(batch_indices(2, 0, 6, seed=0)) == [0, 0, 0, 1, 1, 1]  # a batch larger than the data
+
+
 # Token ids
 
 
@@ -721,6 +732,7 @@ def test_prompts_go_through_the_chat_template(qwen):
     own = [{"role": "system", "content": "own"}, *messages]
     assert encode_prompt(qwen, own, system="S") == encode_prompt(qwen, "Hi", system="own")
     assert "'no place'" in refusal(encode_prompt, qwen, "Hi", template="no place")
+    assert prompt_text(own) == "own\n\nHi" and prompt_text("Hi") == "Hi"
     refusal(encode_prompt, qwen, CHAT)
     refusal(encode_prompt, qwen, [])
 
