@@ -86,8 +86,8 @@ class Args:
     """train all weights (kept in float32) instead of an adapter"""
     gradient_checkpointing: bool = False
     """recompute the layers in the backward pass: less memory, about a third more time"""
-    tokens_per_batch: int = 16384
-    """padded tokens per forward and backward pass and GPU; halved when memory runs out"""
+    tokens_per_batch: int = 0
+    """padded tokens per forward and backward pass and GPU, halved when memory runs out; 0: 16384, on a CPU 2048"""
     # ---- LoRA ----
     lora_r: int = 32
     """rank"""
@@ -201,8 +201,9 @@ class LoRALinear(nn.Module):
         y = self.base(x)
         if self.active is None:
             return y
-        A, B = self.A[self.active].to(x.dtype), self.B[self.active].to(x.dtype)
-        return y + F.linear(F.linear(x, A) * self.scale[self.active], B)
+        A, B = self.A[self.active].to(x.dtype), (self.scale[self.active] * self.B[self.active]).to(x.dtype)
+        rows = y.shape[:-1].numel()  # one fused product-and-sum on two-dimensional views
+        return torch.addmm(y.view(rows, -1), x.reshape(rows, -1) @ A.T, B.T).view_as(y)
 
 
 def add_lora(model, name: str, r: int, alpha: float, targets, layers=None) -> list[nn.Parameter]:
@@ -1076,12 +1077,12 @@ def self_check(model, params, sampler, prompt_ids, args, temperature, device):
     return checks
 
 
-def resolve(args):
+def resolve(args, device):
     """Fill in the defaults that depend on others, and refuse what cannot work, before anything is loaded or written."""
     embedded = not args.model
     if args.num_generations < 2:
         raise ValueError(f"--num-generations {args.num_generations}: a group of one has no mean to beat; use 2 or more")
-    for name in ("prompts_per_step", "max_new_tokens", "max_steps", "tokens_per_batch", "slots", "updates_per_batch",
+    for name in ("prompts_per_step", "max_new_tokens", "max_steps", "slots", "updates_per_batch",
                  "save_every", "keep", "eval_questions", "eval_every", "show_every"):
         if getattr(args, name) < 1:
             raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be 1 or more")
@@ -1100,13 +1101,14 @@ def resolve(args):
         args, recompute_old=recompute,
         data=args.data or ("arithmetic" if embedded else "gsm8k"),
         system=args.system or ("" if embedded else data.THINK_ANSWER_SYSTEM),
+        tokens_per_batch=args.tokens_per_batch or (2048 if device.type == "cpu" else 16384),  # a CPU's caches are small
         lr=args.lr or (1e-3 if embedded else 1e-6 if args.full else 2e-5))
 
 
 def main(args: Args) -> None:
     # ---- set up: whatever can be wrong is found here ----
     device = dist.setup(args.device)
-    asked = args = resolve(args)
+    asked = args = resolve(args, device)
     if args.dry_run:
         args = replace(args, out=f"{tempfile.mkdtemp()}/dry-run", max_steps=1, wandb=False, resume=False)
     check_out(args)

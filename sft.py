@@ -87,8 +87,8 @@ class Args:
     """train all weights (kept in float32) instead of an adapter"""
     gradient_checkpointing: bool = False
     """recompute the layers in the backward pass: less memory, about a third more time"""
-    tokens_per_batch: int = 16384
-    """padded tokens per forward and backward pass and GPU; halved when memory runs out"""
+    tokens_per_batch: int = 0
+    """padded tokens per forward and backward pass and GPU, halved when memory runs out; 0: 16384, on a CPU 2048"""
     # ---- LoRA ----
     lora_r: int = 32
     """rank"""
@@ -153,8 +153,9 @@ class LoRALinear(nn.Module):
         y = self.base(x)
         if self.active is None:
             return y
-        A, B = self.A[self.active].to(x.dtype), self.B[self.active].to(x.dtype)
-        return y + F.linear(F.linear(x, A) * self.scale[self.active], B)
+        A, B = self.A[self.active].to(x.dtype), (self.scale[self.active] * self.B[self.active]).to(x.dtype)
+        rows = y.shape[:-1].numel()  # one fused product-and-sum on two-dimensional views
+        return torch.addmm(y.view(rows, -1), x.reshape(rows, -1) @ A.T, B.T).view_as(y)
 
 
 # Copied from grpo.py::add_lora
@@ -816,10 +817,10 @@ def evaluate(model, sampler, questions, encoded, args, step, tokenizer, run):
     run.print(f"step {step}: " + "  ".join(f"{name} {value:.4g}" for name, value in metrics.items()))
 
 
-def resolve(args):
+def resolve(args, device):
     """Fill in the defaults that depend on others, and refuse what cannot work, before anything is loaded or written."""
     embedded = not args.model
-    for name in ("batch_size", "max_new_tokens", "tokens_per_batch", "slots", "save_every", "keep", "eval_questions",
+    for name in ("batch_size", "max_new_tokens", "slots", "save_every", "keep", "eval_questions",
                  "eval_every"):
         if getattr(args, name) < 1:
             raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be 1 or more")
@@ -829,13 +830,14 @@ def resolve(args):
     return replace(
         args, full=full, data=args.data or ("arithmetic" if embedded else "gsm8k"),
         system=args.system or ("" if embedded else data.THINK_ANSWER_SYSTEM),
+        tokens_per_batch=args.tokens_per_batch or (2048 if device.type == "cpu" else 16384),  # a CPU's caches are small
         lr=args.lr or (1e-3 if embedded else 1e-5 if full else 2e-4))
 
 
 def main(args: Args) -> None:
     # ---- set up: whatever can be wrong is found here ----
     device = dist.setup(args.device)
-    args = resolve(args)
+    args = resolve(args, device)
     check_out(args)
     tokenizer = models.load_tokenizer(args.model)
     train, held_out = data.train_validation(args.data, n_train=args.train_questions, n_validation=args.eval_questions,

@@ -7,20 +7,18 @@ goes into any file and is named with its weight, `path/my_rewards.py:brevity=0.5
         return [1.0 if len(response) < 400 else 0.0 for response in responses]
 
 It may name any of the columns `tasks`, `metas`, `ids` as further parameters. It runs in a process of its own,
-which can be killed: a function that raises or hangs costs the rows it fails on (reward NaN), not the run. The
+which can be ended: a function that raises or hangs costs the rows it fails on (reward NaN), not the run. The
 built-in rewards never evaluate model text, take time linear in its length, and run in this process but for
 `math`.
 """
 
 import ast
-import atexit
 import faulthandler
 import importlib.util
 import inspect
 import json
 import operator
 import os
-import queue
 import re
 import signal
 import subprocess
@@ -30,7 +28,6 @@ import time
 import traceback
 from collections import Counter
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import dataclass
 from fractions import Fraction
 from math import isfinite, isnan, nan
@@ -42,19 +39,18 @@ LOAD_TIMEOUT_S = 120.0  # for importing a user's reward file, which may import t
 # ------------------------------------------------------------------------------------------------------------
 # Comparing answers: as exact fractions where both are numbers, never as floats.
 
-# Dressing without meaning, removed in this order: typography, LaTeX markup, currency, a leading "x =".
+# Dressing without meaning and second spellings, replaced in this order.
 _DRESSING = (
     (r"[\u2212\u2013]", "-"),
-    (r"[\u00a0\u2009\u202f]|(?<!\\)\\ |~", " "),
-    (r"\*\*|`|\\(?:left|right|displaystyle|[Bb]igg?)(?![A-Za-z])|(?<!\\)\\[()\[\]]", ""),
-    (r"(?<!\\)\\[!,;:]\s*|\\q?quad(?![A-Za-z])", ""),
+    (r"[\u00a0\u2009\u202f~°]|(?<!\\)\\ |\^ ?\{? ?\\circ ?\}?", " "),
+    (r"\*\*|`|\\(?:left|right|displaystyle|[Bb]igg?|q?quad)(?![A-Za-z])|(?<!\\)\\(?:[()\[\]]|[!,;:]\s*)", ""),
     (r"\{,\}", ","),
+    (r"\\?[$%]|[£€₹¥]", ""),
     (r"\\[dtc]?frac\s*(?:\{([^{}]*)\}|([0-9]))\s*(?:\{([^{}]*)\}|([0-9]))", r"\\frac{\1\2}{\3\4}"),
     (r"\\sqrt\s*([0-9])", r"\\sqrt{\1}"),
+    (r"\\([lgn]e)q(?![A-Za-z])", r"\\\1"),
     (r"\\(?:text(?:bf|it|rm)?|math(?:rm|bf)|mbox|operatorname)\s*\{([^{}]*)\}", r" \1"),
-    (r"\^ ?\{? ?\\circ ?\}?|°", " "),
-    (r"\\?[$%]|[£€₹¥]", ""),
-    (r"^\s*(?:[A-Za-z][A-Za-z ]{0,30}(?:_\{?\w\}?)?(?:\([a-z]\))?\s*=|[a-z]\s*\\in(?![A-Za-z]))", ""),
+    (r"^\s*(?:[A-Za-z][A-Za-z ]{0,30}(?:_\{?\w\}?)?(?:\([a-z]\))?\s*=|[a-z]\s*\\in(?![A-Za-z]))", ""),  # "x ="
 )
 
 
@@ -62,22 +58,18 @@ def _undress(text):
     text = _last_boxed(text) or text
     for pattern, replacement in _DRESSING:
         text = re.sub(pattern, replacement, text)
-    text = text.strip(" \t\r\n*")
-    return text[:-1].rstrip() if text.endswith((".", ",", ";")) else text
+    return re.sub(r"[.,;]$", "", text.strip(" \t\r\n*")).rstrip()
 
 
 _WHOLE = r"(?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]{1,3}(?: [0-9]{3})+|[0-9]+)"  # 1080, 1,080 or 1 080, but not 1,08
 _PLAIN = rf"{_WHOLE}(?:\.[0-9]+)?(?:[eE][-+]?[0-9]{{1,2}})?|\.[0-9]+"
-_NUMBER = re.compile(rf"([-+]?)(?:([0-9]+) +(?=[0-9]+/))?({_PLAIN})(?:\s*/\s*({_PLAIN}))?(.*)")
 # Words may follow as a unit ("5 per day", "15 cm^2"), but no variable ("6ab", "5 x") and no "million".
-_UNIT = re.compile(
+_UNIT = (
+    r"(?!.*\b(?:and|or|plus|minus|times|not|but|hundred|thousand|[mbtr]+illion|dozen|half|halves|thirds?)\b)"
     r"(?:\s*(?:kg|km|cm|mm|ft|lbs?|oz|m[lL]|mph|hrs?|mins?|secs?|[AaPp][Mm])\b|\s+(?:[A-Za-z]{3,}|of\b|[mgLhs]\b))"
     r"(?:[\s/-]+[A-Za-z]+\.?){0,6}\s*(?:\^?\{?[23²³]\}?)?"
 )
-_NOT_A_UNIT = re.compile(
-    r"(?i)\b(?:and|or|plus|minus|times|not|but|hundred|thousand|[mbtr]+illion|dozen|half|halves|thirds?|"
-    r"sin|cos|tan|log)\b"
-)
+_NUMBER = re.compile(rf"([-+]?) ?(?:([0-9]+) +(?=[0-9]+/))?({_PLAIN})(?:\s*/\s*({_PLAIN}))?(?:{_UNIT})?")
 
 
 def normalize_number(text: str) -> Fraction | None:
@@ -88,34 +80,19 @@ def normalize_number(text: str) -> Fraction | None:
     """
     if len(text) > 200:
         return None
-    text = re.sub(r"\s*\\frac\{([^{}]*)\}\{([^{}]*)\}", r" \1/\2", _undress(text)).strip()
-    text = re.sub(r"^([-+]) (?=[0-9]+/)", r"\1", text)
-    match = _NUMBER.fullmatch(text)
+    match = _NUMBER.fullmatch(re.sub(r"\s*\\frac\{([^{}]*)\}\{([^{}]*)\}", r" \1/\2", _undress(text)).strip())
     if match is None:
         return None
-    sign, whole, numerator, denominator, units = match.groups()
-    if units.strip() and (not _UNIT.fullmatch(units) or _NOT_A_UNIT.search(units)):
+    sign, whole, numerator, denominator = (re.sub("[, ]", "", part or "") for part in match.groups())
+    if Fraction(denominator or 1) == 0:
         return None
-    value = Fraction(re.sub("[, ]", "", numerator))
-    if denominator is not None:
-        divisor = Fraction(re.sub("[, ]", "", denominator))
-        if divisor == 0:
-            return None
-        value /= divisor
-    value += int(whole or 0)
+    value = int(whole or 0) + Fraction(numerator) / Fraction(denominator or 1)
     return -value if sign == "-" else value
 
 
-_SPELLINGS = {"\\leq": "\\le", "\\geq": "\\ge", "\\neq": "\\ne", "π": "\\pi", "∞": "\\infty", "\\cdot": "*"}
-
-
 def _plain_text(text):
-    if len(text) > 1000:  # no final answer; and the patterns need not be fast on it
-        return text.strip()
-    text = _undress(text)
-    for old, new in _SPELLINGS.items():
-        text = text.replace(old, new)
-    text = re.sub(r"([_^])\{(\w)\}", r"\1\2", re.sub(r"\s+", "", text))
+    text = re.sub(r"\s+", "", _undress(text))
+    text = re.sub(r"([_^])\{(\w)\}", r"\1\2", text)
     text = re.sub(r"\\frac\{(-?\w+)\}\{(\w+)\}", r"\1/\2", text)
     text = re.sub(r"^\((\w)\)$", r"\1", text)  # the choice "(C)"
     return text.casefold() if text.isalpha() and len(text) > 2 else text
@@ -125,13 +102,14 @@ def same_answer(given: str, gold: str) -> bool:
     """Whether two final answers are equal, as exact numbers where both are numbers, else as normalised text.
 
     LaTeX that only looks different is equal; an empty gold answer equals nothing; "x+1" and "1+x" differ: the
-    reward `math` does algebra, this function does not.
+    reward `math` does algebra, this function does not. More than 1000 characters are no final answer.
     """
+    if max(len(given), len(gold)) > 1000:
+        return False
     number, gold_number = normalize_number(given), normalize_number(gold)
     if number is not None and gold_number is not None:
         return number == gold_number
-    text, gold_text = _plain_text(given), _plain_text(gold)
-    return text == gold_text != ""
+    return _plain_text(given) == _plain_text(gold) != ""
 
 
 _OPERATORS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv}
@@ -171,36 +149,25 @@ _STATED = re.compile(
     r"(?:\b(?:is|will be)\b(?: therefore| thus)?|[:=])[\s*_:]{0,8}(?=([^\n]{1,300}))"
 )
 _SENTENCE_END = re.compile(r"[.;!?](?=\s|$)|,? (?:because|since|so|which|as|where)\b")
-_MATH_SPAN = re.compile(r"\$\$([^$]+)\$\$|\$([^$]+)\$|\\\((.+?)\\\)|\\\[(.+?)\\\]")
-_HASHES = re.compile(r"#### *([^\n]{1,200})")
-_BOLD = re.compile(r"\*\*([^*\n]{1,80})\*\*")
 
 
 def _last_boxed(text):
     """Content of the last balanced, non-empty \\boxed{...}, in one pass over the braces."""
-    if "boxed" not in text:
-        return None
-    opened, last = [], None  # opened: start of the content for a box, -1 for any other brace
+    opened, last = [], None  # opened: for each open brace, where a box's content starts; None for other braces
     for match in re.finditer(r"\\f?boxed\s{0,4}\{|\\[{}]|[{}]", text):
-        if match[0] == "{":
-            opened.append(-1)
-        elif match[0].endswith("{") and "box" in match[0]:
-            opened.append(match.end())
-        elif match[0] == "}" and opened:
+        if match[0] == "}" and opened:
             start = opened.pop()
-            if start >= 0 and text[start : match.start()].strip():
-                last = text[start : match.start()].strip()
+            last = (text[start : match.start()].strip() if start else None) or last
+        elif match[0] == "{" or "boxed" in match[0]:
+            opened.append(match.end() if "boxed" in match[0] else None)
     return last
 
 
 def _marked(text):
-    """Content of the last non-empty <answer>...</answer>, else of the last box."""
-    end = text.rfind("</answer>")
-    while end >= 0 and (start := text.rfind("<answer>", 0, end)) >= 0:
-        inner = text[start + len("<answer>") : end].strip()
-        if inner:  # "<answer>The answer is \boxed{5}.</answer>" happens
-            return _last_boxed(inner) or _stated(inner) or inner
-        end = text.rfind("</answer>", 0, start)
+    """Content of the last <answer>...</answer>, else of the last box."""
+    _, opened, inside = text.rpartition("</answer>")[0].rpartition("<answer>")
+    if opened and inside.strip():  # "<answer>The answer is \boxed{5}.</answer>" happens
+        return _last_boxed(inside) or _stated(inside) or inside.strip()
     return _last_boxed(text)
 
 
@@ -212,28 +179,12 @@ def _after_thinking(text):
 
 def _stated(text):
     """x of the last "the answer is x" or "Answer: x"."""
-    value = None
-    for match in _STATED.finditer(text):
-        value = match[1].strip()
-    if value is None:
-        return None
-    span = _MATH_SPAN.match(value)
-    if span:
-        return span[span.lastindex].strip()
-    return _SENTENCE_END.split(value, maxsplit=1)[0].strip(" *_`\"'") or None
+    lines = _STATED.findall(text)
+    return _SENTENCE_END.split(lines[-1].strip(), maxsplit=1)[0].strip(" *_`\"'") if lines else None
 
 
 def _last_line(text):
     return text.rstrip()[-400:].rpartition("\n")[2].strip()
-
-
-def _last_line_number(text):
-    """A last line that is a number, holds one bold number, or is a short equation ending in "= number"."""
-    line = _last_line(text)
-    bold = _BOLD.findall(line)
-    candidates = [line.rpartition("=")[2]] if "=" in line and len(line) <= 120 else []
-    candidates += (bold if len(bold) == 1 else []) + [line]
-    return next((value.strip() for value in candidates if normalize_number(value) is not None), None)
 
 
 def extract_answer(text: str, choices: bool = False) -> str | None:
@@ -249,9 +200,16 @@ def extract_answer(text: str, choices: bool = False) -> str | None:
     tail = _after_thinking(text)
     if marked := _marked(tail):
         return marked
-    hashes = [value for value in _HASHES.findall(tail) if normalize_number(value) is not None]  # no headings
-    unmarked = hashes[-1].strip() if hashes else _stated(tail) or _last_line_number(tail)
-    return unmarked or _marked(text)
+    hashes = [value.strip() for value in re.findall(r"#### *([^\n]{1,200})", tail)]
+    hashes = [value for value in hashes if normalize_number(value) is not None]  # "#### Step 1" is a heading
+    if hashes or (stated := _stated(tail)):
+        return hashes[-1] if hashes else stated
+    line = _last_line(tail)
+    bold = re.findall(r"\*\*([^*]{1,80})\*\*", line)
+    for value in [line.rpartition("=")[2].strip(), *(bold if len(bold) == 1 else [])]:
+        if normalize_number(value) is not None:
+            return value
+    return _marked(text)
 
 
 _LETTER = r"[\s*_(\[$\"'`]{0,6}([A-E])(?![A-Za-z0-9'\u2019])(?!\s*(?:,|/|or\b|and\b)\s*\(?[A-E]\b)"
@@ -261,6 +219,7 @@ _CHOICE_FORMS = (  # the first form found counts, and of that form the last
     re.compile(rf"\b(?i:ans(?:wer)?)\b(?: (?i:to|for) [^\n.?!:=]{{1,80}}?)?{_LINK}{_LETTER}"),
     re.compile(rf"\b(?i:option|choice)\b{_LINK}{_LETTER}(?![\s*)\]]{{1,4}}(?:is (?:not|in|wrong)|can))"),
     re.compile(r"\b([A-E])[)\]*]{0,4} (?:is|must be) (?:the )?(?:correct|right|true|best|answer)\b"),
+    re.compile(r"(?:^|\n)[*_(\[$]{0,4}([A-E])[*_)\].$:]{0,4}\Z"),  # a last line that is a letter alone
 )
 _LETTERED = re.compile(r"(?m)^[ \t*_(\[$]{0,6}([A-E])[)\].:]")
 
@@ -268,43 +227,30 @@ _LETTERED = re.compile(r"(?m)^[ \t*_(\[$]{0,6}([A-E])[)\].:]")
 def extract_choice(text: str) -> str | None:
     """The letter "A" to "E" that a response settles on, None where it settles on none.
 
-    Marks as in `extract_answer`, then "the answer is (B)", "option B", "B is correct", then a last line that
-    is a letter alone, or "B) 65" where no line starts with another letter (that would be a list of options).
+    After </think>: the tag or box, else "the answer is (B)", "option B", "B is correct", a last line that is
+    a letter alone, or "B) 65" where no line starts with another letter (that would be a list of options).
     """
-    tail = _after_thinking(text)
-    marked = _marked(tail)
-    if marked is None:
-        found = next((found for form in _CHOICE_FORMS if (found := form.findall(tail))), None)
-        if found:
-            return found[-1]
-        line = _last_line(tail)
-        match = re.fullmatch(r"[*_(\[$]{0,4}([A-E])[*_)\].$:]{0,4}", line)
-        if match or (_LETTERED.match(line) and len(set(_LETTERED.findall(tail))) == 1):
-            return match[1] if match else _LETTERED.match(line)[1]
-        marked = _marked(text)
-    if marked is None:
-        return None
-    marked = _undress(marked[:300])
-    match = re.match(rf"(?i:option |choice )?{_LETTER}", marked[0].upper() if len(marked) == 1 else marked)
-    found = match or next((match for form in _CHOICE_FORMS if (match := form.search(marked))), None)
-    return found[1] if found else None
+    tail = _after_thinking(text).strip()
+    if marked := _marked(tail):
+        marked = _undress(marked[:300])
+        tail = "answer: " + (marked.upper() if len(marked) == 1 else marked)
+    found = next((found for form in _CHOICE_FORMS if (found := form.findall(tail))), None)
+    if found is None and _LETTERED.match(_last_line(tail)):
+        found = _LETTERED.findall(tail)
+        return found[0] if len(set(found)) == 1 else None
+    return found[-1] if found else None
 
 
 # ------------------------------------------------------------------------------------------------------------
 # The built-in rewards, each 0 to 1 per row.
 
 
-def _uses_numbers(expression, numbers):
-    """Whether every number in the expression is one of `numbers`, each used at most once."""
-    used = Counter(int(digits) for digits in re.findall(r"[0-9]+", expression))
-    return not used - Counter(numbers)
-
-
 def correctness(prompts, responses, answers, tasks=None, metas=None, **columns) -> list[float]:
     """1 where the extracted answer equals the gold answer, else 0.
 
     `tasks` picks the check: "choice" compares letters; "countdown" wants an expression over
-    `metas[i]["numbers"]`, each used at most once, worth the gold answer; all others use `same_answer`.
+    `metas[i]["numbers"]`, each used at most once, worth the gold answer ("= gold" may follow it); all others
+    use `same_answer`.
     """
     rewards = []
     for i, (response, answer) in enumerate(zip(responses, answers, strict=True)):
@@ -313,8 +259,10 @@ def correctness(prompts, responses, answers, tasks=None, metas=None, **columns) 
         if given is None:
             right = False
         elif task == "countdown":
-            value = safe_arithmetic(given)
-            right = value is not None and value == int(answer) and _uses_numbers(given, metas[i]["numbers"])
+            expression, equals, result = given.partition("=")
+            used = Counter(int(digits) for digits in re.findall(r"[0-9]{1,12}", expression))
+            right = safe_arithmetic(expression) == int(answer) and not used - Counter(metas[i]["numbers"])
+            right = right and (not equals or same_answer(result, answer))
         else:
             right = same_answer(given, answer)
         rewards.append(float(right))
@@ -340,8 +288,7 @@ def format(prompts, responses, answers, **columns) -> list[float]:
 
 def digit(prompts, responses, answers, **columns) -> list[float]:
     """1 where the extracted answer is a number, right or wrong."""
-    extracted = [extract_answer(response) for response in responses]
-    return [float(given is not None and normalize_number(given) is not None) for given in extracted]
+    return [float(normalize_number(extract_answer(response) or "") is not None) for response in responses]
 
 
 def mark(prompts, responses, answers, **columns) -> list[float]:
@@ -355,9 +302,9 @@ def math(prompts, responses, answers, **columns) -> list[float]:
 
     rewards = []
     for response, answer in zip(responses, answers, strict=True):
-        given = extract_answer(response)
-        right = given is not None and same_answer(given, answer)
-        if given is not None and not right and len(given) <= 1000:
+        given = extract_answer(response) or ""
+        right = same_answer(given, answer)
+        if not right and 0 < len(given) <= 1000:
             parsed, gold = (math_verify.parse(f"\\boxed{{{text}}}") for text in (given, answer))
             right = bool(parsed and gold) and math_verify.verify(gold, parsed)
         rewards.append(float(right))
@@ -372,7 +319,7 @@ BUILT_IN = {function.__name__: function for function in (correctness, format, di
 
 @dataclass(frozen=True)
 class RewardFunction:
-    """A weighted reward: function(prompts, responses, answers, columns, timeout_s) -> (values, error)."""
+    """A weighted reward; `function` is a built-in, or the _Worker that runs it in another process."""
 
     name: str
     weight: float
@@ -387,37 +334,25 @@ def parse_rewards(specs: list[str]) -> list[RewardFunction]:
     """
     parsed = []
     for spec in specs:
-        target, equals, weight = spec.rpartition("=")
-        target = target if equals else spec
-        try:
-            weight = float(weight) if equals else 1.0
-        except ValueError:
-            raise ValueError(f"the weight of reward {spec!r} is not a number: write it as name=0.5") from None
-        if not isfinite(weight):
-            raise ValueError(f"the weight of reward {spec!r} is not finite")
+        target, weight = spec.rsplit("=", 1) if "=" in spec else (spec, "1")
         path, colon, name = target.rpartition(":")
+        try:
+            weight = float(weight)
+        except ValueError:
+            weight = nan
+        if not isfinite(weight):
+            raise ValueError(f"the weight of reward {spec!r} is not a finite number: write it as name=0.5")
         if any(name == other.name for other in parsed):
             raise ValueError(f"two rewards are named {name!r}: each needs a name of its own")
         if not colon and name not in BUILT_IN:
-            known = ", ".join(BUILT_IN)
-            raise ValueError(f"unknown reward {name!r}: take {known} or path/file.py:function")
+            raise ValueError(f"unknown reward {name!r}: take {', '.join(BUILT_IN)} or path/file.py:function")
         if colon and not Path(path).is_file():
             raise ValueError(f"reward {spec!r}: no file {path!r} (write path/file.py:function=weight)")
-        if not colon and name == "math" and importlib.util.find_spec("math_verify") is None:
+        if target == "math" and importlib.util.find_spec("math_verify") is None:
             raise ValueError("reward 'math' needs the package math_verify: pip install math-verify")
-        if colon or name == "math":
-            function = _Worker(str(Path(path).resolve()) if colon else "", name)
-        else:
-            function = _in_process(BUILT_IN[name])
+        function = _Worker(path, name) if colon or name == "math" else BUILT_IN[name]
         parsed.append(RewardFunction(name, weight, function))
     return parsed
-
-
-def _in_process(function):
-    def call(prompts, responses, answers, columns, timeout_s):
-        return function(prompts, responses, answers, **columns), ""
-
-    return call
 
 
 def score(reward_functions, prompts, responses, answers, columns=None, timeout_s: float = 30.0) -> dict:
@@ -432,117 +367,94 @@ def score(reward_functions, prompts, responses, answers, columns=None, timeout_s
     for name, values in {"responses": responses, "answers": answers, **columns}.items():
         if len(values) != len(prompts):
             raise ValueError(f"{len(prompts)} prompts but {len(values)} {name}")
-    rewards, error = {}, ""
+    rewards, total, error = {}, [0.0] * len(prompts), ""
     for reward in reward_functions:
-        rewards[reward.name], problem = reward.function(prompts, responses, answers, columns, timeout_s)
-        error = error or (problem and f"reward {reward.name!r}: {problem}")
-    weighted = [[r.weight * value for value in rewards[r.name]] for r in reward_functions if r.weight != 0]
-    total = [float(sum(row)) for row in zip(*weighted, strict=True)] if weighted else [0.0] * len(prompts)
+        if isinstance(reward.function, _Worker):
+            values, problem = reward.function(prompts, responses, answers, columns, timeout_s)
+            error = error or (problem and f"reward {reward.name!r}: {problem}")
+        else:
+            values = reward.function(prompts, responses, answers, **columns)
+        rewards[reward.name] = values
+        if reward.weight != 0:
+            total = [sum_ + reward.weight * value for sum_, value in zip(total, values, strict=True)]
     correct = correctness(prompts, responses, answers, **columns)  # the reward of this name may be a user's
     failed = sum(isnan(value) for value in total)
     return {"rewards": rewards, "total": total, "correct": correct, "failed": failed, "error": error}
 
 
 # ------------------------------------------------------------------------------------------------------------
-# Other people's functions, in a process that can be killed. No fork (CUDA, threads), no pickle, no signal
-# handlers: JSON lines over pipes. The process lives as long as the run, and ends when its stdin closes.
+# Other people's functions, in a process of their own: no fork (CUDA, threads), no pickle, no signal handlers.
+# One JSON line per request, [timeout_s, arguments], and one per reply, [values or null, error]. The first
+# request loads the function. The worker keeps the time limit itself: faulthandler prints where the function
+# hangs and ends the process, even one that never lets go of the interpreter's lock or whose parent has died.
 
-_START = "import sys; sys.path.insert(0, sys.argv[1]); from common.rewards import _serve; _serve()"
+_START = "import sys; sys.path.insert(0, sys.argv[1]); from common.rewards import _serve; _serve(*sys.argv[2:])"
 
 
 class _Worker:
-    """One reward function in a process of its own, started at once and again after it had to be killed."""
+    """One reward function in a process, which starts at once, and again when needed after it has ended."""
 
     def __init__(self, path, name):
-        self.path, self.name, self.process = path, name, None
+        root, path = Path(__file__).resolve().parents[1], path and Path(path).resolve()
+        self.command = [sys.executable, "-c", _START, str(root), str(path), name]
         self.lock = threading.Lock()
-        atexit.register(self.kill)
-        error = self.start()
-        if error:
-            raise ValueError(f"reward {path + ':' if path else ''}{name}: {error}")
+        if error := self.start():
+            raise ValueError(f"reward {name!r} of {path or 'this project'}: {error}")
 
     def start(self):
-        root = str(Path(__file__).resolve().parents[1])
-        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True, "encoding": "utf-8"}
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
         # A session of its own: Ctrl-C reaches the run alone, which needs its rewards to finish the step.
-        self.process = subprocess.Popen([sys.executable, "-c", _START, root], start_new_session=True, **pipes)
-        error = self.ask({"path": self.path, "name": self.name}, LOAD_TIMEOUT_S).get("error", "")
+        self.process = subprocess.Popen(self.command, start_new_session=True, **pipes)
+        error = self.ask(None, LOAD_TIMEOUT_S)[1]
         if error:
             self.kill()
         return error
 
     def kill(self):
-        if self.process is not None and self.process.poll() is None:
+        if self.process.returncode is None:
             os.killpg(self.process.pid, signal.SIGKILL)  # and what it started
             self.process.wait()
 
-    def ask(self, request, timeout_s):
-        """The worker's reply, or {"error": ...} with the process killed where it did not reply in time."""
-        late = threading.Event()
-        timer = threading.Timer(timeout_s, lambda: (late.set(), self.kill()))
-        timer.start()
-        reply = ""
+    def ask(self, arguments, timeout_s):
+        """The reply (values, error); values is None where the call failed."""
+        start, reply = time.monotonic(), ""
         try:
-            self.process.stdin.write(json.dumps({**request, "timeout_s": timeout_s}) + "\n")
+            self.process.stdin.write(json.dumps([timeout_s, arguments]) + "\n")
             self.process.stdin.flush()
             reply = self.process.stdout.readline()
         except BrokenPipeError:
-            pass  # it died: reported below
+            pass  # it has ended: reported below
         except BaseException:  # Ctrl-C: the reply on its way must not be read as the next call's
             self.kill()
             raise
-        finally:
-            timer.cancel()
-            timer.join()  # from here on it cannot kill the process any more
-        if reply.endswith("\n") and not late.is_set():
+        if reply.endswith("\n"):
             return json.loads(reply)
         self.kill()
-        code = self.process.wait()
-        with suppress(BrokenPipeError):  # bytes it did not take
-            self.process.stdin.close()
-        self.process.stdout.close()
-        ended = f"its process ended with code {code}"
-        return {"error": f"no result within {timeout_s:g} s" if late.is_set() else ended}
+        late = time.monotonic() - start >= timeout_s
+        ended = f"its process ended with code {self.process.returncode}"
+        return None, f"no result within {timeout_s:g} s" if late else ended
 
-    def call(self, prompts, responses, answers, columns, timeout_s):
-        if self.process.poll() is not None:
-            error = self.start()
-            if error:
-                return {"error": error}
-        arguments = {"prompts": prompts, "responses": responses, "answers": answers, "columns": columns}
+    def call(self, arguments, timeout_s):
+        if self.process.poll() is not None and (error := self.start()):
+            return None, error
         return self.ask(arguments, timeout_s)
 
     def __call__(self, prompts, responses, answers, columns, timeout_s):
-        """One call for the batch; where that fails, one call per row, so that only the rows at fault are NaN.
+        """(values, error) of one call for the batch; where it fails, of one per row: only rows at fault are NaN.
 
         Takes at most about three times timeout_s, however many rows hang.
         """
         with self.lock:
-            reply = self.call(prompts, responses, answers, columns, timeout_s)
-            error = reply.get("error", "")
-            if "values" in reply:
-                return [nan if value is None else value for value in reply["values"]], error
-            rows, values = len(prompts), []
-            row_timeout_s = min(timeout_s, max(1.0, timeout_s / max(rows, 1)))
-            deadline = time.monotonic() + 2 * timeout_s
-            for i in range(rows):
-                if rows == 1 or time.monotonic() > deadline:
-                    values.append(nan)
-                    continue
-                row = {name: [column[i]] for name, column in columns.items()}
-                reply = self.call([prompts[i]], [responses[i]], [answers[i]], row, row_timeout_s)
-                value = reply.get("values", [None])[0]
-                values.append(nan if value is None else value)
+            values, error = self.call([prompts, responses, answers, columns], timeout_s)
+            if values is not None:
+                return values, error
+            values, deadline = [nan] * len(prompts), time.monotonic() + 2 * timeout_s
+            for i, (prompt, response, answer) in enumerate(zip(prompts, responses, answers, strict=True)):
+                if time.monotonic() < deadline:
+                    row = [[prompt], [response], [answer], {name: [column[i]] for name, column in columns.items()}]
+                    found, _ = self.call(row, max(1.0, timeout_s / len(prompts)))
+                    values[i] = found[0] if found else nan
             return values, error
-
-
-def _as_reward(value):
-    """A finite float, or None (JSON has no NaN) for whatever is not one."""
-    try:
-        value = None if isinstance(value, (str, bytes)) else float(value)
-    except (TypeError, ValueError, OverflowError):
-        return None
-    return value if value is not None and isfinite(value) else None
 
 
 def _load(path, name):
@@ -559,54 +471,38 @@ def _load(path, name):
     return function
 
 
-def _call(function, request):
-    """The reply to one batch: {"values": floats, None where a value is no finite number} or an exception."""
-    columns, parameters = request["columns"], inspect.signature(function).parameters
+def _call(function, prompts, responses, answers, columns):
+    """(values, error): a value that is no finite number is NaN, and the error names the first such row."""
+    parameters = inspect.signature(function).parameters
     if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
         columns = {name: column for name, column in columns.items() if name in parameters}
-    raw = list(function(request["prompts"], request["responses"], request["answers"], **columns))
-    if len(raw) != len(request["prompts"]):
-        raise ValueError(f"{len(raw)} values for {len(request['prompts'])} rows")
-    values = [_as_reward(value) for value in raw]
-    if None not in values:
-        return {"values": values}
-    row = values.index(None)
-    return {"values": values, "error": f"row {row} of the batch: {raw[row]!r:.80} is not a finite number"}
+    raw = list(function(prompts, responses, answers, **columns))
+    if len(raw) != len(prompts):
+        raise ValueError(f"{len(raw)} values for {len(prompts)} rows")
+    values = [float(value) if hasattr(value, "__float__") and isfinite(value) else nan for value in raw]
+    failed = [row for row, value in enumerate(values) if isnan(value)]
+    error = f"row {failed[0]} of the batch: {raw[failed[0]]!r:.80} is not a finite number" if failed else ""
+    return values, error
 
 
-def _one_line(error, path):
-    lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == path]
-    place = f" ({Path(path).name}, line {lines[-1]})" if lines else ""
-    return " ".join(f"{type(error).__name__}: {error}".split())[:300] + place
-
-
-def _serve():
-    """The worker: read a request, call the function, reply. The first request names the function to load."""
-    requests, replies = os.fdopen(os.dup(0), encoding="utf-8"), os.fdopen(os.dup(1), "w", encoding="utf-8")
+def _serve(path, name):
+    """The worker: for each request, load or call the function and reply."""
+    requests, replies = os.fdopen(os.dup(0)), os.fdopen(os.dup(1), "w")
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     os.dup2(2, 1)  # what the function prints goes to stderr, not among the replies
     sys.stdout = sys.stderr
-    inbox = queue.SimpleQueue()
-
-    def read():
-        for line in requests:
-            inbox.put(json.loads(line))
-        os._exit(0)  # the run has ended, whatever the function is doing
-
-    threading.Thread(target=read, daemon=True).start()
-    function = path = None
-    while True:
-        request = inbox.get()
-        # If the run is killed while the function holds the interpreter's lock, read() cannot end us.
-        faulthandler.dump_traceback_later(request["timeout_s"] + 10, exit=True)
+    function = None
+    for line in requests:
+        timeout_s, arguments = json.loads(line)
+        faulthandler.dump_traceback_later(timeout_s, exit=True, file=2)
         try:
             if function is None:
-                path = request["path"]
-                function, reply = _load(path, request["name"]), {}
+                function, reply = _load(path, name), (None, "")
             else:
-                reply = _call(function, request)
+                reply = _call(function, *arguments)
         except Exception as error:
-            reply = {"error": _one_line(error, path)}
+            lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == path]
+            place = f" ({Path(path).name}, line {lines[-1]})" if lines else ""
+            reply = None, " ".join(f"{type(error).__name__}: {error}".split())[:300] + place
         faulthandler.cancel_dump_traceback_later()
-        replies.write(json.dumps(reply) + "\n")
-        replies.flush()
+        print(json.dumps(reply), file=replies, flush=True)

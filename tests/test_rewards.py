@@ -341,8 +341,8 @@ def test_correct_is_there_without_the_reward():
     [
         ("corectness", "unknown reward 'corectness': take correctness, format, digit, mark, math"),
         ("format:0.2", "path/file.py:function=weight"),
-        ("format=much", "not a number"),
-        ("format=nan", "not finite"),
+        ("format=much", "not a finite number"),
+        ("format=nan", "not a finite number"),
         ("nowhere.py:f=1", "no file 'nowhere.py'"),
         ("{dir}/r.py:g", "no function 'g'"),
         ("{dir}/r.py:value", "no function 'value'"),

@@ -1,0 +1,50 @@
+"""Tiny models with random weights, of every family that is supported, for the tests to import."""
+
+import torch
+from transformers import AutoModelForCausalLM, CONFIG_MAPPING
+
+from common import models
+
+KINDS = models.SUPPORTED
+
+SIZES = dict(vocab_size=384, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+             num_key_value_heads=2, max_position_embeddings=1024, pad_token_id=0, bos_token_id=None, eos_token_id=2)
+
+# What sets each family apart: tied embeddings (Gemma's are untied here: tied and random, it repeats its last token), heads
+# wider than hidden_size / heads, soft-caps low enough to bend the values, a window that no test's run reaches.
+EXTRA = {"qwen2": dict(tie_word_embeddings=True), "llama": dict(), "mistral": dict(sliding_window=None),
+         "qwen3": dict(head_dim=16),
+         "gemma": dict(head_dim=16, tie_word_embeddings=False),
+         "gemma2": dict(head_dim=16, tie_word_embeddings=False, query_pre_attn_scalar=16, sliding_window=512,
+                        attn_logit_softcapping=3.0, final_logit_softcapping=5.0)}
+
+
+def tiny_model(kind, seed=0, **overrides):
+    """A seeded random model of `kind` (one of KINDS) in float32, dropout off; overrides go to its configuration.
+
+    The weights are spread widely (logits differ by a few nats), so that neither greedy choices are near ties nor
+    distributions near uniform, and norms and biases are random too, so that none can be left out unseen.
+    """
+    config = CONFIG_MAPPING[kind](**{**SIZES, **EXTRA[kind], **overrides})
+    model = AutoModelForCausalLM.from_config(config)
+    spread(model, seed)
+    return model.eval()
+
+
+@torch.no_grad()
+def spread(model, seed=0):
+    """Draw every parameter anew, widely, from `seed`."""
+    generator = torch.Generator().manual_seed(seed)
+    for name, p in model.named_parameters():
+        noise = torch.randn(p.shape, generator=generator)
+        if "norm" in name or name.endswith("bias"):
+            p.add_(0.3 * noise)
+        elif "embed" in name:
+            p.copy_(noise * (0.1 if "gemma" in model.config.model_type else 0.5))  # Gemma scales them by sqrt(D)
+        else:
+            p.copy_(noise * (2 if "lm_head" in name else 1) / p.shape[-1] ** 0.5)
+
+
+def tiny_tokenizer():
+    """The embedded model's own: 384 tokens, a chat template."""
+    return models.load_tokenizer("")
