@@ -50,7 +50,8 @@ class Preference:
 # training set.
 
 SPLITS = ("validation", "test", "train", "train", "train")  # by hash of the prompt, modulo 5
-WORKED_SHARE = 0.3  # of arithmetic-mixed's demonstrations: a corpus in which most authors skip the working
+WORKED_SHARE = 0.4  # of arithmetic-mixed's demonstrations: a corpus in which most authors skip the working ...
+SLIP = 2  # ... and then are off by up to this much, each error as likely as the right answer
 GENERATED_ROWS = 10_000  # where no number is asked for
 PATIENCE = 100_000  # draws in a row that bring nothing new before a task counts as exhausted
 
@@ -104,8 +105,8 @@ def _countdown(rng, level):
 
 
 GENERATED = {  # name: (problem maker, highest level, level where none is given)
-    "arithmetic": (_arithmetic, 8, 4),
-    "arithmetic-mixed": (_arithmetic, 8, 4),  # the same problems; all but WORKED_SHARE show the answer alone
+    "arithmetic": (_arithmetic, 8, 3),
+    "arithmetic-mixed": (_arithmetic, 8, 3),  # the same problems; all but WORKED_SHARE state a guess alone
     "countdown": (_countdown, 4, 1),
 }
 
@@ -145,8 +146,11 @@ def _generate(data, split, level, limit, seed):
         last_new = draw
         if SPLITS[_hash(prompt) % len(SPLITS)] != split:
             continue
-        if data == "arithmetic-mixed" and _hash(f"worked {seed} {prompt}") >= WORKED_SHARE * 2**64:
-            problem["completion"] = f"<answer>{problem['answer']}</answer>"
+        if data == "arithmetic-mixed":
+            author = random.Random(f"author {seed} {prompt}")
+            if author.random() >= WORKED_SHARE:
+                guess = int(problem["answer"]) + author.randint(-SLIP, SLIP)
+                problem["completion"] = f"<answer>{guess}</answer>"
         # All splits read one stream of draws, so their ids never meet either.
         examples.append(Example(id=draw, level=row_level, **problem))
 

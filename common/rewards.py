@@ -6,10 +6,9 @@ goes into any file and is named with its weight, `path/my_rewards.py:brevity=0.5
     def brevity(prompts, responses, answers):
         return [1.0 if len(response) < 400 else 0.0 for response in responses]
 
-It may name any of the columns `tasks`, `metas`, `ids` as further parameters. It runs in a process of its own,
-which can be ended: a function that raises or hangs costs the rows it fails on (reward NaN), not the run. The
-built-in rewards never evaluate model text, take time linear in its length, and run in this process but for
-`math`.
+It may name any of the columns `tasks`, `metas`, `ids` as further parameters, and runs in a process of its own:
+where it raises or hangs, that costs the rows at fault (reward NaN), not the run. The built-in rewards never
+evaluate model text and take time linear in its length.
 """
 
 import ast
@@ -49,8 +48,9 @@ _DRESSING = (
     (r"\\[dtc]?frac\s*(?:\{([^{}]*)\}|([0-9]))\s*(?:\{([^{}]*)\}|([0-9]))", r"\\frac{\1\2}{\3\4}"),
     (r"\\sqrt\s*([0-9])", r"\\sqrt{\1}"),
     (r"\\([lgn]e)q(?![A-Za-z])", r"\\\1"),
+    (r"([_^])\{(\w)\}", r"\1\2"),
     (r"\\(?:text(?:bf|it|rm)?|math(?:rm|bf)|mbox|operatorname)\s*\{([^{}]*)\}", r" \1"),
-    (r"^\s*(?:[A-Za-z][A-Za-z ]{0,30}(?:_\{?\w\}?)?(?:\([a-z]\))?\s*=|[a-z]\s*\\in(?![A-Za-z]))", ""),  # "x ="
+    (r"^\s*(?:[A-Za-z][A-Za-z ]{0,30}(?:_\w)?(?:\([a-z]\))?\s*=|[a-z]\s*\\in(?![A-Za-z]))", ""),  # a leading "x ="
 )
 
 
@@ -66,8 +66,8 @@ _PLAIN = rf"{_WHOLE}(?:\.[0-9]+)?(?:[eE][-+]?[0-9]{{1,2}})?|\.[0-9]+"
 # Words may follow as a unit ("5 per day", "15 cm^2"), but no variable ("6ab", "5 x") and no "million".
 _UNIT = (
     r"(?!.*\b(?:and|or|plus|minus|times|not|but|hundred|thousand|[mbtr]+illion|dozen|half|halves|thirds?)\b)"
-    r"(?:\s*(?:kg|km|cm|mm|ft|lbs?|oz|m[lL]|mph|hrs?|mins?|secs?|[AaPp][Mm])\b|\s+(?:[A-Za-z]{3,}|of\b|[mgLhs]\b))"
-    r"(?:[\s/-]+[A-Za-z]+\.?){0,6}\s*(?:\^?\{?[23²³]\}?)?"
+    r"(?:\s*(?:kg|km|cm|mm|ft|lbs?|oz|mph|hrs?|mins?|[AaPp][Mm])\b|\s+[A-Za-z]{2,})"
+    r"(?:[\s/-]+[A-Za-z]+\.?){0,6}\s*(?:\^?[23²³])?"
 )
 _NUMBER = re.compile(rf"([-+]?) ?(?:([0-9]+) +(?=[0-9]+/))?({_PLAIN})(?:\s*/\s*({_PLAIN}))?(?:{_UNIT})?")
 
@@ -91,9 +91,7 @@ def normalize_number(text: str) -> Fraction | None:
 
 
 def _plain_text(text):
-    text = re.sub(r"\s+", "", _undress(text))
-    text = re.sub(r"([_^])\{(\w)\}", r"\1\2", text)
-    text = re.sub(r"\\frac\{(-?\w+)\}\{(\w+)\}", r"\1/\2", text)
+    text = re.sub(r"\\frac\{(-?\w+)\}\{(\w+)\}", r"\1/\2", re.sub(r"\s+", "", _undress(text)))
     text = re.sub(r"^\((\w)\)$", r"\1", text)  # the choice "(C)"
     return text.casefold() if text.isalpha() and len(text) > 2 else text
 
@@ -153,7 +151,7 @@ _SENTENCE_END = re.compile(r"[.;!?](?=\s|$)|,? (?:because|since|so|which|as|wher
 
 def _last_boxed(text):
     """Content of the last balanced, non-empty \\boxed{...}, in one pass over the braces."""
-    opened, last = [], None  # opened: for each open brace, where a box's content starts; None for other braces
+    opened, last = [], None  # opened: for each open brace, where a box's content starts, or None
     for match in re.finditer(r"\\f?boxed\s{0,4}\{|\\[{}]|[{}]", text):
         if match[0] == "}" and opened:
             start = opened.pop()
@@ -183,8 +181,8 @@ def _stated(text):
     return _SENTENCE_END.split(lines[-1].strip(), maxsplit=1)[0].strip(" *_`\"'") if lines else None
 
 
-def _last_line(text):
-    return text.rstrip()[-400:].rpartition("\n")[2].strip()
+def _first_number(values):
+    return next((value.strip(" *") for value in values if normalize_number(value) is not None), None)
 
 
 def extract_answer(text: str, choices: bool = False) -> str | None:
@@ -198,18 +196,16 @@ def extract_answer(text: str, choices: bool = False) -> str | None:
     if choices:
         return extract_choice(text)
     tail = _after_thinking(text)
-    if marked := _marked(tail):
-        return marked
-    hashes = [value.strip() for value in re.findall(r"#### *([^\n]{1,200})", tail)]
-    hashes = [value for value in hashes if normalize_number(value) is not None]  # "#### Step 1" is a heading
-    if hashes or (stated := _stated(tail)):
-        return hashes[-1] if hashes else stated
-    line = _last_line(tail)
-    bold = re.findall(r"\*\*([^*]{1,80})\*\*", line)
-    for value in [line.rpartition("=")[2].strip(), *(bold if len(bold) == 1 else [])]:
-        if normalize_number(value) is not None:
-            return value
-    return _marked(text)
+    hashes = re.findall(r"#### *([^\n]{1,200})", tail)
+    line = tail.rstrip()[-400:].rpartition("\n")[2]
+    bold = re.findall(r"\*\*([^*]+)\*\*", line)
+    return (
+        _marked(tail)
+        or _first_number(reversed(hashes))  # "#### Step 1" is a heading
+        or _stated(tail)
+        or _first_number([line.rpartition("=")[2], *(bold if len(bold) == 1 else [])])
+        or _marked(text)
+    )
 
 
 _LETTER = r"[\s*_(\[$\"'`]{0,6}([A-E])(?![A-Za-z0-9'\u2019])(?!\s*(?:,|/|or\b|and\b)\s*\(?[A-E]\b)"
@@ -221,24 +217,19 @@ _CHOICE_FORMS = (  # the first form found counts, and of that form the last
     re.compile(r"\b([A-E])[)\]*]{0,4} (?:is|must be) (?:the )?(?:correct|right|true|best|answer)\b"),
     re.compile(r"(?:^|\n)[*_(\[$]{0,4}([A-E])[*_)\].$:]{0,4}\Z"),  # a last line that is a letter alone
 )
-_LETTERED = re.compile(r"(?m)^[ \t*_(\[$]{0,6}([A-E])[)\].:]")
 
 
 def extract_choice(text: str) -> str | None:
     """The letter "A" to "E" that a response settles on, None where it settles on none.
 
-    After </think>: the tag or box, else "the answer is (B)", "option B", "B is correct", a last line that is
-    a letter alone, or "B) 65" where no line starts with another letter (that would be a list of options).
+    After </think>: the tag or box, else "the answer is (B)", "option B", "B is correct", or a last line that is
+    a letter alone.
     """
     tail = _after_thinking(text).strip()
     if marked := _marked(tail):
         marked = _undress(marked[:300])
         tail = "answer: " + (marked.upper() if len(marked) == 1 else marked)
-    found = next((found for form in _CHOICE_FORMS if (found := form.findall(tail))), None)
-    if found is None and _LETTERED.match(_last_line(tail)):
-        found = _LETTERED.findall(tail)
-        return found[0] if len(set(found)) == 1 else None
-    return found[-1] if found else None
+    return next((found[-1] for form in _CHOICE_FORMS if (found := form.findall(tail))), None)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -255,10 +246,8 @@ def correctness(prompts, responses, answers, tasks=None, metas=None, **columns) 
     rewards = []
     for i, (response, answer) in enumerate(zip(responses, answers, strict=True)):
         task = tasks[i] if tasks else "math"
-        given = extract_answer(response, choices=task == "choice")
-        if given is None:
-            right = False
-        elif task == "countdown":
+        given = extract_answer(response, choices=task == "choice") or ""  # which equals nothing
+        if task == "countdown":
             expression, equals, result = given.partition("=")
             used = Counter(int(digits) for digits in re.findall(r"[0-9]{1,12}", expression))
             right = safe_arithmetic(expression) == int(answer) and not used - Counter(metas[i]["numbers"])
@@ -277,12 +266,11 @@ def format(prompts, responses, answers, **columns) -> list[float]:
     """
     rewards, tags = [], "|".join(TAGS)
     for response in responses:
-        if re.findall(tags, response) != list(TAGS):
+        pieces = [piece.strip() for piece in re.split(tags, response)]
+        if re.findall(tags, response) != list(TAGS) or not pieces[1] or not pieces[3]:
             rewards.append(0.0)
-            continue
-        before, thought, between, answer, after = (piece.strip() for piece in re.split(tags, response))
-        filled, outside = thought and answer, before or between or after
-        rewards.append(0.0 if not filled else 0.5 if outside else 1.0)
+        else:
+            rewards.append(0.5 if pieces[0] or pieces[2] or pieces[4] else 1.0)
     return rewards
 
 
@@ -376,7 +364,7 @@ def score(reward_functions, prompts, responses, answers, columns=None, timeout_s
             values = reward.function(prompts, responses, answers, **columns)
         rewards[reward.name] = values
         if reward.weight != 0:
-            total = [sum_ + reward.weight * value for sum_, value in zip(total, values, strict=True)]
+            total = [so_far + reward.weight * value for so_far, value in zip(total, values, strict=True)]
     correct = correctness(prompts, responses, answers, **columns)  # the reward of this name may be a user's
     failed = sum(isnan(value) for value in total)
     return {"rewards": rewards, "total": total, "correct": correct, "failed": failed, "error": error}
@@ -388,7 +376,7 @@ def score(reward_functions, prompts, responses, answers, columns=None, timeout_s
 # request loads the function. The worker keeps the time limit itself: faulthandler prints where the function
 # hangs and ends the process, even one that never lets go of the interpreter's lock or whose parent has died.
 
-_START = "import sys; sys.path.insert(0, sys.argv[1]); from common.rewards import _serve; _serve(*sys.argv[2:])"
+_START = "import sys; sys.path.insert(0, sys.argv.pop(1)); from common.rewards import _serve; _serve()"
 
 
 class _Worker:
@@ -440,7 +428,7 @@ class _Worker:
         return self.ask(arguments, timeout_s)
 
     def __call__(self, prompts, responses, answers, columns, timeout_s):
-        """(values, error) of one call for the batch; where it fails, of one per row: only rows at fault are NaN.
+        """(values, error): of one call for the batch; where that fails, of one per row, NaN for those at fault.
 
         Takes at most about three times timeout_s, however many rows hang.
         """
@@ -449,9 +437,10 @@ class _Worker:
             if values is not None:
                 return values, error
             values, deadline = [nan] * len(prompts), time.monotonic() + 2 * timeout_s
-            for i, (prompt, response, answer) in enumerate(zip(prompts, responses, answers, strict=True)):
+            for i in range(len(prompts)):
                 if time.monotonic() < deadline:
-                    row = [[prompt], [response], [answer], {name: [column[i]] for name, column in columns.items()}]
+                    row = [column[i : i + 1] for column in (prompts, responses, answers)]
+                    row.append({name: column[i : i + 1] for name, column in columns.items()})
                     found, _ = self.call(row, max(1.0, timeout_s / len(prompts)))
                     values[i] = found[0] if found else nan
             return values, error
@@ -464,9 +453,7 @@ def _load(path, name):
     spec = importlib.util.spec_from_file_location("_reward_" + Path(path).stem, path)
     module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    function = getattr(module, name, None)
-    if not callable(function):
-        raise ValueError(f"the file has no function {name!r}")
+    function = getattr(module, name)
     inspect.signature(function).bind_partial([], [], [])  # TypeError where it cannot take the three lists
     return function
 
@@ -485,8 +472,9 @@ def _call(function, prompts, responses, answers, columns):
     return values, error
 
 
-def _serve(path, name):
+def _serve():
     """The worker: for each request, load or call the function and reply."""
+    path, name = sys.argv[1:]
     requests, replies = os.fdopen(os.dup(0)), os.fdopen(os.dup(1), "w")
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     os.dup2(2, 1)  # what the function prints goes to stderr, not among the replies
@@ -501,8 +489,8 @@ def _serve(path, name):
             else:
                 reply = _call(function, *arguments)
         except Exception as error:
-            lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == path]
-            place = f" ({Path(path).name}, line {lines[-1]})" if lines else ""
-            reply = None, " ".join(f"{type(error).__name__}: {error}".split())[:300] + place
+            frames = traceback.extract_tb(error.__traceback__)
+            lines = [f" ({Path(path).name}, line {frame.lineno})" for frame in frames if frame.filename == path]
+            reply = None, " ".join(f"{type(error).__name__}: {error}".split())[:300] + "".join(lines[-1:])
         faulthandler.cancel_dump_traceback_later()
         print(json.dumps(reply), file=replies, flush=True)

@@ -258,6 +258,9 @@ def test_countdown_wants_the_value_and_each_number_at_most_once():
     assert reward("2**3", numbers=(2, 3), target="8") == 0
     assert reward("7//2", numbers=(7, 2), target="3") == 0
     assert reward("7/2*2", numbers=(7, 2, 2), target="7") == 1
+    assert reward("(3+7)*6 = 60", numbers=(3, 6, 7)) == reward("(3+7)*6=60", numbers=(3, 6, 7)) == 1
+    assert reward("(3+7)*6 = 61", numbers=(3, 6, 7)) == reward("(3+7)*6 =", numbers=(3, 6, 7)) == 0
+    assert reward("3+7 = 60", numbers=(3, 7)) == reward("60 = (3+7)*6", numbers=(3, 6, 7)) == 0
 
 
 # The built-in rewards
@@ -344,8 +347,8 @@ def test_correct_is_there_without_the_reward():
         ("format=much", "not a finite number"),
         ("format=nan", "not a finite number"),
         ("nowhere.py:f=1", "no file 'nowhere.py'"),
-        ("{dir}/r.py:g", "no function 'g'"),
-        ("{dir}/r.py:value", "no function 'value'"),
+        ("{dir}/r.py:g", "no attribute 'g'"),
+        ("{dir}/r.py:value", "3 is not a callable object"),
         ("{dir}/r.py:two", "TypeError"),
         ("{dir}/broken.py:f", "SyntaxError"),
         ("{dir}/raises.py:f", "KeyError: 'no such key' (raises.py, line 2)"),
@@ -442,16 +445,6 @@ def test_a_row_that_raises_is_nan_and_the_others_keep_their_score(user):
     assert result["error"].startswith("reward 'f': ZeroDivisionError: division by zero (reward0.py, line 2)")
 
 
-def test_a_batch_of_one_that_raises_is_not_called_again(user, tmp_path):
-    functions = user(
-        "def f(prompts, responses, answers):\n"
-        f"    open({str(tmp_path / 'calls')!r}, 'a').write('x')\n"
-        "    raise KeyError('five')\n"
-    )
-    assert run(functions, ["a"])["failed"] == 1
-    assert (tmp_path / "calls").read_text() == "x"
-
-
 def test_a_row_that_hangs_is_nan_and_costs_its_share_of_time(user):
     functions = user(
         "import time\n"
@@ -495,7 +488,7 @@ def test_a_row_that_exits_is_nan(user, exit_call):
     assert result["rewards"]["f"][0] == result["rewards"]["f"][2] == 1.0 and result["failed"] == 1
 
 
-@pytest.mark.parametrize("value", ["None", "float('nan')", "float('inf')", "'1'", "10**400", "[1]"])
+@pytest.mark.parametrize("value", ["None", "float('nan')", "float('inf')", "'1'", "[1]"])
 def test_what_is_no_finite_number_is_a_failed_row(user, value):
     result = run(user(f"def f(prompts, responses, answers): return [1, {value}, True, False]"), list("abcd"))
     assert isnan(result["rewards"]["f"][1]) and result["failed"] == 1
@@ -592,7 +585,7 @@ def test_the_process_dies_with_its_parent_even_in_the_middle_of_a_call(tmp_path)
     )
     code = (
         "import sys; from common.rewards import parse_rewards, score\n"
-        "score(parse_rewards([sys.argv[1]]), ['q'], ['r'], ['a'])\n"
+        "score(parse_rewards([sys.argv[1]]), ['q'], ['r'], ['a'], timeout_s=3.0)\n"
     )
     parent = subprocess.Popen([sys.executable, "-c", code, f"{tmp_path / 'r.py'}:f"], cwd=ROOT)
     deadline = time.monotonic() + 20
