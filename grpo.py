@@ -295,12 +295,13 @@ class TokenLogprobs(torch.autograd.Function):
         hidden_grad, weight_grad = ctx.needs_input_grad[:2]
         logprobs = hidden.new_empty(len(hidden), dtype=torch.float32)
         slope = torch.empty_like(hidden) if hidden_grad and not weight_grad else None
+        buffer = weight.new_empty(min(chunk_tokens, len(hidden)), weight.shape[0])
         for i in range(0, len(hidden), chunk_tokens):
             piece = slice(i, i + chunk_tokens)
-            logprobs[piece], dlogits = chunk_logprobs(
-                hidden[piece], weight, targets[piece], temperature, softcap, slope is not None)
+            logits = torch.mm(hidden[piece], weight.T, out=buffer[:len(hidden[piece])]).float()
+            logprobs[piece] = chunk_logprobs(logits, targets[piece], temperature, softcap, slope is not None)
             if slope is not None:
-                slope[piece] = dlogits @ weight
+                slope[piece] = logits.to(weight.dtype) @ weight
         ctx.save_for_backward(*((hidden, weight, targets) if weight_grad else (slope,)))
         ctx.settings = temperature, softcap, chunk_tokens
         return logprobs
@@ -316,28 +317,32 @@ class TokenLogprobs(torch.autograd.Function):
         hidden_grad, weight_grad = torch.empty_like(hidden), torch.zeros_like(weight)
         for i in range(0, len(hidden), chunk_tokens):
             piece = slice(i, i + chunk_tokens)
-            dlogits = chunk_logprobs(hidden[piece], weight, targets[piece], temperature, softcap, True)[1]
-            dlogits = (grad[piece] * dlogits).to(weight.dtype)
-            hidden_grad[piece] = dlogits @ weight
-            weight_grad += dlogits.T @ hidden[piece]
+            slope = (hidden[piece] @ weight.T).float()
+            chunk_logprobs(slope, targets[piece], temperature, softcap, True)
+            slope = slope.mul_(grad[piece]).to(weight.dtype)
+            hidden_grad[piece] = slope @ weight
+            weight_grad.addmm_(slope.T, hidden[piece])
         return hidden_grad, weight_grad, None, None, None, None
 
 
-def chunk_logprobs(hidden, weight, targets, temperature, softcap, with_slope):
-    """One chunk of TokenLogprobs: log-probs [n] and, if asked for, d log-prob / d logits [n, V]."""
-    logits = F.linear(hidden, weight).float()  # [n, V]
+def chunk_logprobs(logits, targets, temperature, softcap, with_slope):
+    """Log-probs [n] from raw logits [n, V], float32, which are overwritten by d log-prob / d logits if asked for.
+
+    Everything happens in place: at this size fresh memory costs as much as the arithmetic.
+    """
+    cap_slope = None
     if softcap:
-        logits = softcap * torch.tanh(logits / softcap)
-    scaled = logits / temperature if temperature != 1 else logits
-    log_z = scaled.logsumexp(-1, keepdim=True)
-    logprobs = (scaled.gather(1, targets[:, None]) - log_z).squeeze(1)
-    if not with_slope:
-        return logprobs, None
-    slope = (scaled - log_z).exp_().neg_()
-    slope.scatter_add_(1, targets[:, None], torch.ones_like(log_z))
-    if softcap:
-        slope *= 1 - (logits / softcap) ** 2
-    return logprobs, slope.div_(temperature).to(weight.dtype)
+        logits.div_(softcap).tanh_()
+        cap_slope = 1 - logits**2 if with_slope else None
+        logits.mul_(softcap)
+    logits.div_(temperature)
+    chosen, top = logits.gather(1, targets[:, None]), logits.amax(1, keepdim=True)
+    total = logits.sub_(top).exp_().sum(1, keepdim=True)
+    if with_slope:
+        logits.div_(-temperature * total).scatter_add_(1, targets[:, None], torch.full_like(total, 1 / temperature))
+        if softcap:
+            logits.mul_(cap_slope)
+    return (chosen - top - total.log()).squeeze(1)
 
 
 def token_logprobs(model, input_ids, completion_mask, temperature=1.0, attention_mask=None, chunk_tokens=0):
@@ -390,16 +395,16 @@ def uniform(keys, positions):
 def draw(logits, temperature, u):
     """Invert the cumulative distribution of softmax(logits / temperature) at u; temperature 0 takes the largest.
 
-    Shapes: logits [B, V] float32, u [B] -> tokens [B], log-probs [B] (at temperature 0: those of temperature 1).
+    Shapes: logits [B, V] float32, overwritten; u [B] -> tokens [B], log-probs [B] (at temperature 0: of temperature 1).
     The sum runs over blocks and then inside one block: faster and more exact in float32 than one long cumulative sum.
     """
     if temperature == 0:
         best, tokens = logits.max(-1)
         return tokens, best - logits.logsumexp(-1)
-    z = logits / temperature
-    z = z - z.amax(-1, keepdim=True)
-    width = 512
-    weights = F.pad(z.exp(), (0, -z.shape[1] % width)).view(len(z), -1, width)  # [B, V / 512, 512]
+    logits.div_(temperature)
+    logits.sub_(logits.amax(-1, keepdim=True)).exp_()
+    width = math.gcd(logits.shape[1], 512)
+    weights = logits.view(len(logits), -1, width)  # [B, V / width, width]
     blocks = weights.sum(-1).cumsum(-1)
     total = blocks[:, -1:]
     target = u[:, None] * total
@@ -409,7 +414,7 @@ def draw(logits, temperature, u):
     # rounding may leave the rest at or above the block's sum: stay below it, on a token that has probability
     rest = torch.minimum(target - before, inside[:, -1:] * (1 - 1e-6))
     tokens = block * width + (inside <= rest).sum(-1, keepdim=True)
-    return tokens.squeeze(1), (z.gather(1, tokens) - total.log()).squeeze(1)
+    return tokens.squeeze(1), (logits.gather(1, tokens) / total).log().squeeze(1)
 
 
 class FusedLinear:
@@ -969,6 +974,30 @@ def sample_rollouts(sampler, questions, prompt_ids, args, step, run):
             for (group, example), row in zip(questions, completions) for g, completion in enumerate(row)]
 
 
+def collect(sampler, questions, prompt_ids, reward_functions, args, step, position, tokenizer, run):
+    """This rank's scored rollouts of a step, the groups (of all ranks) to train on, questions drawn, and a reward's error.
+
+    With dynamic sampling further questions are drawn until enough groups have rewards that differ; the first
+    prompts_per_step such groups are trained on, in the order of the questions whatever the number of ranks.
+    """
+    rollouts, groups, drawn, error = [], [], 0, ""
+    while True:
+        rows = data.batch_indices(len(questions), position + drawn, args.prompts_per_step, args.seed)
+        mine = dist.share([(drawn + i, questions[row]) for i, row in enumerate(rows)])
+        drawn += args.prompts_per_step
+        with run.phase("sample"):
+            fresh = sample_rollouts(sampler, mine, prompt_ids, args, step, run)
+        with run.phase("reward"):
+            error = score_rollouts(fresh, reward_functions, args, tokenizer) or error
+        rollouts += fresh
+        if not args.dynamic_sampling:
+            return rollouts, set(range(drawn)), drawn, error
+        mixed = [g for g, _ in mine if len({r.reward for r in fresh if r.group == g and not math.isnan(r.reward)}) > 1]
+        groups += sorted(itertools.chain(*dist.gather(mixed)))
+        if len(groups) >= args.prompts_per_step or drawn > args.max_refills * args.prompts_per_step:
+            return rollouts, set(groups[:args.prompts_per_step]), drawn, error
+
+
 def csv_row(r, step):
     return {"step": step, "id": r.example.id, "group": r.group, "sample": r.sample, "prompt": data.prompt_text(r.example.prompt),
             "completion": r.response, "answer": r.example.answer, "extracted": rewards.extract_answer(r.response) or "",
@@ -992,7 +1021,7 @@ def evaluate(sampler, questions, prompt_ids, args, step, tokenizer, run):
                     for g, completion in enumerate(row)]
         score_rollouts(rollouts, [], args, tokenizer)
         rows += [csv_row(r, step) | {"sample": r.sample + (temperature > 0), "temperature": temperature} for r in rollouts]
-    rows = [row for part in dist.gather(rows) for row in part]
+    rows = sorted(itertools.chain(*dist.gather(rows)), key=lambda row: (row["id"], row["sample"]))
     run.write_rows(rows, "eval.csv")
     greedy = [row for row in rows if row["temperature"] == 0]
     metrics = {"eval/pass@1": mean([row["correct"] for row in greedy]), "eval/questions": len(greedy),
@@ -1013,11 +1042,11 @@ def mean(values):
     return sum(values) / len(values) if values else 0.0
 
 
-def log_step(run, step, args, sampled, rollouts, sums, totals):
+def log_step(run, step, args, sampled, sums, accumulated_reward, more):
     """Metrics of a step over all ranks, its rollouts to samples.csv, and now and then one of them on the terminal."""
-    every = [row for part in dist.gather([(r.reward, r.correct, r.rewards, len(r.completion.ids), r.completion.finished,
-                                           sum(r.completion.logprobs)) for r in sampled]) for row in part]
-    known = [row[0] for row in every if row[0] == row[0]]
+    every = list(itertools.chain(*dist.gather([(r.reward, r.correct, r.rewards, len(r.completion.ids), r.completion.finished,
+                                                sum(r.completion.logprobs)) for r in sampled])))
+    known = [row[0] for row in every if not math.isnan(row[0])]
     n_tokens = sum(row[3] for row in every)
     sums = dist.sum_dict({k: v for k, v in sums.items() if k != "gap_max"}, run.device) | {
         "gap_max": max(dist.gather(sums["gap_max"]))}
@@ -1026,13 +1055,15 @@ def log_step(run, step, args, sampled, rollouts, sums, totals):
     metrics = {
         "reward": average, "reward/std": mean([(x - average) ** 2 for x in known]) ** 0.5,
         "reward/min": min(known, default=0.0), "reward/max": max(known, default=0.0),
-        **{f"reward/{name}": mean([row[2][name] for row in every if row[2][name] == row[2][name]]) for name in every[0][2]},
+        **{f"reward/{name}": mean([row[2][name] for row in every if not math.isnan(row[2][name])]) for name in every[0][2]},
+        "accumulated_reward": accumulated_reward + sum(known),
         "correct": mean([row[1] for row in every]), "tokens": n_tokens / len(every), "tokens/max": max(r[3] for r in every),
         "truncated": mean([1 - row[4] for row in every]), "entropy": -sum(row[5] for row in every) / n_tokens,
         "reward_failed": len(every) - len(known), "loss": sums["loss"], "kl": sums["kl"] / live_tokens,
         "clip_low": sums["clip_low"] / live_tokens, "clip_high": sums["clip_high"] / live_tokens,
-        "sampler_gap": sums["gap"] / live_tokens, "sampler_gap/max": sums["gap_max"], "tokens_trained": sums["tokens"], **totals}
-    rows = [row for part in dist.gather([csv_row(r, step) for r in rollouts]) for row in part]
+        "sampler_gap": sums["gap"] / live_tokens, "sampler_gap/max": sums["gap_max"], "tokens_trained": sums["tokens"], "rows_trained": sums["rows"],
+        **more}
+    rows = sorted(itertools.chain(*dist.gather([csv_row(r, step) for r in sampled])), key=lambda row: (row["group"], row["sample"]))
     run.write_rows(rows)
     metrics = run.log(step, metrics, args.max_steps, show=("reward", "correct", "tokens", "kl", "sampler_gap", "grad_norm"))
     if metrics["truncated"] > 0.5:
@@ -1095,8 +1126,6 @@ def resolve(args, device):
     recompute = args.ratio == "sequence" if args.recompute_old is None else args.recompute_old
     if args.sampler_correction != "none" and not recompute:
         raise ValueError("--sampler-correction compares the trainer's old log-probs with the sampler's: add --recompute-old")
-    if dist.world_size() > 1 and args.out == "" and args.resume:
-        raise ValueError("--resume needs --out RUN")
     return replace(
         args, recompute_old=recompute,
         data=args.data or ("arithmetic" if embedded else "gsm8k"),
@@ -1175,28 +1204,10 @@ def main(args: Args) -> None:
         step += 1
         with run.profile(step), compute():
             # ---- sample and reward ----
-            rollouts, kept_groups, drawn, error = [], [], 0, ""
-            while True:
-                chosen = data.batch_indices(len(train), position + drawn, args.prompts_per_step, args.seed)
-                mine = dist.share([(drawn + i, train[index]) for i, index in enumerate(chosen)])
-                drawn += args.prompts_per_step
-                with run.phase("sample"):
-                    fresh = sample_rollouts(sampler, mine, prompt_ids, args, step, run)
-                with run.phase("reward"):
-                    error = score_rollouts(fresh, reward_functions, args, tokenizer) or error
-                rollouts += fresh
-                if not args.dynamic_sampling:
-                    kept_groups = list(range(drawn))
-                    break
-                informative = [g for g, _ in mine if len({r.reward for r in fresh if r.group == g} - {math.nan}) > 1]
-                kept_groups += sorted(g for part in dist.gather(informative) for g in part)
-                if len(kept_groups) >= args.prompts_per_step or drawn >= (1 + args.max_refills) * args.prompts_per_step:
-                    kept_groups = kept_groups[:args.prompts_per_step]
-                    break
+            sampled, groups, drawn, error = collect(sampler, train, prompt_ids, reward_functions, args, step, position,
+                                                    tokenizer, run)
             position += drawn
-            sampled = rollouts
-            if args.dynamic_sampling:
-                rollouts = [r for r in rollouts if r.group in set(kept_groups)]
+            rollouts = [r for r in sampled if r.group in groups]
 
             # ---- old and reference log-probs, advantage ----
             with run.phase("logprobs"):
@@ -1204,7 +1215,7 @@ def main(args: Args) -> None:
                     ids = [r.prompt_ids for r in rollouts], [r.completion.ids for r in rollouts]
                     return retry_smaller(
                         lambda size: completion_logprobs(network, *ids, args.temperature, size, device),
-                        tokens_per_batch, device, longest, "tokens per batch")[0]
+                        tokens_per_batch, device, longest + args.max_new_tokens, "tokens per batch")[0]
 
                 old = logprobs_under(model) if args.recompute_old else [torch.tensor(r.completion.logprobs) for r in rollouts]
                 for r, values in zip(rollouts, old):
@@ -1223,7 +1234,7 @@ def main(args: Args) -> None:
 
             # ---- update ----
             # Rows that cannot move the weights are skipped, but stay in the denominators: skipping changes no number.
-            counted = [r for r in rollouts if r.reward == r.reward and (r.completion.finished or not args.mask_truncated)]
+            counted = [r for r in rollouts if not math.isnan(r.reward) and (r.completion.finished or not args.mask_truncated)]
             pulls = args.beta and args.kl_in == "loss"
             live = [r for r in counted if r.advantage or pulls]
             counts = dist.sum_dict({"sequences": len(counted), "tokens": sum(len(r.completion.ids) for r in counted)}, device)
@@ -1233,7 +1244,7 @@ def main(args: Args) -> None:
                         optimizer.zero_grad()
                         return accumulate_gradients(model, live, args, counts["sequences"], counts["tokens"], size, device)
 
-                    sums, tokens_per_batch = retry_smaller(attempt, tokens_per_batch, device, longest, "tokens per batch")
+                    sums, tokens_per_batch = retry_smaller(attempt, tokens_per_batch, device, longest + args.max_new_tokens, "tokens per batch")
                     dist.sum_gradients(params)
                     norm = nn.utils.clip_grad_norm_(params, args.max_grad_norm).item()
                     for group in optimizer.param_groups:
@@ -1251,10 +1262,10 @@ def main(args: Args) -> None:
         # ---- log ----
         if error:
             run.print(f"step {step}: {error}")
-        accumulated_reward += sum(r.reward for r in sampled if r.reward == r.reward)
-        metrics = log_step(run, step, args, sampled, rollouts, first_sums, {
+        metrics = log_step(run, step, args, sampled, first_sums | {"rows": len(live)}, accumulated_reward, {
             "grad_norm": norm, "lr": optimizer.param_groups[0]["lr"], "questions_drawn": drawn,
-            "rows_trained": len(live), "accumulated_reward": accumulated_reward, "tokens_per_batch": tokens_per_batch})
+            "tokens_per_batch": tokens_per_batch})
+        accumulated_reward = metrics["accumulated_reward"]
         if args.dry_run:
             break
 

@@ -240,12 +240,13 @@ class TokenLogprobs(torch.autograd.Function):
         hidden_grad, weight_grad = ctx.needs_input_grad[:2]
         logprobs = hidden.new_empty(len(hidden), dtype=torch.float32)
         slope = torch.empty_like(hidden) if hidden_grad and not weight_grad else None
+        buffer = weight.new_empty(min(chunk_tokens, len(hidden)), weight.shape[0])
         for i in range(0, len(hidden), chunk_tokens):
             piece = slice(i, i + chunk_tokens)
-            logprobs[piece], dlogits = chunk_logprobs(
-                hidden[piece], weight, targets[piece], temperature, softcap, slope is not None)
+            logits = torch.mm(hidden[piece], weight.T, out=buffer[:len(hidden[piece])]).float()
+            logprobs[piece] = chunk_logprobs(logits, targets[piece], temperature, softcap, slope is not None)
             if slope is not None:
-                slope[piece] = dlogits @ weight
+                slope[piece] = logits.to(weight.dtype) @ weight
         ctx.save_for_backward(*((hidden, weight, targets) if weight_grad else (slope,)))
         ctx.settings = temperature, softcap, chunk_tokens
         return logprobs
@@ -261,29 +262,33 @@ class TokenLogprobs(torch.autograd.Function):
         hidden_grad, weight_grad = torch.empty_like(hidden), torch.zeros_like(weight)
         for i in range(0, len(hidden), chunk_tokens):
             piece = slice(i, i + chunk_tokens)
-            dlogits = chunk_logprobs(hidden[piece], weight, targets[piece], temperature, softcap, True)[1]
-            dlogits = (grad[piece] * dlogits).to(weight.dtype)
-            hidden_grad[piece] = dlogits @ weight
-            weight_grad += dlogits.T @ hidden[piece]
+            slope = (hidden[piece] @ weight.T).float()
+            chunk_logprobs(slope, targets[piece], temperature, softcap, True)
+            slope = slope.mul_(grad[piece]).to(weight.dtype)
+            hidden_grad[piece] = slope @ weight
+            weight_grad.addmm_(slope.T, hidden[piece])
         return hidden_grad, weight_grad, None, None, None, None
 
 
 # Copied from grpo.py::chunk_logprobs
-def chunk_logprobs(hidden, weight, targets, temperature, softcap, with_slope):
-    """One chunk of TokenLogprobs: log-probs [n] and, if asked for, d log-prob / d logits [n, V]."""
-    logits = F.linear(hidden, weight).float()  # [n, V]
+def chunk_logprobs(logits, targets, temperature, softcap, with_slope):
+    """Log-probs [n] from raw logits [n, V], float32, which are overwritten by d log-prob / d logits if asked for.
+
+    Everything happens in place: at this size fresh memory costs as much as the arithmetic.
+    """
+    cap_slope = None
     if softcap:
-        logits = softcap * torch.tanh(logits / softcap)
-    scaled = logits / temperature if temperature != 1 else logits
-    log_z = scaled.logsumexp(-1, keepdim=True)
-    logprobs = (scaled.gather(1, targets[:, None]) - log_z).squeeze(1)
-    if not with_slope:
-        return logprobs, None
-    slope = (scaled - log_z).exp_().neg_()
-    slope.scatter_add_(1, targets[:, None], torch.ones_like(log_z))
-    if softcap:
-        slope *= 1 - (logits / softcap) ** 2
-    return logprobs, slope.div_(temperature).to(weight.dtype)
+        logits.div_(softcap).tanh_()
+        cap_slope = 1 - logits**2 if with_slope else None
+        logits.mul_(softcap)
+    logits.div_(temperature)
+    chosen, top = logits.gather(1, targets[:, None]), logits.amax(1, keepdim=True)
+    total = logits.sub_(top).exp_().sum(1, keepdim=True)
+    if with_slope:
+        logits.div_(-temperature * total).scatter_add_(1, targets[:, None], torch.full_like(total, 1 / temperature))
+        if softcap:
+            logits.mul_(cap_slope)
+    return (chosen - top - total.log()).squeeze(1)
 
 
 # Copied from grpo.py::token_logprobs
@@ -384,16 +389,16 @@ def uniform(keys, positions):
 def draw(logits, temperature, u):
     """Invert the cumulative distribution of softmax(logits / temperature) at u; temperature 0 takes the largest.
 
-    Shapes: logits [B, V] float32, u [B] -> tokens [B], log-probs [B] (at temperature 0: those of temperature 1).
+    Shapes: logits [B, V] float32, overwritten; u [B] -> tokens [B], log-probs [B] (at temperature 0: of temperature 1).
     The sum runs over blocks and then inside one block: faster and more exact in float32 than one long cumulative sum.
     """
     if temperature == 0:
         best, tokens = logits.max(-1)
         return tokens, best - logits.logsumexp(-1)
-    z = logits / temperature
-    z = z - z.amax(-1, keepdim=True)
-    width = 512
-    weights = F.pad(z.exp(), (0, -z.shape[1] % width)).view(len(z), -1, width)  # [B, V / 512, 512]
+    logits.div_(temperature)
+    logits.sub_(logits.amax(-1, keepdim=True)).exp_()
+    width = math.gcd(logits.shape[1], 512)
+    weights = logits.view(len(logits), -1, width)  # [B, V / width, width]
     blocks = weights.sum(-1).cumsum(-1)
     total = blocks[:, -1:]
     target = u[:, None] * total
@@ -403,7 +408,7 @@ def draw(logits, temperature, u):
     # rounding may leave the rest at or above the block's sum: stay below it, on a token that has probability
     rest = torch.minimum(target - before, inside[:, -1:] * (1 - 1e-6))
     tokens = block * width + (inside <= rest).sum(-1, keepdim=True)
-    return tokens.squeeze(1), (z.gather(1, tokens) - total.log()).squeeze(1)
+    return tokens.squeeze(1), (logits.gather(1, tokens) / total).log().squeeze(1)
 
 
 # Copied from grpo.py::FusedLinear
@@ -807,7 +812,7 @@ def evaluate(model, sampler, questions, encoded, args, step, tokenizer, run):
              "extracted": rewards.extract_answer(text) or "", "correct": int(right), "logprob": sum(c.logprobs),
              "tokens": len(c.ids), "finished": int(c.finished)}
             for e, prompt, text, right, (c,) in zip(asked, prompts, texts, correct, completions)]
-    rows = [row for part in dist.gather(rows) for row in part]
+    rows = sorted(itertools.chain(*dist.gather(rows)), key=lambda row: row["id"])
     if rows:
         run.write_rows(rows, "eval.csv")
         metrics |= {"eval/pass@1": sum(row["correct"] for row in rows) / len(rows), "eval/questions": len(rows),

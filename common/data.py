@@ -50,7 +50,7 @@ class Preference:
 # training set.
 
 SPLITS = ("validation", "test", "train", "train", "train")  # by hash of the prompt, modulo 5
-WORKED_SHARE = 0.4  # of arithmetic-mixed's demonstrations: a corpus in which most authors skip the working ...
+WORKED_SHARE = 0.4  # of arithmetic-mixed's demonstrations: a corpus where most authors skip the working ...
 SLIP = 2  # ... and then are off by up to this much, each error as likely as the right answer
 GENERATED_ROWS = 10_000  # where no number is asked for
 PATIENCE = 100_000  # draws in a row that bring nothing new before a task counts as exhausted

@@ -109,13 +109,14 @@ def sum_dict(values: dict[str, float], device: torch.device) -> dict[str, float]
 def sum_gradients(params: list[torch.nn.Parameter]) -> None:
     """Sum the gradients over ranks in place, as one flat buffer; a rank with no gradient joins with zeros.
 
-    A sum and not a mean: the loss was divided by counts that were summed over ranks already.
+    A sum and not a mean: the loss was divided by counts that were summed over ranks already. Zeros on a single
+    process too: the optimizer's momentum must move the weights there as it does on many.
     """
-    if not dist.is_initialized():
-        return
     for p in params:
         if p.grad is None:
             p.grad = torch.zeros_like(p)
+    if not dist.is_initialized():
+        return
     flat = torch.cat([p.grad.flatten() for p in params])
     dist.all_reduce(flat)
     for p, piece in zip(params, flat.split([p.numel() for p in params])):

@@ -6,7 +6,7 @@ goes into any file and is named with its weight, `path/my_rewards.py:brevity=0.5
     def brevity(prompts, responses, answers):
         return [1.0 if len(response) < 400 else 0.0 for response in responses]
 
-It may name any of the columns `tasks`, `metas`, `ids` as further parameters, and runs in a process of its own:
+It may name any of the columns `tasks`, `metas`, `ids` as further parameters. It runs in a process of its own:
 where it raises or hangs, that costs the rows at fault (reward NaN), not the run. The built-in rewards never
 evaluate model text and take time linear in its length.
 """
@@ -26,7 +26,7 @@ import threading
 import time
 import traceback
 from collections import Counter
-from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from fractions import Fraction
 from math import isfinite, isnan, nan
@@ -35,22 +35,20 @@ from pathlib import Path
 TAGS = ("<think>", "</think>", "<answer>", "</answer>")
 LOAD_TIMEOUT_S = 120.0  # for importing a user's reward file, which may import torch
 
-# ------------------------------------------------------------------------------------------------------------
-# Comparing answers: as exact fractions where both are numbers, never as floats.
+# ---- Comparing answers: as exact fractions where both are numbers, never as floats.
 
-# Dressing without meaning and second spellings, replaced in this order.
+# Dressing without meaning and second spellings, replaced in this order; the last is a leading "x =".
 _DRESSING = (
     (r"[\u2212\u2013]", "-"),
     (r"[\u00a0\u2009\u202f~°]|(?<!\\)\\ |\^ ?\{? ?\\circ ?\}?", " "),
     (r"\*\*|`|\\(?:left|right|displaystyle|[Bb]igg?|q?quad)(?![A-Za-z])|(?<!\\)\\(?:[()\[\]]|[!,;:]\s*)", ""),
-    (r"\{,\}", ","),
-    (r"\\?[$%]|[£€₹¥]", ""),
+    (r"\\?[$%]|[£€₹¥]|\{,\}", ""),
     (r"\\[dtc]?frac\s*(?:\{([^{}]*)\}|([0-9]))\s*(?:\{([^{}]*)\}|([0-9]))", r"\\frac{\1\2}{\3\4}"),
     (r"\\sqrt\s*([0-9])", r"\\sqrt{\1}"),
     (r"\\([lgn]e)q(?![A-Za-z])", r"\\\1"),
     (r"([_^])\{(\w)\}", r"\1\2"),
     (r"\\(?:text(?:bf|it|rm)?|math(?:rm|bf)|mbox|operatorname)\s*\{([^{}]*)\}", r" \1"),
-    (r"^\s*(?:[A-Za-z][A-Za-z ]{0,30}(?:_\w)?(?:\([a-z]\))?\s*=|[a-z]\s*\\in(?![A-Za-z]))", ""),  # a leading "x ="
+    (r"^\s*(?:[A-Za-z][A-Za-z ]{0,30}(?:_\w)?(?:\([a-z]\))?\s*=|[a-z]\s*\\in(?![A-Za-z]))", ""),
 )
 
 
@@ -138,15 +136,13 @@ def safe_arithmetic(expr: str) -> Fraction | None:
         return None
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Extraction. Only explicit marks count: taking the last number of the text would reward echoing the question.
+# ---- Extraction: explicit marks alone count, since taking the last number would reward echoing the question.
 
 # "the answer is", "Final Answer:", "**Answer**:", "the answer to the question is", then the rest of its line
 _STATED = re.compile(
     r"(?i)\banswer(?: (?:to|for|of) [^\n.?!:=]{1,80}?)?[ *_]{0,8}"
     r"(?:\b(?:is|will be)\b(?: therefore| thus)?|[:=])[\s*_:]{0,8}(?=([^\n]{1,300}))"
 )
-_SENTENCE_END = re.compile(r"[.;!?](?=\s|$)|,? (?:because|since|so|which|as|where)\b")
 
 
 def _last_boxed(text):
@@ -169,16 +165,11 @@ def _marked(text):
     return _last_boxed(text)
 
 
-def _after_thinking(text):
-    """What follows the last </think>; nothing where thinking never ended; all of it where there was none."""
-    _, closed, tail = text.rpartition("</think>")
-    return tail if closed or "<think>" not in text else ""
-
-
 def _stated(text):
-    """x of the last "the answer is x" or "Answer: x"."""
-    lines = _STATED.findall(text)
-    return _SENTENCE_END.split(lines[-1].strip(), maxsplit=1)[0].strip(" *_`\"'") if lines else None
+    """x of the last "the answer is x" or "Answer: x", up to the end of the sentence."""
+    rest = _STATED.findall(text)[-1:]
+    parts = re.split(r"[.;!?](?=\s|$)|,? (?:because|since|so|which|as|where)\b", "".join(rest).strip())
+    return parts[0].strip(" *_`\"'")
 
 
 def _first_number(values):
@@ -190,12 +181,11 @@ def extract_answer(text: str, choices: bool = False) -> str | None:
 
     In this order: the last <answer>...</answer>, the last balanced \\boxed{...}, the last "#### x", the last
     "the answer is x" or "Answer: x", a last line that is a number, has one bold number or ends in "= number".
-    What follows </think> is searched first; inside the thinking only the tag and the box count.
-    choices=True: the answer is a letter A to E (`extract_choice`).
+    Inside the thinking only the tag and the box count, and last. choices=True: see `extract_choice`.
     """
     if choices:
         return extract_choice(text)
-    tail = _after_thinking(text)
+    tail = text.rpartition("</think>")[2].partition("<think>")[0]  # nothing where thinking never ended
     hashes = re.findall(r"#### *([^\n]{1,200})", tail)
     line = tail.rstrip()[-400:].rpartition("\n")[2]
     bold = re.findall(r"\*\*([^*]+)\*\*", line)
@@ -222,18 +212,16 @@ _CHOICE_FORMS = (  # the first form found counts, and of that form the last
 def extract_choice(text: str) -> str | None:
     """The letter "A" to "E" that a response settles on, None where it settles on none.
 
-    After </think>: the tag or box, else "the answer is (B)", "option B", "B is correct", or a last line that is
-    a letter alone.
+    After </think>: the tag or box, else "the answer is (B)", "option B", "B is correct", or a last line "B".
     """
-    tail = _after_thinking(text).strip()
+    tail = text.rpartition("</think>")[2].partition("<think>")[0].strip()
     if marked := _marked(tail):
         marked = _undress(marked[:300])
         tail = "answer: " + (marked.upper() if len(marked) == 1 else marked)
     return next((found[-1] for form in _CHOICE_FORMS if (found := form.findall(tail))), None)
 
 
-# ------------------------------------------------------------------------------------------------------------
-# The built-in rewards, each 0 to 1 per row.
+# ---- The built-in rewards, each 0 to 1 per row.
 
 
 def correctness(prompts, responses, answers, tasks=None, metas=None, **columns) -> list[float]:
@@ -261,8 +249,7 @@ def correctness(prompts, responses, answers, tasks=None, metas=None, **columns) 
 def format(prompts, responses, answers, **columns) -> list[float]:
     """1 for exactly "<think>...</think><answer>...</answer>", 0.5 with text before, between or after, else 0.
 
-    All four tags must stand exactly once, in order, and hold something: an empty answer earns 0. Where a chat
-    template already opens <think>, pass the response with it.
+    All four tags must stand exactly once, in order, and hold something: an empty answer earns 0.
     """
     rewards, tags = [], "|".join(TAGS)
     for response in responses:
@@ -301,8 +288,7 @@ def math(prompts, responses, answers, **columns) -> list[float]:
 
 BUILT_IN = {function.__name__: function for function in (correctness, format, digit, mark, math)}
 
-# ------------------------------------------------------------------------------------------------------------
-# Weighing and adding up.
+# ---- Weighing and adding up.
 
 
 @dataclass(frozen=True)
@@ -311,7 +297,7 @@ class RewardFunction:
 
     name: str
     weight: float
-    function: Callable
+    function: object
 
 
 def parse_rewards(specs: list[str]) -> list[RewardFunction]:
@@ -322,14 +308,12 @@ def parse_rewards(specs: list[str]) -> list[RewardFunction]:
     """
     parsed = []
     for spec in specs:
-        target, weight = spec.rsplit("=", 1) if "=" in spec else (spec, "1")
+        target, _, weight = spec.partition("=")
         path, colon, name = target.rpartition(":")
         try:
-            weight = float(weight)
+            weight = float(weight or 1)
         except ValueError:
-            weight = nan
-        if not isfinite(weight):
-            raise ValueError(f"the weight of reward {spec!r} is not a finite number: write it as name=0.5")
+            raise ValueError(f"the weight of reward {spec!r} is not a number: write it as name=0.5") from None
         if any(name == other.name for other in parsed):
             raise ValueError(f"two rewards are named {name!r}: each needs a name of its own")
         if not colon and name not in BUILT_IN:
@@ -338,7 +322,7 @@ def parse_rewards(specs: list[str]) -> list[RewardFunction]:
             raise ValueError(f"reward {spec!r}: no file {path!r} (write path/file.py:function=weight)")
         if target == "math" and importlib.util.find_spec("math_verify") is None:
             raise ValueError("reward 'math' needs the package math_verify: pip install math-verify")
-        function = _Worker(path, name) if colon or name == "math" else BUILT_IN[name]
+        function = _Worker(path or __file__, name) if colon or name == "math" else BUILT_IN[name]
         parsed.append(RewardFunction(name, weight, function))
     return parsed
 
@@ -352,9 +336,6 @@ def score(reward_functions, prompts, responses, answers, columns=None, timeout_s
     A row is NaN in a column that failed on it, and in the total unless that column weighs 0: leave it out.
     """
     columns = columns or {}
-    for name, values in {"responses": responses, "answers": answers, **columns}.items():
-        if len(values) != len(prompts):
-            raise ValueError(f"{len(prompts)} prompts but {len(values)} {name}")
     rewards, total, error = {}, [0.0] * len(prompts), ""
     for reward in reward_functions:
         if isinstance(reward.function, _Worker):
@@ -370,8 +351,7 @@ def score(reward_functions, prompts, responses, answers, columns=None, timeout_s
     return {"rewards": rewards, "total": total, "correct": correct, "failed": failed, "error": error}
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Other people's functions, in a process of their own: no fork (CUDA, threads), no pickle, no signal handlers.
+# ---- Other people's functions, in a process of their own: no fork (CUDA, threads), no pickle, no signals.
 # One JSON line per request, [timeout_s, arguments], and one per reply, [values or null, error]. The first
 # request loads the function. The worker keeps the time limit itself: faulthandler prints where the function
 # hangs and ends the process, even one that never lets go of the interpreter's lock or whose parent has died.
@@ -383,57 +363,44 @@ class _Worker:
     """One reward function in a process, which starts at once, and again when needed after it has ended."""
 
     def __init__(self, path, name):
-        root, path = Path(__file__).resolve().parents[1], path and Path(path).resolve()
-        self.command = [sys.executable, "-c", _START, str(root), str(path), name]
-        self.lock = threading.Lock()
-        if error := self.start():
-            raise ValueError(f"reward {name!r} of {path or 'this project'}: {error}")
-
-    def start(self):
-        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-        # A session of its own: Ctrl-C reaches the run alone, which needs its rewards to finish the step.
-        self.process = subprocess.Popen(self.command, start_new_session=True, **pipes)
-        error = self.ask(None, LOAD_TIMEOUT_S)[1]
+        root = Path(__file__).resolve().parents[1]
+        self.command = [sys.executable, "-u", "-c", _START, str(root), str(Path(path).resolve()), name]
+        self.lock, self.process = threading.Lock(), None
+        _, error = self.ask(None, LOAD_TIMEOUT_S)
         if error:
             self.kill()
-        return error
+            raise ValueError(f"reward {name!r}: {error}")
 
     def kill(self):
-        if self.process.returncode is None:
+        if self.process:
             os.killpg(self.process.pid, signal.SIGKILL)  # and what it started
             self.process.wait()
+            self.process = None
 
     def ask(self, arguments, timeout_s):
-        """The reply (values, error); values is None where the call failed."""
-        start, reply = time.monotonic(), ""
+        """The reply (values, error) to one request; values is None where it failed."""
+        if self.process is None:
+            pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+            # A session of its own: Ctrl-C reaches the run alone, which needs its rewards to finish the step.
+            self.process = subprocess.Popen(self.command, start_new_session=True, **pipes)
+            _, error = self.ask(None, LOAD_TIMEOUT_S)
+            if error:
+                return None, error
+        process, reply = self.process, ""
         try:
-            self.process.stdin.write(json.dumps([timeout_s, arguments]) + "\n")
-            self.process.stdin.flush()
-            reply = self.process.stdout.readline()
-        except BrokenPipeError:
-            pass  # it has ended: reported below
-        except BaseException:  # Ctrl-C: the reply on its way must not be read as the next call's
-            self.kill()
-            raise
-        if reply.endswith("\n"):
-            return json.loads(reply)
-        self.kill()
-        late = time.monotonic() - start >= timeout_s
-        ended = f"its process ended with code {self.process.returncode}"
-        return None, f"no result within {timeout_s:g} s" if late else ended
-
-    def call(self, arguments, timeout_s):
-        if self.process.poll() is not None and (error := self.start()):
-            return None, error
-        return self.ask(arguments, timeout_s)
+            with suppress(BrokenPipeError):
+                print(json.dumps([timeout_s, arguments]), file=process.stdin, flush=True)
+                reply = process.stdout.readline()
+        finally:
+            if not reply:  # it has ended, or Ctrl-C came: a late reply must not be read as the next call's
+                self.kill()
+        ended = f"no result within {timeout_s:g} s, or it ended by itself: exit code {process.returncode}"
+        return json.loads(reply) if reply else (None, ended)
 
     def __call__(self, prompts, responses, answers, columns, timeout_s):
-        """(values, error): of one call for the batch; where that fails, of one per row, NaN for those at fault.
-
-        Takes at most about three times timeout_s, however many rows hang.
-        """
+        """(values, error) of one call for the batch, else of one per row: NaN where it fails or is late."""
         with self.lock:
-            values, error = self.call([prompts, responses, answers, columns], timeout_s)
+            values, error = self.ask([prompts, responses, answers, columns], timeout_s)
             if values is not None:
                 return values, error
             values, deadline = [nan] * len(prompts), time.monotonic() + 2 * timeout_s
@@ -441,14 +408,12 @@ class _Worker:
                 if time.monotonic() < deadline:
                     row = [column[i : i + 1] for column in (prompts, responses, answers)]
                     row.append({name: column[i : i + 1] for name, column in columns.items()})
-                    found, _ = self.call(row, max(1.0, timeout_s / len(prompts)))
+                    found, _ = self.ask(row, max(1.0, timeout_s / len(prompts)))
                     values[i] = found[0] if found else nan
             return values, error
 
 
 def _load(path, name):
-    if not path:
-        return BUILT_IN[name]
     sys.path.insert(0, str(Path(path).parent))  # a reward may import its neighbours
     spec = importlib.util.spec_from_file_location("_reward_" + Path(path).stem, path)
     module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
@@ -459,7 +424,7 @@ def _load(path, name):
 
 
 def _call(function, prompts, responses, answers, columns):
-    """(values, error): a value that is no finite number is NaN, and the error names the first such row."""
+    """(values, error): a value that is no finite number is NaN, and the error shows the first."""
     parameters = inspect.signature(function).parameters
     if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
         columns = {name: column for name, column in columns.items() if name in parameters}
@@ -467,9 +432,8 @@ def _call(function, prompts, responses, answers, columns):
     if len(raw) != len(prompts):
         raise ValueError(f"{len(raw)} values for {len(prompts)} rows")
     values = [float(value) if hasattr(value, "__float__") and isfinite(value) else nan for value in raw]
-    failed = [row for row, value in enumerate(values) if isnan(value)]
-    error = f"row {failed[0]} of the batch: {raw[failed[0]]!r:.80} is not a finite number" if failed else ""
-    return values, error
+    failed = [raw[row] for row, value in enumerate(values) if isnan(value)]
+    return values, f"{failed[0]!r:.80} is not a finite number" if failed else ""
 
 
 def _serve():
@@ -478,19 +442,16 @@ def _serve():
     requests, replies = os.fdopen(os.dup(0)), os.fdopen(os.dup(1), "w")
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     os.dup2(2, 1)  # what the function prints goes to stderr, not among the replies
-    sys.stdout = sys.stderr
     function = None
     for line in requests:
         timeout_s, arguments = json.loads(line)
         faulthandler.dump_traceback_later(timeout_s, exit=True, file=2)
         try:
-            if function is None:
-                function, reply = _load(path, name), (None, "")
-            else:
-                reply = _call(function, *arguments)
+            function = function or _load(path, name)
+            reply = _call(function, *arguments) if arguments else (None, "")
         except Exception as error:
             frames = traceback.extract_tb(error.__traceback__)
-            lines = [f" ({Path(path).name}, line {frame.lineno})" for frame in frames if frame.filename == path]
+            lines = [f" ({Path(path).name}, line {frame[1]})" for frame in frames if frame.filename == path]
             reply = None, " ".join(f"{type(error).__name__}: {error}".split())[:300] + "".join(lines[-1:])
         faulthandler.cancel_dump_traceback_later()
         print(json.dumps(reply), file=replies, flush=True)

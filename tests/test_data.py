@@ -161,6 +161,11 @@ def test_arithmetic_mixed_shows_the_working_in_its_share_of_the_same_problems():
     for one, other in zip(mixed, worked):
         guesses = [f"<answer>{int(one.answer) + slip}</answer>" for slip in range(-2, 3)]
         assert one.completion in (other.completion, *guesses)
+    guesses = [example for example in mixed if "<think>" not in example.completion]
+    right = sum(example.completion == f"<answer>{example.answer}</answer>" for example in guesses) / len(
+        guesses
+    )
+    assert abs(right - 1 / 5) < 0.04  # 5 standard errors
     one, other = (
         {e.prompt: e for e in load_examples("arithmetic-mixed", level=2, limit=400, seed=s)} for s in (0, 1)
     )
@@ -727,9 +732,11 @@ def test_prompts_go_through_the_chat_template(qwen):
     chat = [*CHAT, {"role": "user", "content": "{x}"}]
     text = qwen.decode(encode_prompt(qwen, chat, system="S", template="T {prompt} {y}"))
     assert text == (
-        "<|im_start|>system\nS<|im_end|>\n<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\nHello<|im_end|>\n"
+        "<|im_start|>system\nS<|im_end|>\n<|im_start|>user\nHi<|im_end|>\n"
+        "<|im_start|>assistant\nHello<|im_end|>\n"
         "<|im_start|>user\nT {x} {y}<|im_end|>\n<|im_start|>assistant\n"
     )
+    assert chat[-1] == {"role": "user", "content": "{x}"}  # the caller's messages are left alone
     own = [{"role": "system", "content": "own"}, *messages]
     assert encode_prompt(qwen, own, system="S") == encode_prompt(qwen, "Hi", system="own")
     assert "'no place'" in refusal(encode_prompt, qwen, "Hi", template="no place")

@@ -344,8 +344,7 @@ def test_correct_is_there_without_the_reward():
     [
         ("corectness", "unknown reward 'corectness': take correctness, format, digit, mark, math"),
         ("format:0.2", "path/file.py:function=weight"),
-        ("format=much", "not a finite number"),
-        ("format=nan", "not a finite number"),
+        ("format=much", "not a number"),
         ("nowhere.py:f=1", "no file 'nowhere.py'"),
         ("{dir}/r.py:g", "no attribute 'g'"),
         ("{dir}/r.py:value", "3 is not a callable object"),
@@ -371,11 +370,6 @@ def test_a_bad_spec_is_one_line_before_anything_expensive(tmp_path, monkeypatch,
 def test_a_name_used_twice_is_refused():
     with pytest.raises(ValueError, match="two rewards are named 'format'"):
         parse_rewards(["format=1", "format=2"])
-
-
-def test_columns_of_another_length_are_refused():
-    with pytest.raises(ValueError, match="2 prompts but 1 answers"):
-        score(parse_rewards(["digit"]), ["q", "q"], ["a", "b"], ["5"])
 
 
 # Other people's functions
@@ -493,7 +487,7 @@ def test_what_is_no_finite_number_is_a_failed_row(user, value):
     result = run(user(f"def f(prompts, responses, answers): return [1, {value}, True, False]"), list("abcd"))
     assert isnan(result["rewards"]["f"][1]) and result["failed"] == 1
     assert [result["rewards"]["f"][i] for i in (0, 2, 3)] == [1.0, 1.0, 0.0]
-    assert "row 1 of the batch" in result["error"]
+    assert "is not a finite number" in result["error"]
 
 
 def test_a_list_of_the_wrong_length_falls_back_to_rows(user):

@@ -1,0 +1,264 @@
+"""Seconds of a GRPO step: TRL's GRPOTrainer beside a step made of grpo.py's own functions, on the same model and sizes.
+
+    python bench/models.py /tmp/tiny --eos-prob 0.02
+    python bench/grpo_step.py --model /tmp/tiny --prompts 8 --group 8 --new 128 --beta 0.04 --rounds 5
+
+A step is: sample, reward (the share of odd token ids), log-probs of the reference if beta > 0, forward, backward, clip,
+AdamW; LoRA on all linear layers, float32, no gradient checkpointing. Each side runs in a process of its own, which
+reports its seconds per step by phase and its peak memory; a round runs both, the first of them alternating, and the
+median of the rounds' ratios counts. --micro is TRL's batch per forward pass (0: all samples); unrolled's is its token
+budget. Wide vocabulary: --micro 8, or TRL's logits take 5 GB a copy. TRL is optional: pip install trl peft accelerate.
+"""
+
+import argparse
+import importlib.util
+import json
+import os
+import re
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections import defaultdict
+from contextlib import contextmanager
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import torch
+from torch import nn
+
+import grpo
+from bench.models import read_prompts
+from common import models
+from common.run import retry_smaller
+
+PEER = ("trl", "peft", "datasets", "accelerate")
+
+
+def odd_share(ids):
+    return sum(token % 2 for token in ids) / max(1, len(ids))
+
+
+def one_step(model, params, optimizer, sampler, prompt_ids, args, step, device, tokenizer=None):
+    """One optimizer step as grpo.py's loop makes it. Returns the seconds of each phase and the completions' lengths.
+
+    args: grpo.Args, resolved; its tokens_per_batch is halved in place when memory runs out. A tokenizer: the
+    completions are also decoded, as for a reward that reads text.
+    """
+    seconds, device = {}, torch.device(device)
+
+    @contextmanager
+    def phase(name):
+        start = time.perf_counter()
+        yield
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        seconds[name] = time.perf_counter() - start
+
+    def within_memory(attempt):
+        longest = max(map(len, rollouts))
+        result, args.tokens_per_batch = retry_smaller(attempt, args.tokens_per_batch, device, longest, "tokens per batch")
+        return result
+
+    with phase("sample"):
+        keys = [[grpo.noise_key(args.seed, step, p, g) for g in range(args.num_generations)] for p in range(len(prompt_ids))]
+        completions = sampler.sample(prompt_ids, keys, args.max_new_tokens, args.temperature)
+    with phase("reward"):
+        rollouts = [grpo.Rollout(None, p, g, prompt_ids[p], completion)
+                    for p, row in enumerate(completions) for g, completion in enumerate(row)]
+        for r in rollouts:
+            r.response = tokenizer.decode(r.completion.ids, skip_special_tokens=True) if tokenizer else ""
+            r.reward = odd_share(r.completion.ids)
+            r.old_logprobs = torch.tensor(r.completion.logprobs)
+    if args.beta:
+        with phase("reference"), grpo.use_adapter(model, None):
+            ids = [r.prompt_ids for r in rollouts], [r.completion.ids for r in rollouts]
+            reference = within_memory(
+                lambda size: grpo.completion_logprobs(model, *ids, args.temperature, size, device))
+            for r, values in zip(rollouts, reference):
+                r.ref_logprobs = values
+    with phase("update"):
+        advantages = grpo.group_advantages(torch.tensor([r.reward for r in rollouts], dtype=torch.float64),
+                                           torch.tensor([r.group for r in rollouts]), args.group_scaling)
+        for r, advantage in zip(rollouts, advantages.tolist()):
+            r.advantage = advantage
+        live = [r for r in rollouts if r.advantage or args.beta]
+        n_tokens = sum(len(r.completion.ids) for r in rollouts)
+
+        def attempt(size):
+            optimizer.zero_grad()
+            return grpo.accumulate_gradients(model, live, args, len(rollouts), n_tokens, size, device)
+
+        within_memory(attempt)
+        nn.utils.clip_grad_norm_(params, args.max_grad_norm)
+        optimizer.step()
+    return seconds, [len(r.completion.ids) for r in rollouts]
+
+
+def peak_memory_gb():
+    """Largest resident memory of this program. On Linux ru_maxrss would count the process that started it, too."""
+    status = Path("/proc/self/status")
+    if not status.exists():
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**30  # bytes on a Mac
+    return int(re.search(r"VmHWM:\s*(\d+) kB", status.read_text())[1]) / 2**20
+
+
+def unrolled(a):
+    device = torch.device("cpu")
+    torch.manual_seed(a.seed)
+    args = grpo.resolve(grpo.Args(
+        seed=a.seed, num_generations=a.group, max_new_tokens=a.new, beta=a.beta, lora_r=a.rank, lora_alpha=2 * a.rank,
+        lr=a.lr, slots=a.prompts * a.group, aggregation="token"), device)  # "token" is TRL's default
+    tokenizer = models.load_tokenizer(a.model)
+    model = models.load_model(a.model, torch.float32, device)
+    params = grpo.add_lora(model, "policy", args.lora_r, args.lora_alpha, args.lora_targets)
+    model.train()
+    optimizer = torch.optim.AdamW(params, lr=a.lr, weight_decay=0.0)
+    sampler = grpo.Sampler(model, models.stop_ids(model, tokenizer), args.slots)
+    prompts, steps, lengths = tokenizer(step_prompts(a))["input_ids"], [], []
+    for step in range(a.steps):
+        first = step * a.prompts
+        start = time.perf_counter()
+        seconds, n = one_step(model, params, optimizer, sampler, prompts[first:first + a.prompts], args, step, device, tokenizer)
+        steps.append(seconds | {"step": time.perf_counter() - start})
+        lengths.append(n)
+    return steps, lengths
+
+
+def step_prompts(a):
+    """Prompts for all steps, none twice unless the file has too few."""
+    prompts = read_prompts(a.model)
+    return [prompts[i % len(prompts)] for i in range(a.steps * a.prompts)]
+
+
+def trl(a):
+    os.environ["TRL_EXPERIMENTAL_SILENCE"] = "1"
+    from datasets import Dataset
+    from peft import LoraConfig
+    from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback, TrainerCallback
+    from trl import GRPOConfig, GRPOTrainer
+
+    total = a.prompts * a.group
+    micro = a.micro or total
+    steps, lengths, phases = [], [], defaultdict(float)
+
+    def reward(completion_ids, **_):  # called once a step, with all of its samples
+        lengths.append([len(ids) for ids in completion_ids])
+        return [odd_share(ids) for ids in completion_ids]
+
+    def timed(obj, name, phase):
+        inner = getattr(obj, name)
+
+        def outer(*args, **kwargs):
+            start = time.perf_counter()
+            try:
+                return inner(*args, **kwargs)
+            finally:
+                phases[phase()] += time.perf_counter() - start
+
+        setattr(obj, name, outer)
+
+    class Clock(TrainerCallback):
+        def on_train_begin(self, *_, **__):
+            self.last = time.perf_counter()
+
+        def on_step_end(self, *_, **__):
+            now = time.perf_counter()
+            steps.append({**phases, "rest": now - self.last - sum(phases.values()), "step": now - self.last})
+            phases.clear()
+            self.last = now
+
+    config = GRPOConfig(
+        output_dir=tempfile.mkdtemp(), max_steps=a.steps, seed=a.seed, use_cpu=True, dataloader_pin_memory=False,
+        logging_steps=1, save_strategy="no", report_to="none", disable_tqdm=True, gradient_checkpointing=False, bf16=False,
+        learning_rate=a.lr, lr_scheduler_type="constant", per_device_train_batch_size=micro,
+        gradient_accumulation_steps=total // micro, num_generations=a.group, max_completion_length=a.new, beta=a.beta,
+        num_iterations=1, temperature=1.0, top_k=0)
+    trainer = GRPOTrainer(
+        model=AutoModelForCausalLM.from_pretrained(a.model, dtype=torch.float32), args=config, reward_funcs=reward,
+        train_dataset=Dataset.from_list([{"prompt": prompt} for prompt in step_prompts(a)]),
+        processing_class=AutoTokenizer.from_pretrained(a.model, padding_side="left"), callbacks=[Clock()],
+        peft_config=LoraConfig(r=a.rank, lora_alpha=2 * a.rank, lora_dropout=0.0, target_modules=list(models.PROJECTIONS),
+                               task_type="CAUSAL_LM"))
+    timed(trainer, "_generate_single_turn", lambda: "sample")
+    timed(trainer, "_calculate_rewards", lambda: "reward")
+    timed(trainer, "_get_per_token_logps_and_entropies", lambda: "forward" if torch.is_grad_enabled() else "reference")
+    timed(trainer.accelerator, "backward", lambda: "backward")
+    trainer.remove_callback(PrinterCallback)
+    trainer.train()
+    return steps, lengths
+
+
+def measure(a, side):
+    """Run one side in this process; the figures of its steps after the warm-up."""
+    torch.set_num_threads(a.threads)
+    steps, lengths = {"unrolled": unrolled, "trl": trl}[side](a)
+    steps, lengths = steps[a.warmup:], lengths[a.warmup:]
+    flat = [n for step in lengths for n in step]
+    return {"bench": "grpo_step", "side": side,
+            "seconds": {name: round(statistics.median(step.get(name, 0.0) for step in steps), 4) for name in steps[-1]},
+            "tokens_per_step": round(len(flat) * statistics.mean(flat) / len(lengths)),
+            "mean_length": round(statistics.mean(flat), 1), "longest": max(flat), "peak_gb": round(peak_memory_gb(), 3)}
+
+
+def run_side(words, side):
+    """One side in a process of its own. Errors: RuntimeError with the end of what it wrote."""
+    command = [sys.executable, str(Path(__file__).resolve()), *words, "--side", side]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise RuntimeError(f"{' '.join(command)} failed:\n{done.stderr[-2000:]}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", required=True, help="a folder that bench/models.py wrote")
+    parser.add_argument("--prompts", type=int, default=8)
+    parser.add_argument("--group", type=int, default=8, help="samples per prompt")
+    parser.add_argument("--new", type=int, default=128, help="longest completion, tokens")
+    parser.add_argument("--beta", type=float, default=0.04, help="KL coefficient; 0: no reference pass")
+    parser.add_argument("--micro", type=int, default=0, help="TRL's samples per forward pass; 0: all")
+    parser.add_argument("--rank", type=int, default=16)
+    parser.add_argument("--lr", type=float, default=1e-5)
+    parser.add_argument("--steps", type=int, default=8, help="steps of each side in each round")
+    parser.add_argument("--warmup", type=int, default=2, help="of these, not counted")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--side", choices=("both", "unrolled", "trl"), default="both", help="one alone: a line of its figures")
+    a = parser.parse_args()
+    if a.warmup >= a.steps:
+        parser.error(f"--warmup {a.warmup} leaves none of {a.steps} steps to count")
+    if a.micro and a.prompts * a.group % a.micro:
+        parser.error(f"--micro {a.micro} does not divide the {a.prompts * a.group} samples of a step")
+    if a.side != "both":
+        print(json.dumps(measure(a, a.side)))
+        return
+
+    sides = ["trl", "unrolled"]
+    if missing := [name for name in PEER if importlib.util.find_spec(name) is None]:
+        print(f"not installed: {', '.join(missing)} (pip install {' '.join(missing)}); unrolled is timed alone", file=sys.stderr)
+        sides = ["unrolled"]
+    rounds = []
+    for r in range(a.rounds):
+        rounds.append({side: run_side(sys.argv[1:], side) for side in sides[::-1 if r % 2 else 1]})
+        for side in sides:
+            figures = rounds[-1][side]
+            split = "  ".join(f"{name} {value:.3f}" for name, value in figures["seconds"].items())
+            print(f"round {r + 1}: {side:8s}  {split}  peak {figures['peak_gb']:.2f} GB", file=sys.stderr, flush=True)
+    ratios = [row["trl"]["seconds"]["step"] / row["unrolled"]["seconds"]["step"] for row in rounds if "trl" in row]
+    print(json.dumps({
+        "bench": "grpo_step", **vars(a), "rounds": rounds,
+        "seconds": {side: statistics.median(row[side]["seconds"]["step"] for row in rounds) for side in sides},
+        "peak_gb": {side: max(row[side]["peak_gb"] for row in rounds) for side in sides},
+        "ratio": round(statistics.median(ratios), 3) if ratios else None,
+        "ratio_range": [round(min(ratios), 3), round(max(ratios), 3)] if ratios else None}))
+
+
+if __name__ == "__main__":
+    main()
