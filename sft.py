@@ -98,6 +98,8 @@ class Args:
     """linear layers to adapt"""
     train_layers: str = ""
     """decoder layers to adapt, such as 20-27; empty: all"""
+    merge: bool = False
+    """write final/ as a plain model with the adapter merged in, not as an adapter"""
     # ---- sampling ----
     max_new_tokens: int = 512
     """longest completion; a longer one counts as truncated"""
@@ -224,6 +226,20 @@ def enable_checkpointing(model) -> None:
 def adapter_tensors(model, name: str) -> dict[str, tuple[nn.Parameter, nn.Parameter]]:
     """(A, B) of adapter `name` by the path of its linear layer: what `models.save_adapter` and `load_adapter` take."""
     return {path: (module.A[name], module.B[name]) for path, module in lora_modules(model).items() if name in module.A}
+
+
+# Copied from grpo.py::merged_state_dict
+@torch.no_grad()
+def merged_state_dict(model) -> dict[str, torch.Tensor]:
+    """The weights of a plain model with the active adapter added in float32; the base itself is left untouched."""
+    state = {key: value for key, value in model.state_dict().items() if ".A." not in key and ".B." not in key}
+    state = {key.replace(".base.", "."): value.clone() for key, value in state.items()}
+    for path, module in lora_modules(model).items():
+        if module.active is not None:
+            delta = module.scale[module.active] * module.B[module.active] @ module.A[module.active]
+            weight = module.base.weight
+            state[f"{path}.weight"] = (weight.float() + delta).to(weight.dtype)
+    return state
 
 
 # Copied from grpo.py::TokenLogprobs
@@ -422,7 +438,7 @@ class FusedLinear:
 
     def __init__(self, parts, dtype):
         self.parts, self.bases = parts, [getattr(part, "base", part) for part in parts]
-        adapted = [part for part in parts if isinstance(part, LoRALinear) and part.active]
+        adapted = [part for part in parts if isinstance(part, LoRALinear)]
         self.merge = bool(adapted) and dtype == torch.float32
         self.shared = not self.merge and all(base.weight.dtype == dtype for base in self.bases)
         weights = [base.weight.detach() for base in self.bases]
@@ -435,7 +451,7 @@ class FusedLinear:
         self.bias = torch.cat([base.bias.detach() for base in self.bases]).to(dtype) if biased else None
         self.A = self.B = None
         if adapted and not self.merge:
-            rank = sum(part.A[part.active].shape[0] for part in adapted)
+            rank = sum(max(len(A) for A in part.A.values()) for part in adapted)  # of whichever adapter is active
             self.A = self.weight.new_zeros(rank, self.weight.shape[1])
             self.B = self.weight.new_zeros(self.weight.shape[0], rank)
 
@@ -444,6 +460,8 @@ class FusedLinear:
         """Take over the present weights, biases and active adapters of the modules."""
         if self.bias is not None:
             self.bias.copy_(torch.cat([base.bias for base in self.bases]))
+        if self.B is not None:
+            self.B.zero_()
         out = rank = 0
         for part, base, rows in zip(self.parts, self.bases, self.rows):
             if not self.shared:
@@ -887,9 +905,9 @@ def main(args: Args) -> None:
 
     def save_weights(folder):
         if args.full:
-            models.save_plain(model, tokenizer, folder)
+            models.save_plain(model, tokenizer, folder, model.state_dict())
         else:
-            models.save_adapter(folder, adapter_tensors(model, "policy"), args.lora_alpha, models.base_of(args.model), model)
+            models.save_adapter(folder, adapter_tensors(model, "policy"), args.lora_alpha, models.absolute(args.model), model)
             tokenizer.save_pretrained(folder)
 
     step, bad_steps, tokens_per_batch = 0, 0, args.tokens_per_batch
@@ -960,7 +978,10 @@ def main(args: Args) -> None:
         return
     if step == args.max_steps:
         if dist.is_main():
-            save_weights(run.path / "final")
+            if args.merge:
+                models.save_plain(model, tokenizer, run.path / "final", merged_state_dict(model))
+            else:
+                save_weights(run.path / "final")
         run.before_after()
     run.finish()
 

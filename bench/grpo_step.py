@@ -1,16 +1,16 @@
-"""Seconds of a GRPO step: TRL's GRPOTrainer beside a step made of grpo.py's own functions, on the same model and sizes.
+"""Seconds of a GRPO step: TRL's GRPOTrainer beside a step of grpo.py's own functions, same model, same sizes.
 
     python bench/models.py /tmp/tiny --eos-prob 0.02
     python bench/grpo_step.py --model /tmp/tiny --prompts 8 --group 8 --new 128 --beta 0.04 --rounds 5
 
-A step is: sample, reward (the share of odd token ids), log-probs of the reference if beta > 0, forward, backward, clip,
-AdamW; LoRA on all linear layers, float32, no gradient checkpointing. Each side runs in a process of its own, which
-reports its seconds per step by phase and its peak memory; a round runs both, the first of them alternating, and the
-median of the rounds' ratios counts. --micro is TRL's batch per forward pass (0: all samples); unrolled's is its token
-budget. Wide vocabulary: --micro 8, or TRL's logits take 5 GB a copy. TRL is optional: pip install trl peft accelerate.
+A step: sample, reward (the share of odd token ids), log-probs of the reference if beta > 0, forward,
+backward, clip, AdamW; LoRA on all linear layers, float32, no gradient checkpointing, on the CPU. Each side
+runs in a process of its own, which reports its seconds per step by phase and its peak memory; a round runs
+both, now this one first and now that, and the median of the rounds' ratios counts. --micro is TRL's batch per
+forward pass (unrolled has its token budget): with the wide vocabulary give 8, or each copy of its logits
+takes 5 GB. TRL is optional: pip install trl peft datasets accelerate.
 """
 
-import argparse
 import importlib.util
 import json
 import os
@@ -21,6 +21,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from collections import defaultdict
 from contextlib import contextmanager
 from pathlib import Path
@@ -45,10 +46,10 @@ def odd_share(ids):
 
 
 def one_step(model, params, optimizer, sampler, prompt_ids, args, step, device, tokenizer=None):
-    """One optimizer step as grpo.py's loop makes it. Returns the seconds of each phase and the completions' lengths.
+    """One optimizer step as grpo.py's loop makes it; the seconds of each phase, and the completions' lengths.
 
-    args: grpo.Args, resolved; its tokens_per_batch is halved in place when memory runs out. A tokenizer: the
-    completions are also decoded, as for a reward that reads text.
+    args: grpo.Args, resolved; its tokens_per_batch is halved in place when memory runs out. With a tokenizer
+    the completions are decoded too, as for a reward that reads text.
     """
     seconds, device = {}, torch.device(device)
 
@@ -61,12 +62,13 @@ def one_step(model, params, optimizer, sampler, prompt_ids, args, step, device, 
         seconds[name] = time.perf_counter() - start
 
     def within_memory(attempt):
-        longest = max(map(len, rollouts))
-        result, args.tokens_per_batch = retry_smaller(attempt, args.tokens_per_batch, device, longest, "tokens per batch")
+        result, args.tokens_per_batch = retry_smaller(attempt, args.tokens_per_batch, device,
+                                                      max(map(len, rollouts)), "tokens per batch")
         return result
 
     with phase("sample"):
-        keys = [[grpo.noise_key(args.seed, step, p, g) for g in range(args.num_generations)] for p in range(len(prompt_ids))]
+        keys = [[grpo.noise_key(args.seed, step, p, g) for g in range(args.num_generations)]
+                for p in range(len(prompt_ids))]
         completions = sampler.sample(prompt_ids, keys, args.max_new_tokens, args.temperature)
     with phase("reward"):
         rollouts = [grpo.Rollout(None, p, g, prompt_ids[p], completion)
@@ -101,19 +103,20 @@ def one_step(model, params, optimizer, sampler, prompt_ids, args, step, device, 
 
 
 def peak_memory_gb():
-    """Largest resident memory of this program. On Linux ru_maxrss would count the process that started it, too."""
+    """Largest resident memory of this program. (Linux's ru_maxrss counts the one that started it, too.)"""
     status = Path("/proc/self/status")
-    if not status.exists():
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**30  # bytes on a Mac
-    return int(re.search(r"VmHWM:\s*(\d+) kB", status.read_text())[1]) / 2**20
+    own = re.search(r"VmHWM:\s*(\d+) kB", status.read_text()) if status.exists() else None
+    if own:
+        return int(own[1]) / 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)
 
 
 def unrolled(a):
     device = torch.device("cpu")
     torch.manual_seed(a.seed)
-    args = grpo.resolve(grpo.Args(
-        seed=a.seed, num_generations=a.group, max_new_tokens=a.new, beta=a.beta, lora_r=a.rank, lora_alpha=2 * a.rank,
-        lr=a.lr, slots=a.prompts * a.group, aggregation="token"), device)  # "token" is TRL's default
+    args = grpo.resolve(grpo.Args(  # aggregation: TRL's default
+        seed=a.seed, num_generations=a.group, max_new_tokens=a.new, beta=a.beta, lora_r=a.rank,
+        lora_alpha=2 * a.rank, lr=a.lr, slots=a.prompts * a.group, aggregation="token"), device)
     tokenizer = models.load_tokenizer(a.model)
     model = models.load_model(a.model, torch.float32, device)
     params = grpo.add_lora(model, "policy", args.lora_r, args.lora_alpha, args.lora_targets)
@@ -122,9 +125,9 @@ def unrolled(a):
     sampler = grpo.Sampler(model, models.stop_ids(model, tokenizer), args.slots)
     prompts, steps, lengths = tokenizer(step_prompts(a))["input_ids"], [], []
     for step in range(a.steps):
-        first = step * a.prompts
+        batch = prompts[step * a.prompts:(step + 1) * a.prompts]
         start = time.perf_counter()
-        seconds, n = one_step(model, params, optimizer, sampler, prompts[first:first + a.prompts], args, step, device, tokenizer)
+        seconds, n = one_step(model, params, optimizer, sampler, batch, args, step, device, tokenizer)
         steps.append(seconds | {"step": time.perf_counter() - start})
         lengths.append(n)
     return steps, lengths
@@ -136,7 +139,7 @@ def step_prompts(a):
     return [prompts[i % len(prompts)] for i in range(a.steps * a.prompts)]
 
 
-def trl(a):
+def trl(a, folder):
     os.environ["TRL_EXPERIMENTAL_SILENCE"] = "1"
     from datasets import Dataset
     from peft import LoraConfig
@@ -174,20 +177,22 @@ def trl(a):
             self.last = now
 
     config = GRPOConfig(
-        output_dir=tempfile.mkdtemp(), max_steps=a.steps, seed=a.seed, use_cpu=True, dataloader_pin_memory=False,
-        logging_steps=1, save_strategy="no", report_to="none", disable_tqdm=True, gradient_checkpointing=False, bf16=False,
-        learning_rate=a.lr, lr_scheduler_type="constant", per_device_train_batch_size=micro,
-        gradient_accumulation_steps=total // micro, num_generations=a.group, max_completion_length=a.new, beta=a.beta,
-        num_iterations=1, temperature=1.0, top_k=0)
+        output_dir=folder, max_steps=a.steps, seed=a.seed, use_cpu=True, dataloader_pin_memory=False,
+        logging_steps=1, save_strategy="no", report_to="none", disable_tqdm=True, bf16=False,
+        gradient_checkpointing=False, learning_rate=a.lr, lr_scheduler_type="constant", beta=a.beta,
+        per_device_train_batch_size=micro, gradient_accumulation_steps=total // micro, num_iterations=1,
+        num_generations=a.group, max_completion_length=a.new, temperature=1.0, top_k=0)
+    lora = LoraConfig(r=a.rank, lora_alpha=2 * a.rank, lora_dropout=0.0, task_type="CAUSAL_LM",
+                      target_modules=list(models.PROJECTIONS))
     trainer = GRPOTrainer(
-        model=AutoModelForCausalLM.from_pretrained(a.model, dtype=torch.float32), args=config, reward_funcs=reward,
+        model=AutoModelForCausalLM.from_pretrained(a.model, dtype=torch.float32),
+        processing_class=AutoTokenizer.from_pretrained(a.model, padding_side="left"),
         train_dataset=Dataset.from_list([{"prompt": prompt} for prompt in step_prompts(a)]),
-        processing_class=AutoTokenizer.from_pretrained(a.model, padding_side="left"), callbacks=[Clock()],
-        peft_config=LoraConfig(r=a.rank, lora_alpha=2 * a.rank, lora_dropout=0.0, target_modules=list(models.PROJECTIONS),
-                               task_type="CAUSAL_LM"))
+        reward_funcs=reward, args=config, peft_config=lora, callbacks=[Clock()])
     timed(trainer, "_generate_single_turn", lambda: "sample")
     timed(trainer, "_calculate_rewards", lambda: "reward")
-    timed(trainer, "_get_per_token_logps_and_entropies", lambda: "forward" if torch.is_grad_enabled() else "reference")
+    timed(trainer, "_get_per_token_logps_and_entropies",
+          lambda: "forward" if torch.is_grad_enabled() else "reference")
     timed(trainer.accelerator, "backward", lambda: "backward")
     trainer.remove_callback(PrinterCallback)
     trainer.train()
@@ -197,13 +202,14 @@ def trl(a):
 def measure(a, side):
     """Run one side in this process; the figures of its steps after the warm-up."""
     torch.set_num_threads(a.threads)
-    steps, lengths = {"unrolled": unrolled, "trl": trl}[side](a)
+    with tempfile.TemporaryDirectory() as folder:
+        steps, lengths = unrolled(a) if side == "unrolled" else trl(a, folder)
     steps, lengths = steps[a.warmup:], lengths[a.warmup:]
     flat = [n for step in lengths for n in step]
-    return {"bench": "grpo_step", "side": side,
-            "seconds": {name: round(statistics.median(step.get(name, 0.0) for step in steps), 4) for name in steps[-1]},
-            "tokens_per_step": round(len(flat) * statistics.mean(flat) / len(lengths)),
-            "mean_length": round(statistics.mean(flat), 1), "longest": max(flat), "peak_gb": round(peak_memory_gb(), 3)}
+    seconds = {name: round(statistics.median(step[name] for step in steps), 4) for name in steps[0]}
+    return {"bench": "grpo_step", "side": side, "seconds": seconds, "longest": max(flat),
+            "mean_length": round(statistics.mean(flat), 1), "tokens_per_step": round(sum(flat) / len(steps)),
+            "peak_gb": round(peak_memory_gb(), 3)}
 
 
 def run_side(words, side):
@@ -216,7 +222,7 @@ def run_side(words, side):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, help="a folder that bench/models.py wrote")
     parser.add_argument("--prompts", type=int, default=8)
     parser.add_argument("--group", type=int, default=8, help="samples per prompt")
@@ -230,7 +236,7 @@ def main():
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--side", choices=("both", "unrolled", "trl"), default="both", help="one alone: a line of its figures")
+    parser.add_argument("--side", choices=("both", "unrolled", "trl"), default="both", help="one: here, once")
     a = parser.parse_args()
     if a.warmup >= a.steps:
         parser.error(f"--warmup {a.warmup} leaves none of {a.steps} steps to count")
@@ -242,7 +248,7 @@ def main():
 
     sides = ["trl", "unrolled"]
     if missing := [name for name in PEER if importlib.util.find_spec(name) is None]:
-        print(f"not installed: {', '.join(missing)} (pip install {' '.join(missing)}); unrolled is timed alone", file=sys.stderr)
+        print(f"TRL is left out, {' '.join(missing)} not installed: pip install {' '.join(missing)}", file=sys.stderr)
         sides = ["unrolled"]
     rounds = []
     for r in range(a.rounds):
@@ -250,14 +256,16 @@ def main():
         for side in sides:
             figures = rounds[-1][side]
             split = "  ".join(f"{name} {value:.3f}" for name, value in figures["seconds"].items())
-            print(f"round {r + 1}: {side:8s}  {split}  peak {figures['peak_gb']:.2f} GB", file=sys.stderr, flush=True)
-    ratios = [row["trl"]["seconds"]["step"] / row["unrolled"]["seconds"]["step"] for row in rounds if "trl" in row]
+            line = f"round {r + 1}: {side:8s}  {split}  peak {figures['peak_gb']:.2f} GB"
+            print(line, file=sys.stderr, flush=True)
+    seconds = {side: [row[side]["seconds"]["step"] for row in rounds] for side in sides}
+    ratios = [theirs / ours for theirs, ours in zip(seconds.get("trl", []), seconds["unrolled"])]
     print(json.dumps({
-        "bench": "grpo_step", **vars(a), "rounds": rounds,
-        "seconds": {side: statistics.median(row[side]["seconds"]["step"] for row in rounds) for side in sides},
+        "bench": "grpo_step", **vars(a),
+        "seconds": {side: statistics.median(seconds[side]) for side in sides},
         "peak_gb": {side: max(row[side]["peak_gb"] for row in rounds) for side in sides},
         "ratio": round(statistics.median(ratios), 3) if ratios else None,
-        "ratio_range": [round(min(ratios), 3), round(max(ratios), 3)] if ratios else None}))
+        "ratio_range": [round(min(ratios), 3), round(max(ratios), 3)] if ratios else None, "each": rounds}))
 
 
 if __name__ == "__main__":

@@ -1,18 +1,18 @@
-"""Write a small random Qwen2 with a byte-level tokenizer and prompts: what the benchmarks run on, offline and seeded.
+"""Write a small random Qwen2, a byte-level tokenizer and prompts: what the benchmarks run on, seeded.
 
     python bench/models.py OUT --preset tiny|wide --eos-prob 0.01
 
-Both presets have hidden size 256 and 4 layers; wide has the 151,936 tokens of Qwen2.5 and shows what the logits cost.
-The probability of the end token is part of the weights, the same at every position, so that any sampler meets the same
-ragged lengths: geometric with mean 1 / P, cut at its limit (P = 2.5 / limit makes the mean about a third of the limit).
---eos-prob 0 never ends: samples of exactly the limit's length.
+Both presets have hidden size 256 and 4 layers; wide has the 151,936 tokens of Qwen2.5: it shows what logits
+cost. The end token's probability P is part of the weights, the same at every position, so that any sampler
+meets the same ragged lengths: geometric with mean 1 / P, cut at its limit (P = 2.5 / limit: a third of the
+limit on average). --eos-prob 0 never ends: samples of exactly the limit's length.
 """
 
-import argparse
 import json
 import math
 import os
 import random
+from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -30,7 +30,7 @@ CHAT = (f"{{% for m in messages %}}{START}{{{{ m['role'] }}}}\n{{{{ m['content']
 
 
 def make_tokenizer(vocab_size):
-    """A token for each byte, then three special ones, then filler that no text encodes to but that decodes."""
+    """A token for each byte, three special ones, then filler that no text encodes to but that decodes."""
     words = [*sorted(pre_tokenizers.ByteLevel.alphabet()), PAD, START, END]
     words += [f"w{i}" for i in range(len(words), vocab_size)]
     core = Tokenizer(BPE(vocab={word: i for i, word in enumerate(words)}, merges=[]))
@@ -44,8 +44,8 @@ def make_tokenizer(vocab_size):
 def bake_end_probability(model, end_id, probability):
     """Give the end token about `probability` at every position, by the weights alone.
 
-    Dimension 0 of the residual stream is the same constant for every token and no layer writes to it, so the end
-    token's row of lm_head can set its logit there: as far from the other tokens' log-sum as the probability asks.
+    Dimension 0 of the residual stream is the same constant for every token and no layer writes to it, so the
+    end token's row of lm_head sets its logit there: as far from the others' log-sum as the probability asks.
     """
     body, embedding, head = model.model, model.model.embed_tokens.weight, model.lm_head.weight
     constant = 5 * embedding.std().item()
@@ -80,7 +80,7 @@ def build(folder, preset="tiny", eos_prob=0.01, seed=0, vocab_size=0, n_prompts=
     tokenizer = make_tokenizer(vocab_size or VOCABULARY[preset])
     torch.manual_seed(seed)
     model = Qwen2ForCausalLM(Qwen2Config(
-        vocab_size=vocab_size or VOCABULARY[preset], hidden_size=256, intermediate_size=688, num_hidden_layers=4,
+        vocab_size=len(tokenizer), hidden_size=256, intermediate_size=688, num_hidden_layers=4,
         num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=4096, tie_word_embeddings=True,
         pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id, bos_token_id=None)).eval()
     bake_end_probability(model, tokenizer.eos_token_id, eos_prob)
@@ -97,10 +97,10 @@ def read_prompts(folder):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     parser.add_argument("out", help="folder to write")
     parser.add_argument("--preset", choices=VOCABULARY, default="tiny")
-    parser.add_argument("--eos-prob", type=float, default=0.01, help="probability of the end token at each position")
+    parser.add_argument("--eos-prob", type=float, default=0.01, help="probability of the end, everywhere")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     if not 0 <= args.eos_prob < 1:

@@ -1,19 +1,20 @@
-"""Tokens per second of transformers' `generate` (dynamic cache) and of grpo.py's Sampler, on the same work in one process.
+"""Tokens per second of transformers' `generate` (dynamic cache) and of grpo.py's Sampler, on the same work.
 
     python bench/models.py /tmp/tiny --eos-prob 0.02
     python bench/sampling.py --model /tmp/tiny --prompts 8 --group 8 --new 128 --rounds 5
 
-Each round times both, one after the other, the first of them alternating; only figures of the same round are divided, for
-a machine's speed drifts. Tokens count up to and including the end token. Prints one JSON line: both rates of each round
-and the median of the rounds' ratios; `logprob_gap` is how far the sampler's log-probs are from transformers' own.
+One process, on the CPU in float32. Each round times both, one after the other, now this one first and now
+that; only figures of the same round are divided, for a machine's speed drifts. Tokens count up to and
+including the end token. Prints one JSON line: both rates of each round and the median of the rounds' ratios;
+`logprob_gap` is how far the sampler's log-probs are from transformers' own.
 """
 
-import argparse
 import json
 import os
 import statistics
 import sys
 import time
+from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -32,8 +33,8 @@ def make_generate(folder, tokenizer, prompts, group, new):
     """A function that samples with transformers and returns the lengths of the completions."""
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     end, repeated = tokenizer.eos_token_id, [prompt for prompt in prompts for _ in range(group)]
-    config = GenerationConfig(max_new_tokens=new, do_sample=True, temperature=1.0, top_k=0, top_p=1.0, eos_token_id=end,
-                              pad_token_id=tokenizer.pad_token_id, disable_compile=True)
+    config = GenerationConfig(max_new_tokens=new, do_sample=True, temperature=1.0, top_k=0, top_p=1.0,
+                              eos_token_id=end, pad_token_id=tokenizer.pad_token_id, disable_compile=True)
 
     @torch.inference_mode()
     def generate(seed):
@@ -59,16 +60,17 @@ def make_sampler(folder, tokenizer, prompts, group, new):
 
 @torch.no_grad()
 def logprob_gap(model, sampler, prompt_ids, new):
-    """Largest difference between the sampler's log-probs and transformers' over one completion of each prompt."""
-    gaps = []
+    """Largest difference between the sampler's log-probs and transformers', one completion of each prompt."""
+    gap = 0.0
     for ids, (c,) in zip(prompt_ids, sampler.sample(prompt_ids, [[p] for p in range(len(prompt_ids))], new)):
         logprobs = model(torch.tensor([ids + c.ids])).logits[0, len(ids) - 1:-1].log_softmax(-1)
-        gaps.append((logprobs.gather(1, torch.tensor(c.ids)[:, None])[:, 0] - torch.tensor(c.logprobs)).abs().max())
-    return max(gaps).item()
+        expected = logprobs.gather(1, torch.tensor(c.ids)[:, None])[:, 0]
+        gap = max(gap, (expected - torch.tensor(c.logprobs)).abs().max().item())
+    return gap
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, help="a folder that bench/models.py wrote")
     parser.add_argument("--prompts", type=int, default=8)
     parser.add_argument("--group", type=int, default=8, help="samples per prompt")
@@ -84,20 +86,23 @@ def main():
     prompts = read_prompts(args.model)[:args.prompts]
     settings = args.model, tokenizer, prompts, args.group, args.new
     (generate, model), (sample, sampler) = make_generate(*settings), make_sampler(*settings)
-    rates, lengths = {"generate": [], "sampler": []}, {"generate": [], "sampler": []}
+    runs = {"generate": generate, "sampler": sample}
+    rates, lengths = {name: [] for name in runs}, {name: [] for name in runs}
     for r in range(args.rounds + 1):
-        for name, run in sorted({"generate": generate, "sampler": sample}.items(), reverse=r % 2 == 1):
+        for name in list(runs)[::-1 if r % 2 else 1]:
             start = time.perf_counter()
-            n = run(seed=r)
+            n = runs[name](seed=r)
             seconds = time.perf_counter() - start
             if r:  # the first round is the warm-up
                 rates[name].append(sum(n) / seconds)
                 lengths[name] += n
     ratios = [ours / theirs for theirs, ours in zip(rates["generate"], rates["sampler"])]
     print(json.dumps({
-        "bench": "sampling", **vars(args), "tokens_per_s": {k: [round(x, 1) for x in v] for k, v in rates.items()},
+        "bench": "sampling", **vars(args),
+        "tokens_per_s": {name: [round(x, 1) for x in values] for name, values in rates.items()},
         "median": {name: round(statistics.median(values), 1) for name, values in rates.items()},
-        "ratio": round(statistics.median(ratios), 3), "ratio_range": [round(min(ratios), 3), round(max(ratios), 3)],
+        "ratio": round(statistics.median(ratios), 3),
+        "ratio_range": [round(min(ratios), 3), round(max(ratios), 3)],
         "mean_length": {name: round(statistics.mean(values), 1) for name, values in lengths.items()},
         "longest": max(map(max, lengths.values())),
         "logprob_gap": logprob_gap(model, sampler, tokenizer(prompts)["input_ids"], args.new),

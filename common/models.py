@@ -38,6 +38,12 @@ def resolve(name: str) -> str:
     return name
 
 
+def absolute(name: str) -> str:
+    """`resolve`, a local folder as an absolute path: what a saved adapter names as its base."""
+    folder = resolve(name)
+    return str(Path(folder).absolute()) if Path(folder).is_dir() else folder
+
+
 def _reach(what: str, name: str, load):
     """Call a transformers loader; turn what can go wrong into one line that says the way out."""
     try:
@@ -74,7 +80,7 @@ def load_config(name: str):
         raise ValueError(f"--model {name}: model type {config.model_type!r} is not supported (fused projections, experts, "
                          f"or another layer form); supported: {', '.join(SUPPORTED)}")
     for key, value in config.to_dict().items():
-        scales_logits = ("logit" in key and "scal" in key) or ("softcap" in key and not key.startswith(("final", "attn")))
+        scales_logits = ("logit" in key and "scal" in key) or ("softcap" in key and config.model_type != "gemma2")
         if scales_logits and value not in (None, 1, 1.0):
             raise ValueError(f"--model {name}: its config rescales the logits by {key}={value}, which is not known here")
     rope = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")
@@ -114,7 +120,9 @@ def load_model(name: str, dtype: torch.dtype, device: torch.device, max_tokens: 
             module.p = 0.0
         if isinstance(getattr(module, "attention_dropout", None), float):
             module.attention_dropout = 0.0
-    return model.to(device=device, dtype=dtype)
+    for p in model.parameters():  # not model.to(dtype): rotary frequencies are buffers, and stay float32
+        p.data = p.data.to(device=device, dtype=dtype)
+    return model.to(device)
 
 
 def check_length(name: str, config, max_tokens: int) -> None:
@@ -123,7 +131,7 @@ def check_length(name: str, config, max_tokens: int) -> None:
         raise ValueError(f"--model {name}: prompt and completion need {max_tokens} tokens, its context holds {limit}; "
                          "shorten --max-new-tokens, or leave long prompts out with --max-prompt-tokens")
     window = getattr(config, "sliding_window", None)
-    uses_window = "sliding_attention" in (getattr(config, "layer_types", None) or [])
+    uses_window = "sliding_attention" in (getattr(config, "layer_types", None) or ["sliding_attention"])
     if window and uses_window and window < max_tokens:
         raise ValueError(f"--model {name}: its attention window ({window}) is shorter than the run ({max_tokens} tokens); "
                          "shorten --max-new-tokens")
@@ -245,8 +253,13 @@ def load_weights(folder) -> dict[str, torch.Tensor]:
     return {key: value for path in sorted(Path(folder).glob("*.safetensors")) for key, value in load_file(path).items()}
 
 
-def save_plain(model, tokenizer, folder, state_dict=None) -> None:
-    """Write a plain Hugging Face model (safetensors, config, tokenizer) that transformers and vLLM load."""
+def save_plain(model, tokenizer, folder, state: dict[str, torch.Tensor]) -> None:
+    """Write a plain Hugging Face model (safetensors, config, tokenizer) that transformers, PEFT and vLLM load."""
+    if model.config.tie_word_embeddings:
+        state = {key: value for key, value in state.items() if key != "lm_head.weight"}
     os.makedirs(folder, exist_ok=True)
-    model.save_pretrained(folder, state_dict=state_dict)
+    state = {key: value.detach().cpu().contiguous().clone() for key, value in state.items()}
+    save_file(state, f"{folder}/model.safetensors", {"format": "pt"})
+    model.config.save_pretrained(folder)
+    model.generation_config.save_pretrained(folder)
     tokenizer.save_pretrained(folder)

@@ -38,12 +38,13 @@ needs_data = pytest.mark.skipif(not SHARED.is_dir(), reason="the sample data is 
 # Starting runs
 
 FORK_SERVER = """
-import json, os, runpy, sys, tempfile
+import atexit, gc, json, os, runpy, sys, tempfile, traceback
 import torch, tyro, transformers.models.qwen2.modeling_qwen2
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 torch.optim.AdamW([torch.zeros(1, requires_grad=True)])  # imports half of torch
 AutoModelForCausalLM.from_pretrained(sys.argv[1]), AutoTokenizer.from_pretrained(sys.argv[1])  # fills caches
 assert "wandb" not in sys.modules
+gc.freeze()  # or each run's collections, and its end, would walk through all of transformers
 print("ready", flush=True)
 for line in sys.stdin:
     request = json.loads(line)
@@ -65,7 +66,16 @@ tempfile.tempdir = None
 sys.argv = request["argv"]
 sys.path[0] = os.path.dirname(sys.argv[0])
 sys.path[1:1] = request["path"]
-runpy.run_path(sys.argv[0], run_name="__main__")
+try:
+    runpy.run_path(sys.argv[0], run_name="__main__")
+    code = 0
+except SystemExit as end:
+    code = end.code if isinstance(end.code, int | None) else print(end, file=sys.stderr) or 1
+except BaseException:
+    code = traceback.print_exc() or 1
+atexit._run_exitfuncs()
+sys.stdout.flush()
+os._exit(code or 0)  # taking the interpreter down would last longer than the run
 """
 
 ENV = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "COLUMNS": "200"}

@@ -1,0 +1,211 @@
+"""The benchmarks run to their end at toy sizes, and what they report is what they measured."""
+
+import importlib.util
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import grpo
+from bench import gpu, grpo_step, models, sampling, scaling
+
+ROOT = Path(__file__).resolve().parents[1]
+torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("models") / "tiny"
+    models.build(folder, eos_prob=0.1, n_prompts=8)
+    return folder
+
+
+def run_main(script, capsys, monkeypatch, *words):
+    """What `python bench/script.py words` prints: the JSON lines, the other lines, and stderr."""
+    monkeypatch.setattr(sys, "argv", [script.__name__, *map(str, words)])
+    script.main()
+    out, err = capsys.readouterr()
+    lines = out.splitlines()
+    return [json.loads(x) for x in lines if x.startswith("{")], [x for x in lines if not x.startswith("{")], err
+
+
+# ---- models.py ----
+
+
+def test_the_recipe_keeps_its_weights(tmp_path):
+    """Figures of other days are compared with today's: the same seed must go on making the same model."""
+    model = models.build(tmp_path, "tiny", eos_prob=0.01, seed=0, n_prompts=1)
+    head = model.lm_head.weight.detach()  # [V, D], tied to the embedding
+    # drawn values to the digits printed; the end token's entry is computed, so to float32's rounding over a sum
+    torch.testing.assert_close(head[0, :3], torch.tensor([0.0994, 0.0282, -0.0251]), atol=5e-5, rtol=0)
+    torch.testing.assert_close(head[258, :2], torch.tensor([2.7772, 0.0202]), atol=1e-3, rtol=0)
+    down = model.model.layers[3].mlp.down_proj.weight.detach()
+    torch.testing.assert_close(down[1, :2], torch.tensor([0.0099, -0.0070]), atol=5e-5, rtol=0)
+    assert sum(p.numel() for p in model.parameters()) == 3_036_928
+
+
+@pytest.mark.parametrize("probability", [0.1, 0.01, 0.0])
+def test_the_end_has_the_probability_asked_for_everywhere(tmp_path, probability):
+    model = models.build(tmp_path, eos_prob=probability, n_prompts=1)
+    ids = torch.randint(0, 256, (8, 100), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        found = model(ids).logits.softmax(-1)[:, :, model.config.eos_token_id]
+    # the constant is exact for the average position; single ones stray as their own logits do, by a few tenths
+    assert probability / 2 <= found.min() and found.max() <= 2 * probability + 1e-9
+    assert abs(found.mean() - probability) <= 0.1 * probability + 1e-9
+
+
+def test_the_tokenizer_and_the_prompts(folder):
+    tokenizer = grpo.models.load_tokenizer(str(folder))
+    assert len(tokenizer) == 512 and tokenizer.eos_token == models.END
+    assert tokenizer.decode(tokenizer("Ünïcode 12\n")["input_ids"]) == "Ünïcode 12\n"
+    prompts = models.read_prompts(folder)
+    lengths = [len(ids) for ids in tokenizer(prompts)["input_ids"]]
+    assert len(set(prompts)) == 8 and min(lengths) >= 32 and max(lengths) <= 64
+    assert all(prompt.endswith(f"{models.START}assistant\n") for prompt in prompts)
+
+
+# ---- sampling.py ----
+
+
+def test_sampling(folder, capsys, monkeypatch):
+    (line,), _, _ = run_main(sampling, capsys, monkeypatch, "--model", folder, "--prompts", 2, "--group", 3,
+                             "--new", 8, "--rounds", 2, "--threads", 1)
+    rates = line["tokens_per_s"]
+    assert len(rates["generate"]) == len(rates["sampler"]) == 2 and min(rates["generate"] + rates["sampler"]) > 0
+    low, high = line["ratio_range"]
+    assert low <= line["ratio"] <= high
+    assert line["ratio"] == pytest.approx(sum(s / g for g, s in zip(*rates.values())) / 2, rel=0.01)  # rounding
+    assert all(1 <= mean <= 8 for mean in line["mean_length"].values()) and line["longest"] <= 8
+    assert line["logprob_gap"] < 1e-4  # float32: both did the same work
+
+
+# ---- grpo_step.py ----
+
+
+def test_one_step_trains_the_adapter_alone(folder):
+    model = grpo.models.load_model(str(folder), torch.float32, torch.device("cpu"))
+    params = grpo.add_lora(model, "policy", 4, 8, ("q_proj", "down_proj"))
+    frozen = {name: p.clone() for name, p in model.named_parameters() if not p.requires_grad}
+    args = grpo.resolve(grpo.Args(num_generations=4, max_new_tokens=8, beta=0.04), torch.device("cpu"))
+    prompt_ids = [[1, 2, 3], [4, 5]]
+    seconds, lengths = grpo_step.one_step(model, params, torch.optim.AdamW(params), grpo.Sampler(model, ()),
+                                          prompt_ids, args, 1, "cpu")
+    assert list(seconds) == ["sample", "reward", "reference", "update"] and min(seconds.values()) > 0
+    assert lengths == [8] * 8
+    assert all(B.any() for B in params[1::2])
+    assert all(torch.equal(p, frozen[name]) for name, p in model.named_parameters() if name in frozen)
+
+
+def toy_step(folder):
+    return ("--model", folder, "--prompts", 2, "--group", 4, "--new", 8, "--steps", 2, "--warmup", 1,
+            "--rounds", 1, "--threads", 1)
+
+
+def test_grpo_step_without_trl(folder, capsys, monkeypatch):
+    monkeypatch.setattr(grpo_step, "PEER", ("trl_is_absent",))
+    (line,), _, err = run_main(grpo_step, capsys, monkeypatch, *toy_step(folder), "--beta", 0)
+    assert "trl_is_absent not installed: pip install trl_is_absent" in err
+    assert line["ratio"] is None and list(line["seconds"]) == ["unrolled"]
+    side = line["each"][0]["unrolled"]
+    assert list(side["seconds"]) == ["sample", "reward", "update", "step"]  # beta 0: no reference pass
+    assert sum(list(side["seconds"].values())[:-1]) == pytest.approx(side["seconds"]["step"], rel=0.1)
+    assert side["longest"] <= 8 and side["tokens_per_step"] <= 64 and 0.1 < side["peak_gb"] < 4
+
+
+@pytest.mark.skipif(any(importlib.util.find_spec(name) is None for name in grpo_step.PEER), reason="TRL not installed")
+def test_grpo_step_beside_trl(folder, capsys, monkeypatch):
+    (line,), _, _ = run_main(grpo_step, capsys, monkeypatch, *toy_step(folder), "--micro", 4)
+    sides = line["each"][0]
+    assert set(sides["trl"]["seconds"]) == {"sample", "reward", "reference", "forward", "backward", "rest", "step"}
+    assert set(sides["unrolled"]["seconds"]) == {"sample", "reward", "reference", "update", "step"}
+    assert line["ratio"] == pytest.approx(line["seconds"]["trl"] / line["seconds"]["unrolled"], rel=0.01)
+    assert min(x for side in sides.values() for x in side["seconds"].values()) > 0
+    assert all(side["mean_length"] <= 8 and side["longest"] <= 8 for side in sides.values())
+
+
+@pytest.mark.parametrize("words, message", [(("--warmup", 2), "leaves none of 2 steps"),
+                                            (("--micro", 3), "does not divide the 8 samples")])
+def test_grpo_step_refuses(folder, capsys, monkeypatch, words, message):
+    with pytest.raises(SystemExit):
+        run_main(grpo_step, capsys, monkeypatch, *toy_step(folder), *words)
+    assert message in capsys.readouterr().err
+
+
+# ---- scaling.py ----
+
+
+def test_scaling(capsys, monkeypatch):
+    figures, table, _ = run_main(scaling, capsys, monkeypatch, "--groups", 2, 4, "--lengths", "--vocabularies",
+                                 "--prompts", 2, "--new", 4, "--steps", 2, "--rounds", 1, "--threads", 1)
+    assert [f["tokens_per_step"] for f in figures] == [2 * 2 * 4, 2 * 4 * 4]  # to the token: the model never ends
+    first, second = (f["seconds"]["step"] for f in figures)
+    assert [f["cost_per_size"] for f in figures] == [1, pytest.approx(second / first / 2, abs=1e-3)]
+    assert [row.split("|")[1:4] for row in table[2:]] == [[" G ", " 2 ", " 16 "], [" G ", " 4 ", " 32 "]]
+    assert {row.count("|") for row in table} == {10}
+
+
+# ---- gpu.py ----
+
+WITHOUT = ("datasets", "tyro", "wandb", "trl", "peft", "math_verify", "matplotlib")
+RUN_WITHOUT = f"""
+import runpy, sys
+sys.modules.update(dict.fromkeys({WITHOUT}))  # importing one of them now fails
+sys.argv = ["gpu.py", "--small"]
+runpy.run_path("bench/gpu.py", run_name="__main__")
+"""
+
+
+def test_gpu_runs_to_its_end_with_torch_and_transformers_alone():
+    done = subprocess.run([sys.executable, "-c", RUN_WITHOUT], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    figures = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    kinds = [f["figure"] for f in figures]
+    assert kinds[:2] == ["machine", "ceilings"] and "broken" not in kinds
+    checks = {f["name"]: f for f in figures if f["figure"] == "check"}
+    assert len(checks) >= 9 and all(f["ok"] and f["value"] <= f["limit"] for f in checks.values())
+    decode = [f for f in figures if f["figure"] == "decode"]
+    assert [(f["what"], f["slots"]) for f in decode] == [("generate", 4), ("Sampler", 4), ("Sampler", 8)]
+    assert all(f["tokens_per_s"] == pytest.approx(1e3 * f["slots"] / f["ms_per_step"], rel=0.05) for f in decode)
+    (step,) = (f for f in figures if f["figure"] == "step")
+    assert list(step["seconds"]) == ["sample", "reward", "reference", "update"]
+    for heading in ("| check |", "| decode |", "| GRPO step |"):
+        assert heading in done.stdout
+
+
+def test_gpu_limits_of_a_decode_step():
+    """By hand, Qwen2.5-3B's shape at 4.3 TB/s and 790 TFLOP/s: bytes bind first, then operations."""
+    model = gpu.random_model("3B", torch.bfloat16, torch.device("meta"))
+    body, head = gpu.weights_of(model)
+    assert head == 151_936 * 2048 and body + head == pytest.approx(3.09e9, rel=2e-3)
+    for rows, seconds in ((64, (2 * 3.086e9 + 64 * 400 * 36_864) / 4.3e12),
+                          (256, (2 * 3.086e9 + 256 * 400 * 36_864) / 4.3e12),
+                          (512, 512 * (2 * 3.086e9 + 4 * 400 * 36 * 2048) / 790e12)):
+        assert gpu.decode_limit(model, rows, 400, 4.3e12, 790e12) == pytest.approx(seconds, rel=1e-3)
+
+
+def test_gpu_a_failed_check_or_a_broken_part_fails_the_run(capsys, monkeypatch):
+    def ends_with(*steps):
+        monkeypatch.setattr(gpu, "figures", [])
+        monkeypatch.setattr(gpu, "check_float32", lambda *_: [step() for step in steps])
+        for name in ("measure_ceilings", "time_shape", "check_graphs", "check_logprob_memory"):
+            monkeypatch.setattr(gpu, name, lambda *_: (1.0, 1.0))
+        with pytest.raises(SystemExit) as end:
+            run_main(gpu, capsys, monkeypatch, "--small")
+        return bool(end.value.code), capsys.readouterr().out
+
+    assert ends_with(lambda: gpu.check("close", 0.5, 1))[0] is False
+    failed, out = ends_with(lambda: gpu.check("far", float("nan"), 1))
+    assert failed and "**FAILED**" in out
+    failed, out = ends_with(lambda: 1 / 0)
+    assert failed and "| float32 against transformers | ZeroDivisionError: division by zero |" in out
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_gpu_says_what_it_needs(capsys, monkeypatch):
+    with pytest.raises(SystemExit):
+        run_main(gpu, capsys, monkeypatch)
+    assert "no CUDA device here; --small" in capsys.readouterr().err
