@@ -1,7 +1,9 @@
-"""GRPO: sample a group of answers to each question, and raise the probability of those that beat their group's mean.
+"""GRPO: sample a group of answers per question, and raise the probability of those above the group's mean.
 
-    J = E[ 1/N sum_i 1/L_i sum_t min(rho_it A_i, clip(rho_it, 1 - eps_low, 1 + eps_high) A_i) ] - beta KL(policy || reference)
-    A_i = (R_i - mean of the group) / (deviation of the group + 1e-4)          rho_it = p(token) now / p(token) when sampled
+    J = E[ 1/N sum_i 1/L_i sum_t min(rho_it A_i, clip(rho_it, 1 - eps_low, 1 + eps_high) A_i) ]
+        - beta KL(policy || reference)
+    A_i = (R_i - mean of the group) / (deviation of the group + 1e-4)
+    rho_it = p(token) now / p(token) when sampled
 
 Paper: DeepSeekMath, arXiv 2402.03300, eqs. 3-4 and algorithm 1. Differs from it in:
   - the old log-probs are the sampler's own; no pass is made for them (--recompute-old makes it);
@@ -9,10 +11,10 @@ Paper: DeepSeekMath, arXiv 2402.03300, eqs. 3-4 and algorithm 1. Differs from it
   - switches turn it into Dr. GRPO, DAPO, GSPO, CISPO or RLOO: see the table in README.md.
 The loss is near 0 at every step, by construction: watch the reward.
 
-    python grpo.py                                                    # the embedded model, minutes on two CPU cores
-    python grpo.py --model Qwen/Qwen2.5-3B-Instruct                   # GSM8K on one GPU
+    python grpo.py                                       # the embedded model, minutes on two CPU cores
+    python grpo.py --model Qwen/Qwen2.5-3B-Instruct      # GSM8K on one GPU
     torchrun --nproc-per-node 8 grpo.py --model Qwen/Qwen2.5-3B-Instruct
-    python grpo.py --out runs/a --resume                              # go on where it was killed
+    python grpo.py --out runs/a --resume                 # go on where it was killed
 """
 
 import copy
@@ -33,8 +35,8 @@ from torch import nn
 from common import data, dist, models, rewards
 from common.run import Run, check_out, cli, retry_smaller
 
-# Shapes: B rows, T tokens, V vocabulary, P prompts, G samples per prompt, D hidden size, L layers or a row's completion
-# tokens, H heads, K head size, R LoRA rank, N rows or tokens in all.
+# Shapes: B rows, T tokens, V vocabulary, P prompts, G samples per prompt, D hidden size, L layers or a row's
+# completion tokens, H heads, K head size, R LoRA rank, N rows or tokens in all.
 
 
 @dataclass
@@ -57,14 +59,14 @@ class Args:
     wandb: bool = False
     """also log to Weights & Biases"""
     dry_run: bool = False
-    """build everything, run one step at the largest sizes, print peak memory and projected time, keep nothing"""
+    """build all, run one step at the largest sizes, print peak memory and projected time, keep nothing"""
     profile: int = 0
     """steps to trace with torch.profiler, from the first on"""
     device: str = ""
     """cuda, mps or cpu; empty: the best there is"""
     # ---- data ----
     data: str = ""
-    """data set name, hub id, or local .jsonl/.csv/.parquet; empty: arithmetic for the embedded model, else gsm8k"""
+    """data set name, hub id, or local .jsonl/.csv/.parquet; empty: arithmetic (embedded model), else gsm8k"""
     level: str = ""
     """difficulty of a generated task, such as 3 or 1-4; empty: the task's own default"""
     train_questions: int = 0
@@ -72,7 +74,7 @@ class Args:
     eval_questions: int = 500
     """questions held out of the training split for evaluation (never the official test split)"""
     system: str = ""
-    """system message; empty: for other models than the embedded one, a request for the <think>/<answer> format"""
+    """system message; empty: a request for the <think>/<answer> format, but none for the embedded model"""
     prompt_template: str = "{prompt}"
     """text around the question, {prompt} in it"""
     max_prompt_tokens: int = 0
@@ -87,7 +89,7 @@ class Args:
     gradient_checkpointing: bool = False
     """recompute the layers in the backward pass: less memory, about a third more time"""
     tokens_per_batch: int = 0
-    """padded tokens per forward and backward pass and GPU, halved when memory runs out; 0: 16384, on a CPU 2048"""
+    """padded tokens per forward and backward pass and GPU, halved if out of memory; 0: 16384, CPU 2048"""
     # ---- LoRA ----
     lora_r: int = 32
     """rank"""
@@ -112,13 +114,13 @@ class Args:
     """rows sampled at a time per rank; halved when memory runs out"""
     # ---- method ----
     rewards: tuple[str, ...] = ("correctness=1", "format=0.2")
-    """reward functions with weights: correctness, format, digit, mark, math, or your own as file.py:name=weight"""
+    """reward functions and weights: correctness, format, digit, mark, math, yours as file.py:name=weight"""
     reward_timeout: float = 30.0
     """seconds that a call of a reward of your own may take; its row is left out and counted"""
     group_scaling: Literal["std", "none", "loo"] = "std"
-    """advantage: reward minus group mean, over the deviation (std, GRPO), as it is (none, Dr. GRPO), or leave-one-out (RLOO)"""
+    """reward - group mean: over the deviation (std, GRPO), as is (none, Dr. GRPO), leave-one-out (RLOO)"""
     aggregation: Literal["sequence", "token", "constant"] = "sequence"
-    """token losses averaged per row then over rows (GRPO), over all tokens (DAPO), or over max_new_tokens (Dr. GRPO)"""
+    """mean token loss: per row, then of rows (GRPO); of all tokens (DAPO); by max_new_tokens (Dr. GRPO)"""
     ratio: Literal["token", "sequence"] = "token"
     """probability ratio per token, or its geometric mean per row (GSPO)"""
     clip: Literal["min", "detach"] = "min"
@@ -140,7 +142,7 @@ class Args:
     recompute_old: bool | None = None
     """old log-probs by a pass of the trainer, not the sampler's own; default: only with --ratio sequence"""
     sampler_correction: Literal["none", "truncate", "mask"] = "none"
-    """weight tokens by the trainer's over the sampler's probability: capped, or dropped when outside [1/cap, cap]"""
+    """weight tokens by trainer's over sampler's probability: capped, or dropped when outside [1/cap, cap]"""
     sampler_correction_cap: float = 2.0
     """cap of that weight"""
     dynamic_sampling: bool = False
@@ -176,11 +178,11 @@ class Args:
 
 
 class LoRALinear(nn.Module):
-    """A frozen nn.Linear with low-rank adapters on it, one or none of them active: y = W x + b + (alpha / r) B A x.
+    """A frozen nn.Linear with low-rank adapters, one or none of them active: y = W x + b + (alpha / r) B A x.
 
-    State: `A[name]` [R, in] and `B[name]` [out, R], float32 whatever the base's dtype (in bfloat16 AdamW's small steps
-    would round to nothing); B starts at zero, so that a fresh adapter changes no output. `active` is the name of the
-    adapter in use or None for the bare base; only `use_adapter` changes it.
+    State: `A[name]` [R, in] and `B[name]` [out, R], float32 whatever the base's dtype (in bfloat16 AdamW's
+    small steps would round to nothing); B starts at zero, so that a fresh adapter changes no output. `active`
+    is the name of the adapter in use or None for the bare base; only `use_adapter` changes it.
     Source: LoRA, arXiv 2106.09685 eq. 3.
     """
 
@@ -209,9 +211,9 @@ class LoRALinear(nn.Module):
 
 
 def add_lora(model, name: str, r: int, alpha: float, targets, layers=None) -> list[nn.Parameter]:
-    """Put adapter `name` on the projections `targets` of the decoder layers (all, or the indices in `layers`).
+    """Put adapter `name` on the projections `targets` of the decoder layers (all, or those in `layers`).
 
-    Freezes every other parameter, activates the adapter, and returns its parameters in the order of the layers.
+    Freezes every other parameter, activates the adapter, and returns its parameters in layer order.
     Errors: ValueError if a target does not exist or r < 1.
     """
     if r < 1:
@@ -257,7 +259,7 @@ def use_adapter(model, name: str | None):
 
 
 def enable_checkpointing(model) -> None:
-    """Recompute each layer in the backward pass, with the adapter of its own forward and not the one active by then."""
+    """Recompute each layer in the backward pass, with the adapter of its forward, not one active by then."""
 
     def contexts():
         active = next((module.active for module in lora_modules(model).values()), None)
@@ -267,13 +269,14 @@ def enable_checkpointing(model) -> None:
 
 
 def adapter_tensors(model, name: str) -> dict[str, tuple[nn.Parameter, nn.Parameter]]:
-    """(A, B) of adapter `name` by the path of its linear layer: what `models.save_adapter` and `load_adapter` take."""
-    return {path: (module.A[name], module.B[name]) for path, module in lora_modules(model).items() if name in module.A}
+    """(A, B) of adapter `name` by its layer's path: what `models.save_adapter` and `load_adapter` take."""
+    return {path: (module.A[name], module.B[name])
+            for path, module in lora_modules(model).items() if name in module.A}
 
 
 @torch.no_grad()
 def merged_state_dict(model) -> dict[str, torch.Tensor]:
-    """The weights of a plain model with the active adapter added in float32; the base itself is left untouched."""
+    """The weights of a plain model, the active adapter added in float32; the base itself is untouched."""
     state = {key: value for key, value in model.state_dict().items() if ".A." not in key and ".B." not in key}
     state = {key.replace(".base.", "."): value.clone() for key, value in state.items()}
     for path, module in lora_modules(model).items():
@@ -287,9 +290,9 @@ def merged_state_dict(model) -> dict[str, torch.Tensor]:
 class TokenLogprobs(torch.autograd.Function):
     """Log-probs of given tokens from hidden states, a chunk of tokens at a time: [N, V] never exists.
 
-    The slope of a log-prob by its own hidden state is known in the forward pass: W[token] - sum_v p_v W[v], over the
-    temperature. With a frozen `lm_head` that [N, D] is kept and the backward pass is one product with the incoming
-    gradient; a trainable one needs the probabilities again, and each chunk is recomputed there.
+    The slope of a log-prob by its own hidden state is known in the forward pass: W[token] - sum_v p_v W[v],
+    over the temperature. With a frozen `lm_head` that [N, D] is kept and the backward pass is one product
+    with the incoming gradient; a trainable one needs the probabilities again: each chunk is recomputed.
     """
 
     @staticmethod
@@ -328,7 +331,7 @@ class TokenLogprobs(torch.autograd.Function):
 
 
 def chunk_logprobs(logits, targets, temperature, softcap, with_slope):
-    """Log-probs [n] from raw logits [n, V], float32, which are overwritten by d log-prob / d logits if asked for.
+    """Log-probs [n] from raw logits [n, V], float32, overwritten by d log-prob / d logits if asked for.
 
     Everything happens in place: at this size fresh memory costs as much as the arithmetic.
     """
@@ -341,7 +344,8 @@ def chunk_logprobs(logits, targets, temperature, softcap, with_slope):
     chosen, top = logits.gather(1, targets[:, None]), logits.amax(1, keepdim=True)
     total = logits.sub_(top).exp_().sum(1, keepdim=True)
     if with_slope:
-        logits.div_(-temperature * total).scatter_add_(1, targets[:, None], torch.full_like(total, 1 / temperature))
+        logits.div_(-temperature * total).scatter_add_(
+            1, targets[:, None], torch.full_like(total, 1 / temperature))
         if softcap:
             logits.mul_(cap_slope)
     return (chosen - top - total.log()).squeeze(1)
@@ -350,10 +354,10 @@ def chunk_logprobs(logits, targets, temperature, softcap, with_slope):
 def token_logprobs(model, input_ids, completion_mask, temperature=1.0, attention_mask=None, chunk_tokens=0):
     """Log-prob of each completion token given all before it, as the sampler at `temperature` sees it.
 
-    Shapes: input_ids, completion_mask [B, T] -> [B, T], float32, nats, 0 outside the mask. Entry t belongs to token t:
-    this is the one place that shifts. Rows are right-padded and then need no attention_mask (a causal model never looks
-    at what follows); left-padded rows pass theirs, [B, T], and positions count real tokens only. A row's first token
-    has nothing before it and stays 0. A completion_mask on the CPU spares a CUDA synchronisation.
+    Shapes: input_ids, completion_mask [B, T] -> [B, T], float32, nats, 0 outside the mask. Entry t belongs to
+    token t: this is the one place that shifts. Right-padded rows need no attention_mask (a causal model
+    never looks at what follows); left-padded rows pass theirs, [B, T], and positions count real tokens only.
+    A row's first token has nothing before it and stays 0. A completion_mask on the CPU spares a CUDA sync.
     """
     rows, columns = completion_mask[:, 1:].nonzero(as_tuple=True)
     rows, columns = rows.to(input_ids.device), columns.to(input_ids.device)
@@ -369,7 +373,7 @@ def token_logprobs(model, input_ids, completion_mask, temperature=1.0, attention
 
 @dataclass
 class Completion:
-    """One sampled answer: its token ids (the stop token included), their log-probs, and whether it stopped by itself."""
+    """A sampled answer: token ids (stop token included), their log-probs, whether it stopped by itself."""
 
     ids: list[int]
     logprobs: list[float]
@@ -377,28 +381,28 @@ class Completion:
 
 
 def noise_key(*parts: int) -> int:
-    """A signed 64-bit key from whole numbers such as (seed, step, prompt id, sample): the same on every machine."""
+    """A signed 64-bit key from integers like (seed, step, prompt id, sample): the same on every machine."""
     digest = hashlib.blake2b(" ".join(map(str, parts)).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little", signed=True)
 
 
 def uniform(keys, positions):
-    """One number in (0, 1) per row from its key and token position: a counter hash (splitmix64), no generator state.
+    """A number in (0, 1) per row from its key and position: a counter hash (splitmix64), no generator state.
 
-    So the noise of a token depends on neither its slot nor the batch, the number of ranks or a captured graph.
+    So a token's noise depends on neither its slot nor the batch, the number of ranks or a captured graph.
     """
     x = keys + positions * -7046029254386353131  # 2^64 / golden ratio; int64 products wrap around
     x = (x ^ (x >> 30 & (1 << 34) - 1)) * -4658895280553007687
     x = (x ^ (x >> 27 & (1 << 37) - 1)) * -7723592293110705685
     x = x ^ (x >> 31 & (1 << 33) - 1)
-    return ((x >> 41 & (1 << 23) - 1).float() + 0.5) / (1 << 23)  # 23 bits and a half: exact in float32, never 0 or 1
+    return ((x >> 41 & (1 << 23) - 1).float() + 0.5) / (1 << 23)  # 24 bits: exact in float32, never 0 or 1
 
 
 def draw(logits, temperature, u):
-    """Invert the cumulative distribution of softmax(logits / temperature) at u; temperature 0 takes the largest.
+    """Invert the distribution function of softmax(logits / temperature) at u; temperature 0 takes the top.
 
-    Shapes: logits [B, V] float32, overwritten; u [B] -> tokens [B], log-probs [B] (at temperature 0: of temperature 1).
-    The sum runs over blocks and then inside one block: faster and more exact in float32 than one long cumulative sum.
+    Shapes: logits [B, V] float32, overwritten; u [B] -> tokens, log-probs [B] (at temperature 0: of 1).
+    The sum runs over blocks, then inside one: faster and more exact in float32 than one long cumulative sum.
     """
     if temperature == 0:
         best, tokens = logits.max(-1)
@@ -420,11 +424,11 @@ def draw(logits, temperature, u):
 
 
 class FusedLinear:
-    """Projections of one input as one product, for the sampler: `weight` [out, in] holds theirs one below the other.
+    """Projections of one input as one product, for the sampler: `weight` [out, in] holds theirs stacked.
 
-    In float32 the active adapters are merged into it. In bfloat16 a merge would round small updates away, so they stay
-    apart, as A [n R, in] and block-diagonal B [out, n R], and `weight` becomes the storage of the modules' own weights:
-    no second copy. `refresh` writes in place, so that a captured graph goes on with the new values.
+    In float32 the active adapters are merged into it. In bfloat16 a merge would round small updates away, so
+    they stay apart, as A [n R, in] and block-diagonal B [out, n R], and `weight` becomes the storage of the
+    modules' own weights: no second copy. `refresh` writes in place: a captured graph sees the new values.
     """
 
     def __init__(self, parts, dtype):
@@ -442,7 +446,7 @@ class FusedLinear:
         self.bias = torch.cat([base.bias.detach() for base in self.bases]).to(dtype) if biased else None
         self.A = self.B = None
         if adapted and not self.merge:
-            rank = sum(max(len(A) for A in part.A.values()) for part in adapted)  # of whichever adapter is active
+            rank = sum(max(len(A) for A in part.A.values()) for part in adapted)  # of any adapter made active
             self.A = self.weight.new_zeros(rank, self.weight.shape[1])
             self.B = self.weight.new_zeros(self.weight.shape[0], rank)
 
@@ -475,7 +479,7 @@ class FusedLinear:
 class SamplerLayer:
     """One decoder layer of the Llama family, written out: x [N, D] -> [N, D], for any N tokens of any rows.
 
-    Covers grouped-query attention, q/k norms (Qwen3), norms on both sides of each block and (1 + weight) norms (Gemma).
+    Covers grouped-query attention, q/k norms (Qwen3), norms around blocks and (1 + weight) norms (Gemma).
     """
 
     def __init__(self, layer, dtype):
@@ -485,7 +489,8 @@ class SamplerLayer:
         self.gate_up = FusedLinear([mlp.gate_proj, mlp.up_proj], dtype)
         self.down = FusedLinear([mlp.down_proj], dtype)
         self.act = mlp.act_fn
-        names = ("input_layernorm", "post_attention_layernorm", "pre_feedforward_layernorm", "post_feedforward_layernorm")
+        names = ("input_layernorm", "post_attention_layernorm",
+                 "pre_feedforward_layernorm", "post_feedforward_layernorm")
         norms = [getattr(layer, name) for name in names if hasattr(layer, name)]
         self.attn_norm, self.attn_out_norm, self.mlp_norm, self.mlp_out_norm = (
             norms if len(norms) == 4 else (norms[0], None, norms[1], None))  # four: Gemma 2
@@ -500,11 +505,12 @@ class SamplerLayer:
             part.refresh()
 
     def __call__(self, x, cos, sin, attend):
-        """cos, sin [N, 1, K], the sine with the sign of the rotated half; attend(q, k, v) -> [N, H K] keeps k and v."""
+        """cos, sin [N, 1, K], sine signed as the rotated half; attend(q, k, v) -> [N, H K] keeps k and v."""
         qkv = self.qkv(rms_norm(x, self.attn_norm)).view(len(x), -1, self.head_dim)  # [N, H + 2 Hkv, K]
         qk, v = qkv.split([self.heads + self.kv_heads, self.kv_heads], dim=1)
         if self.q_norm:
-            qk = torch.cat([rms_norm(qk[:, :self.heads], self.q_norm), rms_norm(qk[:, self.heads:], self.k_norm)], dim=1)
+            qk = torch.cat([rms_norm(qk[:, :self.heads], self.q_norm),
+                            rms_norm(qk[:, self.heads:], self.k_norm)], dim=1)
         qk = torch.addcmul(qk * cos, qk.roll(self.head_dim // 2, -1), sin)
         y = self.out(attend(qk[:, :self.heads], qk[:, self.heads:], v))
         x = x + (rms_norm(y, self.attn_out_norm) if self.attn_out_norm else y)
@@ -521,22 +527,23 @@ def rms_norm(x, module):
 
 
 def attention(q, k, v, bias, scale, softcap):
-    """Softmax attention. Shapes: q [B, H, Q, K], k and v [B, H, S, K], bias [.., S] added to the scores (0 or -inf)."""
+    """Softmax attention. Shapes: q [B, H, Q, K]; k, v [B, H, S, K]; bias [.., S] on scores, 0 or -inf."""
     if q.is_cuda and not softcap:
         return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=scale)
-    scores = (q @ k.transpose(-1, -2)) * scale  # on the CPU two plain products beat the fused kernel at these sizes
+    scores = (q @ k.transpose(-1, -2)) * scale  # CPU: two plain products beat the fused kernel at this size
     if softcap:
         scores = softcap * torch.tanh(scores / softcap)
     return (scores + bias).softmax(-1, dtype=torch.float32).to(q.dtype) @ v
 
 
 class Sampler:
-    """Samples completions with continuous batching over a static KV cache of `slots` rows, one token a step for all.
+    """Samples completions by continuous batching in a static KV cache of `slots` rows, one token a step each.
 
-    A row that ends leaves at once: the last live row moves into its slot, so that the live ones are always the first,
-    and the next waiting row is admitted behind them. A prompt is prefilled once for all its samples. Attention reads the
-    cache only up to the longest live row, in blocks. On CUDA a step is a captured graph for each (rows, length) block
-    and the host looks at the tokens only every `sync_every` steps; what a row drew past its end is thrown away.
+    A row that ends leaves at once: the last live row moves into its slot, so that the live ones are always
+    the first, and the next waiting row is admitted behind them. A prompt is prefilled once for all its
+    samples. Attention reads the cache only up to the longest live row, in blocks. On CUDA a step is a
+    captured graph for each (rows, length) block and the host looks at the tokens only every `sync_every`
+    steps; what a row drew past its end is thrown away.
     """
 
     def __init__(self, model, stop_ids, slots=256, dtype=None, sync_every=None, graphs=None):
@@ -555,7 +562,8 @@ class Sampler:
 
     def _allocate(self, slots, length):
         """Make the cache [L, 2, slots, Hkv, length, K] and the buffers of a step large enough."""
-        if self.cache is not None and slots <= self.cache.shape[2] <= self.slots and length <= self.cache.shape[4]:
+        if (self.cache is not None and slots <= self.cache.shape[2] <= self.slots
+                and length <= self.cache.shape[4]):
             return
         self.cache = self.graphs = self.pool = None  # free the old ones before the new are made
         layer, new = self.layers[0], partial(torch.zeros, device=self.device)
@@ -566,7 +574,8 @@ class Sampler:
         self.drawn = new(self.sync_every, slots, dtype=torch.int64), new(self.sync_every, slots)
         self.count = new(1, dtype=torch.int64)
         self.columns = torch.arange(length, device=self.device)
-        cos, sin = self.model.base_model.rotary_emb(new(1, dtype=self.dtype), self.columns[None])  # [1, length, K]
+        cos, sin = self.model.base_model.rotary_emb(  # [1, length, K]
+            new(1, dtype=self.dtype), self.columns[None])
         half = cos.shape[-1] // 2
         self.cos = cos[0, :, None]
         self.sin = torch.cat([-sin[0, :, :half], sin[0, :, half:]], -1)[:, None]
@@ -601,17 +610,18 @@ class Sampler:
         return kept, self._logits(x[last.to(self.device)])
 
     def _decode(self, n, length, temperature):
-        """One token for each of the first n slots, reading `length` columns of the cache. All in place: graph-safe."""
+        """One token for each of the first n slots, reading `length` cache columns; in place: graph-safe."""
         positions, rows = self.positions[:n], self.rows[:n]
         x = self.model.get_input_embeddings()(self.tokens[:n]).to(self.dtype)  # [n, D]
         cos, sin = self.cos[positions], self.sin[positions]
         ahead = self.columns[:length] > positions[:, None]
-        bias = torch.zeros(n, length, dtype=self.dtype, device=self.device).masked_fill(ahead, -torch.inf)[:, None, None]
+        bias = torch.zeros(n, length, dtype=self.dtype, device=self.device).masked_fill(
+            ahead, -torch.inf)[:, None, None]
         for layer, (keys, values) in zip(self.layers, self.cache):
 
             def attend(q, k, v):
                 keys[rows, :, positions], values[rows, :, positions] = k, v
-                q = q.reshape(n, layer.kv_heads, -1, layer.head_dim)  # query heads that share a key: as if a query each
+                q = q.reshape(n, layer.kv_heads, -1, layer.head_dim)  # heads of one key: as if a query each
                 return attention(q, keys[:n, :, :length], values[:n, :, :length], bias, layer.scale,
                                  layer.softcap).reshape(n, -1)
 
@@ -644,9 +654,9 @@ class Sampler:
     def sample(self, prompts, keys, max_new_tokens, temperature=1.0, progress=None):
         """Sample len(keys[p]) completions of each prompt p, of at most `max_new_tokens` tokens.
 
-        prompts: lists of token ids. keys: for each prompt one `noise_key` per sample; equal keys give equal samples of
-        equal prompts, whatever else is sampled beside them. Returns lists of Completion shaped like `keys`.
-        progress(rows done, rows in all) is called as rows end. Errors: ValueError for an empty prompt.
+        prompts: lists of token ids. keys: for each prompt one `noise_key` per sample; equal keys give equal
+        samples of equal prompts, whatever else is sampled beside them. Returns lists of Completion shaped
+        like `keys`. progress(rows done, rows in all) is called as rows end. Errors: ValueError: empty prompt.
         """
         if not all(prompts):
             raise ValueError("a prompt has no tokens; there is nothing to continue")
@@ -685,7 +695,7 @@ class Sampler:
                         buffer[slot] = buffer[last]
                     live[slot] = live[last]
                 live.pop()
-                self.positions[last] = 0  # a free slot inside the block of rows still steps: keep it in bounds
+                self.positions[last] = 0  # a free slot inside the row block still steps: keep it in bounds
             if progress and ended:
                 progress(total - len(waiting) - len(live), total)
 
@@ -696,7 +706,8 @@ class Sampler:
                 size = max(1, 16384 // max(len(prompts[p]) for p in fresh))
                 part, fresh = fresh[:size], fresh[size:]
                 kept, logits = self._prefill([prompts[p] for p in part])
-                prefilled.update((p, (kept[:, :, j, :, :len(prompts[p])], logits[j])) for j, p in enumerate(part))
+                prefilled.update((p, (kept[:, :, j, :, :len(prompts[p])], logits[j]))
+                                 for j, p in enumerate(part))
             first = len(live)
             for p, samples in itertools.groupby(new, key=lambda row: row[0]):
                 n, kept = len(list(samples)), prefilled[p][0]
@@ -734,10 +745,10 @@ class Sampler:
 def group_advantages(rewards, groups, scaling):
     """How much better each sample was than the others of its prompt.
 
-    Shapes: rewards [N] (NaN: the sample is left out of its group and gets 0), groups [N] integer ids -> [N], float64.
-    scaling, with m and s the group's mean and standard deviation (N - 1): "std" (R - m) / (s + 1e-4), GRPO, arXiv
-    2402.03300 sec. 4.1.2; "none" R - m, Dr. GRPO, arXiv 2503.20783; "loo" R - mean of the others, RLOO, arXiv 2402.14740.
-    A group of equal rewards gets exactly 0, whatever rounding makes of its mean.
+    Shapes: rewards [N] (NaN: the sample is left out of its group and gets 0), groups [N] ids -> [N], float64.
+    scaling, with m and s the group's mean and standard deviation (N - 1): "std" (R - m) / (s + 1e-4), GRPO,
+    arXiv 2402.03300 sec. 4.1.2; "none" R - m, Dr. GRPO, arXiv 2503.20783; "loo" R - mean of the others, RLOO,
+    arXiv 2402.14740. A group of equal rewards gets exactly 0, whatever rounding makes of its mean.
     """
     rewards, known = rewards.double().nan_to_num(0.0), ~rewards.isnan()
     _, group = groups.unique(return_inverse=True)
@@ -760,14 +771,16 @@ def group_advantages(rewards, groups, scaling):
     return torch.where(known & (largest > smallest)[group], centred, 0.0)
 
 
-def policy_loss(logprobs, old_logprobs, advantages, mask, *, ratio, clip, clip_eps_low, clip_eps_high, dual_clip=0.0):
-    """The clipped policy-gradient loss of each token, and where the lower and the upper clip cut the gradient off.
+def policy_loss(logprobs, old_logprobs, advantages, mask, *, ratio, clip, clip_eps_low, clip_eps_high,
+                dual_clip=0.0):
+    """The clipped policy-gradient loss of each token, and where the lower and upper clip cut the gradient.
 
-    Shapes: logprobs, old_logprobs, mask [B, T], advantages [B] -> loss [B, T], low [B, T], high [B, T]; 0 outside the
-    mask, whatever stands there. With rho = exp(logprob - old):
-    ratio "token": rho of each token (PPO, arXiv 1707.06347 eq. 7); "sequence": the geometric mean of the row's rho at
-    each of its tokens (GSPO, arXiv 2507.18071 eq. 7). clip "min": -min(rho A, clip(rho) A), and with dual_clip c > 0 at
-    most -c A for A < 0 (arXiv 1912.09729); "detach": -sg(min(rho, 1 + high)) A logprob (CISPO, arXiv 2506.13585 eq. 4).
+    Shapes: logprobs, old_logprobs, mask [B, T], advantages [B] -> loss [B, T], low [B, T], high [B, T]; 0
+    outside the mask, whatever stands there. With rho = exp(logprob - old):
+    ratio "token": rho of each token (PPO, arXiv 1707.06347 eq. 7); "sequence": the geometric mean of the
+    row's rho at each of its tokens (GSPO, arXiv 2507.18071 eq. 7).
+    clip "min": -min(rho A, clip(rho) A), and with dual_clip c > 0 at most -c A for A < 0 (arXiv 1912.09729);
+    "detach": -sg(min(rho, 1 + high)) A logprob (CISPO, arXiv 2506.13585 eq. 4).
     """
     logprobs = torch.where(mask, logprobs, 0.0)
     log_ratio = torch.where(mask, logprobs - torch.where(mask, old_logprobs, 0.0), 0.0)
@@ -776,7 +789,8 @@ def policy_loss(logprobs, old_logprobs, advantages, mask, *, ratio, clip, clip_e
     A, rho = advantages[:, None], log_ratio.exp()
     low, high = mask & (A < 0) & (rho < 1 - clip_eps_low), mask & (A > 0) & (rho > 1 + clip_eps_high)
     if clip == "detach":
-        return -torch.where(mask, rho.detach().clamp(max=1 + clip_eps_high) * A * logprobs, 0.0), low & False, high
+        return (-torch.where(mask, rho.detach().clamp(max=1 + clip_eps_high) * A * logprobs, 0.0),
+                low & False, high)
     objective = torch.minimum(rho * A, rho.clamp(1 - clip_eps_low, 1 + clip_eps_high) * A)
     if dual_clip:
         objective = torch.where(A < 0, torch.maximum(objective, dual_clip * A), objective)
@@ -784,31 +798,34 @@ def policy_loss(logprobs, old_logprobs, advantages, mask, *, ratio, clip, clip_e
 
 
 def kl_estimate(logprobs, ref_logprobs, kind):
-    """Per-token estimate of KL(policy || reference) from tokens that the policy sampled, in nats. Shapes: [...] -> [...].
+    """Per-token estimate of KL(policy || reference) from tokens the policy sampled, in nats; [...] -> [...].
 
-    With d = logprob - ref: k1 = d, k2 = d^2 / 2, k3 = exp(-d) - 1 + d, never negative (Schulman, "Approximating KL
-    Divergence", 2020). As a loss term they pull differently: k1 not at all (its expected gradient is 0), k2 along
-    KL(policy || ref), k3 along KL(ref || policy); k1 in the reward pulls along KL(policy || ref) again.
+    With d = logprob - ref: k1 = d, k2 = d^2 / 2, k3 = exp(-d) - 1 + d, never negative (Schulman,
+    "Approximating KL Divergence", 2020). As a loss term they pull differently: k1 not at all (its expected
+    gradient is 0), k2 along KL(policy || ref), k3 along KL(ref || policy); k1 in the reward pulls along
+    KL(policy || ref) again.
     """
     d = logprobs - ref_logprobs
     return {"k1": d, "k2": d**2 / 2, "k3": torch.exp(-d) - 1 + d}[kind]
 
 
 def row_weights(aggregation, lengths, n_sequences, n_tokens, max_new_tokens):
-    """Weight [B] of each row's sum of token losses, so that the weighted sum over all micro-batches and ranks is
+    """Weight [B] of each row's sum of token losses; the weighted sum over all micro-batches and ranks is
 
-    "sequence": the mean over rows of the mean over their tokens (GRPO); "token": the mean over all tokens (DAPO, arXiv
-    2503.14476 eq. 8); "constant": the sum over n_sequences * max_new_tokens (Dr. GRPO). n_sequences and n_tokens count
-    the whole optimizer step, the skipped rows and the other ranks included: micro-batching changes no gradient.
+    "sequence": the mean over rows of the mean over their tokens (GRPO); "token": the mean over all tokens
+    (DAPO, arXiv 2503.14476 eq. 8); "constant": the sum over n_sequences * max_new_tokens (Dr. GRPO).
+    n_sequences and n_tokens count the whole optimizer step, the skipped rows and the other ranks included:
+    micro-batching changes no gradient.
     """
     lengths = lengths.double()
     return {"sequence": 1 / (n_sequences * lengths.clamp(min=1)),
             "token": torch.full_like(lengths, 1 / max(1, n_tokens)),
-            "constant": torch.full_like(lengths, 1 / (max(1, n_sequences) * max_new_tokens))}[aggregation].float()
+            "constant": torch.full_like(lengths, 1 / (max(1, n_sequences) * max_new_tokens))
+            }[aggregation].float()
 
 
 def overlong_penalty(length, max_new_tokens, buffer):
-    """0 up to max_new_tokens - buffer tokens, then falling to -1 at max_new_tokens (DAPO, arXiv 2503.14476 eq. 13)."""
+    """0 up to max_new_tokens - buffer, falling to -1 at max_new_tokens (DAPO, arXiv 2503.14476 eq. 13)."""
     return -min(1.0, max(0.0, (length - (max_new_tokens - buffer)) / buffer)) if buffer else 0.0
 
 
@@ -825,7 +842,7 @@ def pass_at_k(n, c, k):
 def pack(lengths, tokens_per_batch):
     """Split rows into micro-batches of similar length: lists of row numbers, each row once.
 
-    A micro-batch, padded to its longest row, holds at most tokens_per_batch tokens (one row may alone be longer).
+    A micro-batch, padded to its longest row, holds at most tokens_per_batch tokens (one row may exceed it).
     """
     batches, longest = [], 0
     for row in sorted(range(len(lengths)), key=lambda row: -lengths[row]):
@@ -837,11 +854,12 @@ def pack(lengths, tokens_per_batch):
 
 
 def learning_rate(step, args):
-    """Rate of a step (1, 2, ...): linear warm-up to args.lr, then constant, or linear or cosine decay to 0 after the last."""
+    """Rate of step 1, 2, ...: linear warm-up to args.lr, then constant or linear/cosine to 0 past the end."""
     if step < args.warmup_steps:
         return args.lr * step / args.warmup_steps
     done = (step - args.warmup_steps) / max(1, args.max_steps - args.warmup_steps + 1)
-    return args.lr * {"constant": 1.0, "linear": 1 - done, "cosine": (1 + math.cos(math.pi * done)) / 2}[args.lr_schedule]
+    return args.lr * {"constant": 1.0, "linear": 1 - done,
+                      "cosine": (1 + math.cos(math.pi * done)) / 2}[args.lr_schedule]
 
 
 @dataclass
@@ -881,7 +899,7 @@ def make_batch(prompt_ids, completion_ids, device):
 
 @torch.no_grad()
 def completion_logprobs(model, prompt_ids, completion_ids, temperature, tokens_per_batch, device):
-    """Log-probs [L] of each row's completion under the model as it stands, a list in the order of the rows."""
+    """Log-probs [L] of each row's completion under the model as it stands, a list in the rows' order."""
     values = [None] * len(prompt_ids)
     for rows in pack([len(p) + len(c) for p, c in zip(prompt_ids, completion_ids)], tokens_per_batch):
         input_ids, mask = make_batch([prompt_ids[i] for i in rows], [completion_ids[i] for i in rows], device)
@@ -899,12 +917,14 @@ def pad_logprobs(values, mask):
 
 
 def accumulate_gradients(model, rollouts, args, n_sequences, n_tokens, tokens_per_batch, device):
-    """Add the gradient of the step's loss over this rank's rollouts; returns sums over tokens for the metrics."""
-    sums = dict.fromkeys(("loss", "kl", "clip_low", "clip_high", "gap", "tokens"), torch.zeros((), device=device))
+    """Add the gradient of the step's loss over this rank's rollouts; returns token sums for the metrics."""
+    sums = dict.fromkeys(("loss", "kl", "clip_low", "clip_high", "gap", "tokens"),
+                         torch.zeros((), device=device))
     largest_gap = torch.zeros((), device=device)
     for rows in pack([len(r) for r in rollouts], tokens_per_batch):
         batch = [rollouts[i] for i in rows]
-        input_ids, cpu_mask = make_batch([r.prompt_ids for r in batch], [r.completion.ids for r in batch], device)
+        input_ids, cpu_mask = make_batch(
+            [r.prompt_ids for r in batch], [r.completion.ids for r in batch], device)
         mask = cpu_mask.to(device)
         old = pad_logprobs([r.old_logprobs for r in batch], cpu_mask).to(device)
         sampled = pad_logprobs([r.completion.logprobs for r in batch], cpu_mask).to(device)
@@ -915,7 +935,8 @@ def accumulate_gradients(model, rollouts, args, n_sequences, n_tokens, tokens_pe
             logprobs, old, advantages, mask, ratio=args.ratio, clip=args.clip, clip_eps_low=args.clip_eps_low,
             clip_eps_high=args.clip_eps_high, dual_clip=args.dual_clip)
         if args.sampler_correction != "none":
-            loss = loss * sampler_weights(old, sampled, mask, args.sampler_correction, args.sampler_correction_cap)
+            loss = loss * sampler_weights(
+                old, sampled, mask, args.sampler_correction, args.sampler_correction_cap)
         if args.beta and args.kl_in == "loss":
             ref = pad_logprobs([r.ref_logprobs for r in batch], cpu_mask).to(device)
             kl = torch.where(mask, kl_estimate(logprobs, ref, args.kl_estimator), 0.0)
@@ -932,16 +953,17 @@ def accumulate_gradients(model, rollouts, args, n_sequences, n_tokens, tokens_pe
 
 
 def sampler_weights(old_logprobs, sampled_logprobs, mask, kind, cap):
-    """Importance weight [B, T] of the trainer's over the sampler's probability, without gradient: truncated or masked.
+    """Importance weight [B, T], trainer's over sampler's probability, without gradient: truncated or masked.
 
     Source: truncated importance sampling, as in verl's rollout correction; weights are per token.
     """
     weight = torch.where(mask, old_logprobs - sampled_logprobs, 0.0).exp()
-    return weight.clamp(max=cap) if kind == "truncate" else ((weight <= cap) & (weight >= 1 / cap)).to(weight.dtype)
+    return (weight.clamp(max=cap) if kind == "truncate"
+            else ((weight <= cap) & (weight >= 1 / cap)).to(weight.dtype))
 
 
 def score_rollouts(rollouts, reward_functions, args, tokenizer):
-    """Fill in response, rewards, correct and reward. Returns one line about the first reward that failed, or ""."""
+    """Fill in response, rewards, correct and reward. Returns a line on the first failed reward, or ""."""
     for r in rollouts:
         ids = r.completion.ids
         r.response = tokenizer.decode(ids[:-1] if r.completion.finished else ids, skip_special_tokens=True)
@@ -953,13 +975,14 @@ def score_rollouts(rollouts, reward_functions, args, tokenizer):
         r.rewards = {name: values[i] for name, values in scored["rewards"].items()}
         r.reward, r.correct = scored["total"][i], scored["correct"][i]
         if args.overlong_buffer:
-            r.rewards["overlong"] = overlong_penalty(len(r.completion.ids), args.max_new_tokens, args.overlong_buffer)
+            r.rewards["overlong"] = overlong_penalty(
+                len(r.completion.ids), args.max_new_tokens, args.overlong_buffer)
             r.reward += r.rewards["overlong"]
     return scored["error"]
 
 
 def sample_all(sampler, prompt_ids, keys, max_new_tokens, temperature, run, doing):
-    """`Sampler.sample` with progress on the terminal and, when memory runs out on any rank, half the slots on all."""
+    """`Sampler.sample` with progress shown and, when memory runs out on any rank, half the slots on all."""
 
     def attempt(slots):
         sampler.slots = slots
@@ -971,15 +994,16 @@ def sample_all(sampler, prompt_ids, keys, max_new_tokens, temperature, run, doin
 
 def sample_rollouts(sampler, questions, prompt_ids, args, step, run):
     """G rollouts of each (group, example), group by group."""
-    keys = [[noise_key(args.seed, step, group, g) for g in range(args.num_generations)] for group, _ in questions]
-    completions = sample_all(sampler, [prompt_ids[e.id] for _, e in questions], keys, args.max_new_tokens, args.temperature,
-                             run, f"step {step}")
+    keys = [[noise_key(args.seed, step, group, g) for g in range(args.num_generations)]
+            for group, _ in questions]
+    completions = sample_all(sampler, [prompt_ids[e.id] for _, e in questions], keys, args.max_new_tokens,
+                             args.temperature, run, f"step {step}")
     return [Rollout(example, group, g, prompt_ids[example.id], completion)
             for (group, example), row in zip(questions, completions) for g, completion in enumerate(row)]
 
 
 def collect(sampler, questions, prompt_ids, reward_functions, args, step, position, tokenizer, run):
-    """This rank's scored rollouts of a step, the groups (of all ranks) to train on, questions drawn, and a reward's error.
+    """This rank's scored rollouts, the groups (of all ranks) to train on, questions drawn, a reward's error.
 
     With dynamic sampling further questions are drawn until enough groups have rewards that differ; the first
     prompts_per_step such groups are trained on, in the order of the questions whatever the number of ranks.
@@ -996,22 +1020,24 @@ def collect(sampler, questions, prompt_ids, reward_functions, args, step, positi
         rollouts += fresh
         if not args.dynamic_sampling:
             return rollouts, set(range(drawn)), drawn, error
-        mixed = [g for g, _ in mine if len({r.reward for r in fresh if r.group == g and not math.isnan(r.reward)}) > 1]
+        mixed = [g for g, _ in mine
+                 if len({r.reward for r in fresh if r.group == g and not math.isnan(r.reward)}) > 1]
         groups += sorted(itertools.chain(*dist.gather(mixed)))
         if len(groups) >= args.prompts_per_step or drawn > args.max_refills * args.prompts_per_step:
             return rollouts, set(groups[:args.prompts_per_step]), drawn, error
 
 
 def csv_row(r, step):
-    return {"step": step, "id": r.example.id, "group": r.group, "sample": r.sample, "prompt": data.prompt_text(r.example.prompt),
-            "completion": r.response, "answer": r.example.answer, "extracted": rewards.extract_answer(r.response) or "",
+    return {"step": step, "id": r.example.id, "group": r.group, "sample": r.sample,
+            "prompt": data.prompt_text(r.example.prompt), "completion": r.response,
+            "answer": r.example.answer, "extracted": rewards.extract_answer(r.response) or "",
             "correct": int(r.correct), "reward": r.reward, **{f"reward/{k}": v for k, v in r.rewards.items()},
             "advantage": r.advantage, "logprob": sum(r.completion.logprobs), "tokens": len(r.completion.ids),
             "finished": int(r.completion.finished), "level": r.example.level}
 
 
 def evaluate(sampler, questions, prompt_ids, args, step, tokenizer, run):
-    """Metrics of the held-out questions: greedy pass@1, pass@k if asked for, lengths; every answer goes to eval.csv.
+    """Metrics of held-out questions: greedy pass@1, pass@k if asked for, lengths; all answers go to eval.csv.
 
     The questions are split over ranks, each answered once. Sampling noise is keyed apart from training's.
     """
@@ -1019,12 +1045,13 @@ def evaluate(sampler, questions, prompt_ids, args, step, tokenizer, run):
     rows, mine = [], dist.share(questions)
     for temperature, n in plan:
         keys = [[noise_key(args.seed, -1, e.id, g) for g in range(n)] for e in mine]
-        completions = sample_all(sampler, [prompt_ids[e.id] for e in mine], keys, args.max_new_tokens, temperature, run,
-                                 "evaluation")
+        completions = sample_all(sampler, [prompt_ids[e.id] for e in mine], keys, args.max_new_tokens,
+                                 temperature, run, "evaluation")
         rollouts = [Rollout(e, i, g, [], completion) for i, (e, row) in enumerate(zip(mine, completions))
                     for g, completion in enumerate(row)]
         score_rollouts(rollouts, [], args, tokenizer)
-        rows += [csv_row(r, step) | {"sample": r.sample + (temperature > 0), "temperature": temperature} for r in rollouts]
+        rows += [csv_row(r, step) | {"sample": r.sample + (temperature > 0), "temperature": temperature}
+                 for r in rollouts]
     rows = sorted(itertools.chain(*dist.gather(rows)), key=lambda row: (row["id"], row["sample"]))
     run.write_rows(rows, "eval.csv")
     greedy = [row for row in rows if row["temperature"] == 0]
@@ -1047,9 +1074,10 @@ def mean(values):
 
 
 def log_step(run, step, args, sampled, sums, accumulated_reward, more):
-    """Metrics of a step over all ranks, its rollouts to samples.csv, and now and then one of them on the terminal."""
-    every = list(itertools.chain(*dist.gather([(r.reward, r.correct, r.rewards, len(r.completion.ids), r.completion.finished,
-                                                sum(r.completion.logprobs)) for r in sampled])))
+    """Metrics of a step over all ranks, its rollouts to samples.csv, and now and then one to the terminal."""
+    every = list(itertools.chain(*dist.gather([
+        (r.reward, r.correct, r.rewards, len(r.completion.ids), r.completion.finished,
+         sum(r.completion.logprobs)) for r in sampled])))
     known = [row[0] for row in every if not math.isnan(row[0])]
     n_tokens = sum(row[3] for row in every)
     sums = dist.sum_dict({k: v for k, v in sums.items() if k != "gap_max"}, run.device) | {
@@ -1059,34 +1087,40 @@ def log_step(run, step, args, sampled, sums, accumulated_reward, more):
     metrics = {
         "reward": average, "reward/std": mean([(x - average) ** 2 for x in known]) ** 0.5,
         "reward/min": min(known, default=0.0), "reward/max": max(known, default=0.0),
-        **{f"reward/{name}": mean([row[2][name] for row in every if not math.isnan(row[2][name])]) for name in every[0][2]},
+        **{f"reward/{name}": mean([row[2][name] for row in every if not math.isnan(row[2][name])])
+           for name in every[0][2]},
         "accumulated_reward": accumulated_reward + sum(known),
-        "correct": mean([row[1] for row in every]), "tokens": n_tokens / len(every), "tokens/max": max(r[3] for r in every),
-        "truncated": mean([1 - row[4] for row in every]), "entropy": -sum(row[5] for row in every) / n_tokens,
-        "reward_failed": len(every) - len(known), "loss": sums["loss"], "kl": sums["kl"] / live_tokens,
-        "clip_low": sums["clip_low"] / live_tokens, "clip_high": sums["clip_high"] / live_tokens,
-        "sampler_gap": sums["gap"] / live_tokens, "sampler_gap/max": sums["gap_max"], "tokens_trained": sums["tokens"], "rows_trained": sums["rows"],
-        **more}
-    rows = sorted(itertools.chain(*dist.gather([csv_row(r, step) for r in sampled])), key=lambda row: (row["group"], row["sample"]))
+        "correct": mean([row[1] for row in every]), "tokens": n_tokens / len(every),
+        "tokens/max": max(r[3] for r in every), "truncated": mean([1 - row[4] for row in every]),
+        "entropy": -sum(row[5] for row in every) / n_tokens, "reward_failed": len(every) - len(known),
+        "loss": sums["loss"], "kl": sums["kl"] / live_tokens, "clip_low": sums["clip_low"] / live_tokens,
+        "clip_high": sums["clip_high"] / live_tokens, "sampler_gap": sums["gap"] / live_tokens,
+        "sampler_gap/max": sums["gap_max"], "tokens_trained": sums["tokens"],
+        "rows_trained": sums["rows"], **more}
+    rows = sorted(itertools.chain(*dist.gather([csv_row(r, step) for r in sampled])),
+                  key=lambda row: (row["group"], row["sample"]))
     run.write_rows(rows)
-    metrics = run.log(step, metrics, args.max_steps, show=("reward", "correct", "tokens", "kl", "sampler_gap", "grad_norm"))
+    metrics = run.log(step, metrics, args.max_steps,
+                      show=("reward", "correct", "tokens", "kl", "sampler_gap", "grad_norm"))
     if metrics["truncated"] > 0.5:
         run.print(f"  {metrics['truncated']:.0%} of the answers hit --max-new-tokens {args.max_new_tokens}")
     if step % args.show_every == 0 and rows:
         row = rows[0]
         parts = ", ".join(f"{key[7:]} {value:.2g}" for key, value in row.items() if key.startswith("reward/"))
-        run.print(f"  Q: {row['prompt']}\n  A: {row['completion']}\n  reward {row['reward']:.3g} ({parts}), gold {row['answer']}")
+        run.print(f"  Q: {row['prompt']}\n  A: {row['completion']}\n"
+                  f"  reward {row['reward']:.3g} ({parts}), gold {row['answer']}")
     return metrics
 
 
 def self_check(model, params, sampler, prompt_ids, args, temperature, device):
-    """Measure on a few short samples what must hold before hours are spent: name -> (value, largest right value).
+    """Measure on a few short samples what must hold before training: name -> (value, largest right value).
 
-    The sampler agrees with the trainer; a row's padding changes nothing; a fresh adapter equals the base; the stop token
-    is in the mask; every adapter gets gradient; no frozen weight does.
+    The sampler agrees with the trainer; a row's padding changes nothing; a fresh adapter equals the base; the
+    stop token is in the mask; every adapter gets gradient; no frozen weight does.
     """
     exact = device.type == "cpu" and sampler.dtype == torch.float32
-    samples = sampler.sample(prompt_ids, [[noise_key(args.seed, -2, p)] for p in range(len(prompt_ids))], 16, temperature)
+    samples = sampler.sample(prompt_ids, [[noise_key(args.seed, -2, p)] for p in range(len(prompt_ids))],
+                             16, temperature)
     # a row that did not stop by itself gets a stop token, so that each has one to look for
     completion_ids = [c.ids if c.finished else c.ids + [min(sampler.stop_ids, default=0)] for (c,) in samples]
     input_ids, mask = make_batch(prompt_ids, completion_ids, device)
@@ -1103,7 +1137,8 @@ def self_check(model, params, sampler, prompt_ids, args, temperature, device):
         "stop tokens left out": (sum(not row[len(p) + len(c) - 1]
                                      for row, p, c in zip(mask, prompt_ids, completion_ids)), 0),
         "adapters without gradient": (sum(not module.B[module.active].grad.any() for module in adapters), 0),
-        "frozen weights with gradient": (sum(p.grad is not None for p in model.parameters() if not p.requires_grad), 0)}
+        "frozen weights with gradient": (sum(p.grad is not None for p in model.parameters()
+                                             if not p.requires_grad), 0)}
     if adapters and not args.resume:
         with use_adapter(model, None):
             checks["step-0 KL"] = ((torch.cat(under(10**9, device)) - padded).abs().max().item(), 0)
@@ -1113,28 +1148,33 @@ def self_check(model, params, sampler, prompt_ids, args, temperature, device):
 
 
 def resolve(args, device):
-    """Fill in the defaults that depend on others, and refuse what cannot work, before anything is loaded or written."""
+    """Fill in the defaults that depend on others, and refuse what cannot work, before any load or write."""
     embedded = not args.model
     if args.num_generations < 2:
-        raise ValueError(f"--num-generations {args.num_generations}: a group of one has no mean to beat; use 2 or more")
+        raise ValueError(f"--num-generations {args.num_generations}: "
+                         "a group of one has no mean to beat; use 2 or more")
     for name in ("prompts_per_step", "max_new_tokens", "max_steps", "slots", "updates_per_batch",
                  "save_every", "keep", "eval_questions", "eval_every", "show_every"):
         if getattr(args, name) < 1:
             raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be 1 or more")
     if args.temperature <= 0:
-        raise ValueError(f"--temperature {args.temperature}: training needs samples that differ; use more than 0")
+        raise ValueError(f"--temperature {args.temperature}: training needs samples that differ; "
+                         "use more than 0")
     if args.beta and args.kl_in == "loss" and args.kl_estimator == "k1":
-        raise ValueError("--kl-estimator k1 in the loss has an expected gradient of 0; use k2 or k3, or --kl-in reward")
+        raise ValueError("--kl-estimator k1 in the loss has an expected gradient of 0; "
+                         "use k2 or k3, or --kl-in reward")
     if args.eval_k and max(args.eval_k) > args.eval_samples:
         raise ValueError(f"--eval-k {max(args.eval_k)} needs --eval-samples {max(args.eval_k)} or more")
     recompute = args.ratio == "sequence" if args.recompute_old is None else args.recompute_old
     if args.sampler_correction != "none" and not recompute:
-        raise ValueError("--sampler-correction compares the trainer's old log-probs with the sampler's: add --recompute-old")
+        raise ValueError("--sampler-correction compares the trainer's old log-probs with the sampler's: "
+                         "add --recompute-old")
     return replace(
         args, recompute_old=recompute,
         data=args.data or ("arithmetic" if embedded else "gsm8k"),
         system=args.system or ("" if embedded else data.THINK_ANSWER_SYSTEM),
-        tokens_per_batch=args.tokens_per_batch or (2048 if device.type == "cpu" else 16384),  # a CPU's caches are small
+        # a CPU's caches are small
+        tokens_per_batch=args.tokens_per_batch or (2048 if device.type == "cpu" else 16384),
         lr=args.lr or (1e-3 if embedded else 1e-6 if args.full else 2e-5))
 
 
@@ -1147,43 +1187,49 @@ def main(args: Args) -> None:
     check_out(args)
     reward_functions = rewards.parse_rewards(args.rewards)
     tokenizer = models.load_tokenizer(args.model)
-    train, held_out = data.train_validation(args.data, n_train=args.train_questions, n_validation=args.eval_questions,
-                                            level=args.level or None, seed=args.seed)
+    train, held_out = data.train_validation(args.data, n_train=args.train_questions,
+                                            n_validation=args.eval_questions, level=args.level or None,
+                                            seed=args.seed)
     prompt_ids = {e.id: data.encode_prompt(tokenizer, e.prompt, args.system, args.prompt_template)
                   for e in train + held_out}
     if args.max_prompt_tokens:
-        train, held_out = ([e for e in part if len(prompt_ids[e.id]) <= args.max_prompt_tokens] for part in (train, held_out))
+        train, held_out = ([e for e in part if len(prompt_ids[e.id]) <= args.max_prompt_tokens]
+                           for part in (train, held_out))
         if not train or not held_out:
-            raise ValueError(f"--max-prompt-tokens {args.max_prompt_tokens} leaves {len(train)} questions to train on "
-                             f"and {len(held_out)} held out")
+            raise ValueError(f"--max-prompt-tokens {args.max_prompt_tokens} leaves {len(train)} questions "
+                             f"to train on and {len(held_out)} held out")
     longest = max(len(prompt_ids[e.id]) for e in train + held_out)
     torch.manual_seed(args.seed)
     dtype = models.choose_dtype(args.dtype, device)
-    model = models.load_model(args.model, torch.float32 if args.full else dtype, device, longest + args.max_new_tokens)
+    model = models.load_model(args.model, torch.float32 if args.full else dtype, device,
+                              longest + args.max_new_tokens)
     models.check_token_ids(model, tokenizer)
-    reference = None  # the frozen model of the KL: the base with the adapter off, or with --full a copy of the start
+    reference = None  # the KL's frozen model: the base with the adapter off; with --full a copy of the start
     if args.full:
         params = [p.requires_grad_() for p in model.parameters()]
         reference = copy.deepcopy(model).requires_grad_(False) if args.beta else None
     else:
-        params = add_lora(model, "policy", args.lora_r, args.lora_alpha, args.lora_targets, models.layer_range(args.train_layers, model))
+        params = add_lora(model, "policy", args.lora_r, args.lora_alpha, args.lora_targets,
+                          models.layer_range(args.train_layers, model))
     if args.gradient_checkpointing:
         enable_checkpointing(model)
     model.train()  # dropout is off (load_model); gradient checkpointing acts in this mode alone
     optimizer = torch.optim.AdamW(params, lr=args.lr, weight_decay=args.weight_decay)
     stop_ids = models.stop_ids(model, tokenizer)
-    sampler = Sampler(model, () if args.dry_run else stop_ids, args.slots, dtype)  # a dry run samples to the full length
+    sampler = Sampler(model, () if args.dry_run else stop_ids, args.slots, dtype)  # dry run: full length
     run = Run(args, __file__, device, tags=models.run_tags(args))
-    compute = partial(torch.autocast, device.type, torch.bfloat16, enabled=args.full and dtype == torch.bfloat16)
+    compute = partial(torch.autocast, device.type, torch.bfloat16,
+                      enabled=args.full and dtype == torch.bfloat16)
     run.print(models.describe(args, model, params, dtype))
-    run.print(f"data: {args.data}, {len(train)} questions to train on, {len(held_out)} held out, "
-              f"prompts up to {longest} tokens; {args.prompts_per_step} x {args.num_generations} samples a step")
+    run.print(f"data: {args.data}, {len(train)} questions to train on, {len(held_out)} held out, prompts "
+              f"up to {longest} tokens; {args.prompts_per_step} x {args.num_generations} samples a step")
 
     def save_weights(folder):
         if args.full:
             models.save_plain(model, tokenizer, folder, model.state_dict())
         else:
-            models.save_adapter(folder, adapter_tensors(model, "policy"), args.lora_alpha, models.absolute(args.model), model)
+            models.save_adapter(folder, adapter_tensors(model, "policy"), args.lora_alpha,
+                                models.absolute(args.model), model)
             tokenizer.save_pretrained(folder)
 
     step, position, accumulated_reward, bad_steps, tokens_per_batch = 0, 0, 0.0, 0, args.tokens_per_batch
@@ -1199,8 +1245,8 @@ def main(args: Args) -> None:
             step, position, accumulated_reward, tokens_per_batch = (
                 saved[name] for name in ("step", "position", "accumulated_reward", "tokens_per_batch"))
     with compute():
-        run.self_check(self_check(model, params, sampler, [prompt_ids[e.id] for e in train[:3]], args, args.temperature,
-                                  device))
+        run.self_check(self_check(model, params, sampler, [prompt_ids[e.id] for e in train[:3]], args,
+                                  args.temperature, device))
     if step == 0 and not args.dry_run:
         evaluate(sampler, held_out, prompt_ids, args, step, tokenizer, run)
 
@@ -1208,8 +1254,8 @@ def main(args: Args) -> None:
         step += 1
         with run.profile(step), compute():
             # ---- sample and reward ----
-            sampled, groups, drawn, error = collect(sampler, train, prompt_ids, reward_functions, args, step, position,
-                                                    tokenizer, run)
+            sampled, groups, drawn, error = collect(sampler, train, prompt_ids, reward_functions, args, step,
+                                                    position, tokenizer, run)
             position += drawn
             rollouts = [r for r in sampled if r.group in groups]
 
@@ -1221,7 +1267,8 @@ def main(args: Args) -> None:
                         lambda size: completion_logprobs(network, *ids, args.temperature, size, device),
                         tokens_per_batch, device, longest + args.max_new_tokens, "tokens per batch")[0]
 
-                old = logprobs_under(model) if args.recompute_old else [torch.tensor(r.completion.logprobs) for r in rollouts]
+                old = (logprobs_under(model) if args.recompute_old
+                       else [torch.tensor(r.completion.logprobs) for r in rollouts])
                 for r, values in zip(rollouts, old):
                     r.old_logprobs = values
                 if args.beta:
@@ -1230,25 +1277,31 @@ def main(args: Args) -> None:
                     for r, values in zip(rollouts, ref):
                         r.ref_logprobs = values
                         if args.kl_in == "reward":
-                            r.reward -= args.beta * kl_estimate(r.old_logprobs, values, args.kl_estimator).sum().item()
-            advantages = group_advantages(torch.tensor([r.reward for r in rollouts], dtype=torch.float64),
-                                          torch.tensor([r.group for r in rollouts], dtype=torch.int64), args.group_scaling)
+                            r.reward -= args.beta * kl_estimate(
+                                r.old_logprobs, values, args.kl_estimator).sum().item()
+            advantages = group_advantages(
+                torch.tensor([r.reward for r in rollouts], dtype=torch.float64),
+                torch.tensor([r.group for r in rollouts], dtype=torch.int64), args.group_scaling)
             for r, advantage in zip(rollouts, advantages.tolist()):
                 r.advantage = advantage
 
             # ---- update ----
-            # Rows that cannot move the weights are skipped, but stay in the denominators: skipping changes no number.
-            counted = [r for r in rollouts if not math.isnan(r.reward) and (r.completion.finished or not args.mask_truncated)]
+            # Rows that cannot move the weights are skipped but stay in the denominators: no number changes.
+            counted = [r for r in rollouts
+                       if not math.isnan(r.reward) and (r.completion.finished or not args.mask_truncated)]
             pulls = args.beta and args.kl_in == "loss"
             live = [r for r in counted if r.advantage or pulls]
-            counts = dist.sum_dict({"sequences": len(counted), "tokens": sum(len(r.completion.ids) for r in counted)}, device)
+            counts = dist.sum_dict({"sequences": len(counted),
+                                    "tokens": sum(len(r.completion.ids) for r in counted)}, device)
             with run.phase("update"):
                 for update in range(args.updates_per_batch):
                     def attempt(size):
                         optimizer.zero_grad()
-                        return accumulate_gradients(model, live, args, counts["sequences"], counts["tokens"], size, device)
+                        return accumulate_gradients(model, live, args, counts["sequences"], counts["tokens"],
+                                                    size, device)
 
-                    sums, tokens_per_batch = retry_smaller(attempt, tokens_per_batch, device, longest + args.max_new_tokens, "tokens per batch")
+                    sums, tokens_per_batch = retry_smaller(
+                        attempt, tokens_per_batch, device, longest + args.max_new_tokens, "tokens per batch")
                     dist.sum_gradients(params)
                     norm = nn.utils.clip_grad_norm_(params, args.max_grad_norm).item()
                     for group in optimizer.param_groups:
@@ -1258,7 +1311,8 @@ def main(args: Args) -> None:
                         bad_steps = 0
                     else:
                         bad_steps += 1
-                        run.print(f"step {step}: the gradient is not finite; the update is skipped ({bad_steps} in a row)")
+                        run.print(f"step {step}: the gradient is not finite; the update is skipped "
+                                  f"({bad_steps} in a row)")
                     if update == 0:
                         first_sums = sums
             optimizer.zero_grad()
@@ -1281,10 +1335,12 @@ def main(args: Args) -> None:
         stop = bad_steps >= 5 or dist.any_rank(run.stop, device)
         if step % args.save_every == 0 or step == args.max_steps or stop:
             run.save(step, save_weights, {
-                "optimizer": optimizer.state_dict(), "rng": torch.get_rng_state(), "step": step, "position": position,
-                "accumulated_reward": accumulated_reward, "tokens_per_batch": tokens_per_batch})
+                "optimizer": optimizer.state_dict(), "rng": torch.get_rng_state(), "step": step,
+                "position": position, "accumulated_reward": accumulated_reward,
+                "tokens_per_batch": tokens_per_batch})
         if bad_steps >= 5:
-            raise ValueError(f"the gradient was not finite in {bad_steps} updates in a row; the state is in {run.path}: lower --lr")
+            raise ValueError(f"the gradient was not finite in {bad_steps} updates in a row; "
+                             f"the state is in {run.path}: lower --lr")
 
     # ---- the end ----
     if args.dry_run:

@@ -1,13 +1,13 @@
 """Supervised fine-tuning: raise the probability of given answers, on the answers' tokens alone.
 
-    L = -1/n sum over the completion tokens of log p(token | prompt, tokens before it)      n: all of them in the step
+    L = -1/n sum over the completion tokens of log p(token | prompt, tokens before it)   n: all in the step
 
-Completions are tokenised apart from their prompts, as a sampler would have produced them, and end in one stop token.
-Nothing is packed: rows are padded on the right, in micro-batches of similar length.
+Completions are tokenised apart from their prompts, as a sampler would have produced them, and end in one stop
+token. Nothing is packed: rows are padded on the right, in micro-batches of similar length.
 
-    python sft.py                                                     # the embedded model, on worked arithmetic
+    python sft.py                                            # the embedded model, on worked arithmetic
     python sft.py --model Qwen/Qwen2.5-0.5B --data gsm8k
-    python sft.py --model Qwen/Qwen2.5-0.5B --data runs/a/samples.csv --filter correct      # what a run got right
+    python sft.py --model Qwen/Qwen2.5-0.5B --data runs/a/samples.csv --filter correct  # what a run got right
     torchrun --nproc-per-node 2 sft.py --model Qwen/Qwen2.5-0.5B --full
 """
 
@@ -28,8 +28,8 @@ from torch import nn
 from common import data, dist, models, rewards
 from common.run import Run, check_out, cli, retry_smaller
 
-# Shapes: B rows, T tokens, V vocabulary, P prompts, D hidden size, H heads, K head size, R LoRA rank, N rows or tokens
-# in all.
+# Shapes: B rows, T tokens, V vocabulary, P prompts, D hidden size, H heads, K head size, R LoRA rank, N rows
+# or tokens in all.
 
 
 @dataclass
@@ -52,14 +52,14 @@ class Args:
     wandb: bool = False
     """also log to Weights & Biases"""
     dry_run: bool = False
-    """build everything, run one step at the largest sizes, print peak memory and projected time, keep nothing"""
+    """build all, run one step at the largest sizes, print peak memory and projected time, keep nothing"""
     profile: int = 0
     """steps to trace with torch.profiler, from the first on"""
     device: str = ""
     """cuda, mps or cpu; empty: the best there is"""
     # ---- data ----
     data: str = ""
-    """data set name, hub id, or local .jsonl/.csv/.parquet; empty: arithmetic for the embedded model, else gsm8k"""
+    """data set name, hub id, or local .jsonl/.csv/.parquet; empty: arithmetic (embedded model), else gsm8k"""
     filter: str = ""
     """correct: of a run's samples.csv only the answers that were right"""
     level: str = ""
@@ -69,7 +69,7 @@ class Args:
     eval_questions: int = 500
     """questions held out of the training split for evaluation (never the official test split)"""
     system: str = ""
-    """system message; empty: for other models than the embedded one, a request for the <think>/<answer> format"""
+    """system message; empty: a request for the <think>/<answer> format, but none for the embedded model"""
     prompt_template: str = "{prompt}"
     """text around the question, {prompt} in it"""
     max_tokens: int = 0
@@ -88,7 +88,7 @@ class Args:
     gradient_checkpointing: bool = False
     """recompute the layers in the backward pass: less memory, about a third more time"""
     tokens_per_batch: int = 0
-    """padded tokens per forward and backward pass and GPU, halved when memory runs out; 0: 16384, on a CPU 2048"""
+    """padded tokens per forward and backward pass and GPU, halved if out of memory; 0: 16384, CPU 2048"""
     # ---- LoRA ----
     lora_r: int = 32
     """rank"""
@@ -128,11 +128,11 @@ class Args:
 
 # Copied from grpo.py::LoRALinear
 class LoRALinear(nn.Module):
-    """A frozen nn.Linear with low-rank adapters on it, one or none of them active: y = W x + b + (alpha / r) B A x.
+    """A frozen nn.Linear with low-rank adapters, one or none of them active: y = W x + b + (alpha / r) B A x.
 
-    State: `A[name]` [R, in] and `B[name]` [out, R], float32 whatever the base's dtype (in bfloat16 AdamW's small steps
-    would round to nothing); B starts at zero, so that a fresh adapter changes no output. `active` is the name of the
-    adapter in use or None for the bare base; only `use_adapter` changes it.
+    State: `A[name]` [R, in] and `B[name]` [out, R], float32 whatever the base's dtype (in bfloat16 AdamW's
+    small steps would round to nothing); B starts at zero, so that a fresh adapter changes no output. `active`
+    is the name of the adapter in use or None for the bare base; only `use_adapter` changes it.
     Source: LoRA, arXiv 2106.09685 eq. 3.
     """
 
@@ -162,9 +162,9 @@ class LoRALinear(nn.Module):
 
 # Copied from grpo.py::add_lora
 def add_lora(model, name: str, r: int, alpha: float, targets, layers=None) -> list[nn.Parameter]:
-    """Put adapter `name` on the projections `targets` of the decoder layers (all, or the indices in `layers`).
+    """Put adapter `name` on the projections `targets` of the decoder layers (all, or those in `layers`).
 
-    Freezes every other parameter, activates the adapter, and returns its parameters in the order of the layers.
+    Freezes every other parameter, activates the adapter, and returns its parameters in layer order.
     Errors: ValueError if a target does not exist or r < 1.
     """
     if r < 1:
@@ -213,7 +213,7 @@ def use_adapter(model, name: str | None):
 
 # Copied from grpo.py::enable_checkpointing
 def enable_checkpointing(model) -> None:
-    """Recompute each layer in the backward pass, with the adapter of its own forward and not the one active by then."""
+    """Recompute each layer in the backward pass, with the adapter of its forward, not one active by then."""
 
     def contexts():
         active = next((module.active for module in lora_modules(model).values()), None)
@@ -224,14 +224,15 @@ def enable_checkpointing(model) -> None:
 
 # Copied from grpo.py::adapter_tensors
 def adapter_tensors(model, name: str) -> dict[str, tuple[nn.Parameter, nn.Parameter]]:
-    """(A, B) of adapter `name` by the path of its linear layer: what `models.save_adapter` and `load_adapter` take."""
-    return {path: (module.A[name], module.B[name]) for path, module in lora_modules(model).items() if name in module.A}
+    """(A, B) of adapter `name` by its layer's path: what `models.save_adapter` and `load_adapter` take."""
+    return {path: (module.A[name], module.B[name])
+            for path, module in lora_modules(model).items() if name in module.A}
 
 
 # Copied from grpo.py::merged_state_dict
 @torch.no_grad()
 def merged_state_dict(model) -> dict[str, torch.Tensor]:
-    """The weights of a plain model with the active adapter added in float32; the base itself is left untouched."""
+    """The weights of a plain model, the active adapter added in float32; the base itself is untouched."""
     state = {key: value for key, value in model.state_dict().items() if ".A." not in key and ".B." not in key}
     state = {key.replace(".base.", "."): value.clone() for key, value in state.items()}
     for path, module in lora_modules(model).items():
@@ -246,9 +247,9 @@ def merged_state_dict(model) -> dict[str, torch.Tensor]:
 class TokenLogprobs(torch.autograd.Function):
     """Log-probs of given tokens from hidden states, a chunk of tokens at a time: [N, V] never exists.
 
-    The slope of a log-prob by its own hidden state is known in the forward pass: W[token] - sum_v p_v W[v], over the
-    temperature. With a frozen `lm_head` that [N, D] is kept and the backward pass is one product with the incoming
-    gradient; a trainable one needs the probabilities again, and each chunk is recomputed there.
+    The slope of a log-prob by its own hidden state is known in the forward pass: W[token] - sum_v p_v W[v],
+    over the temperature. With a frozen `lm_head` that [N, D] is kept and the backward pass is one product
+    with the incoming gradient; a trainable one needs the probabilities again: each chunk is recomputed.
     """
 
     @staticmethod
@@ -288,7 +289,7 @@ class TokenLogprobs(torch.autograd.Function):
 
 # Copied from grpo.py::chunk_logprobs
 def chunk_logprobs(logits, targets, temperature, softcap, with_slope):
-    """Log-probs [n] from raw logits [n, V], float32, which are overwritten by d log-prob / d logits if asked for.
+    """Log-probs [n] from raw logits [n, V], float32, overwritten by d log-prob / d logits if asked for.
 
     Everything happens in place: at this size fresh memory costs as much as the arithmetic.
     """
@@ -301,7 +302,8 @@ def chunk_logprobs(logits, targets, temperature, softcap, with_slope):
     chosen, top = logits.gather(1, targets[:, None]), logits.amax(1, keepdim=True)
     total = logits.sub_(top).exp_().sum(1, keepdim=True)
     if with_slope:
-        logits.div_(-temperature * total).scatter_add_(1, targets[:, None], torch.full_like(total, 1 / temperature))
+        logits.div_(-temperature * total).scatter_add_(
+            1, targets[:, None], torch.full_like(total, 1 / temperature))
         if softcap:
             logits.mul_(cap_slope)
     return (chosen - top - total.log()).squeeze(1)
@@ -311,10 +313,10 @@ def chunk_logprobs(logits, targets, temperature, softcap, with_slope):
 def token_logprobs(model, input_ids, completion_mask, temperature=1.0, attention_mask=None, chunk_tokens=0):
     """Log-prob of each completion token given all before it, as the sampler at `temperature` sees it.
 
-    Shapes: input_ids, completion_mask [B, T] -> [B, T], float32, nats, 0 outside the mask. Entry t belongs to token t:
-    this is the one place that shifts. Rows are right-padded and then need no attention_mask (a causal model never looks
-    at what follows); left-padded rows pass theirs, [B, T], and positions count real tokens only. A row's first token
-    has nothing before it and stays 0. A completion_mask on the CPU spares a CUDA synchronisation.
+    Shapes: input_ids, completion_mask [B, T] -> [B, T], float32, nats, 0 outside the mask. Entry t belongs to
+    token t: this is the one place that shifts. Right-padded rows need no attention_mask (a causal model
+    never looks at what follows); left-padded rows pass theirs, [B, T], and positions count real tokens only.
+    A row's first token has nothing before it and stays 0. A completion_mask on the CPU spares a CUDA sync.
     """
     rows, columns = completion_mask[:, 1:].nonzero(as_tuple=True)
     rows, columns = rows.to(input_ids.device), columns.to(input_ids.device)
@@ -347,7 +349,7 @@ def make_batch(prompt_ids, completion_ids, device):
 def pack(lengths, tokens_per_batch):
     """Split rows into micro-batches of similar length: lists of row numbers, each row once.
 
-    A micro-batch, padded to its longest row, holds at most tokens_per_batch tokens (one row may alone be longer).
+    A micro-batch, padded to its longest row, holds at most tokens_per_batch tokens (one row may exceed it).
     """
     batches, longest = [], 0
     for row in sorted(range(len(lengths)), key=lambda row: -lengths[row]):
@@ -361,7 +363,7 @@ def pack(lengths, tokens_per_batch):
 # Copied from grpo.py::completion_logprobs
 @torch.no_grad()
 def completion_logprobs(model, prompt_ids, completion_ids, temperature, tokens_per_batch, device):
-    """Log-probs [L] of each row's completion under the model as it stands, a list in the order of the rows."""
+    """Log-probs [L] of each row's completion under the model as it stands, a list in the rows' order."""
     values = [None] * len(prompt_ids)
     for rows in pack([len(p) + len(c) for p, c in zip(prompt_ids, completion_ids)], tokens_per_batch):
         input_ids, mask = make_batch([prompt_ids[i] for i in rows], [completion_ids[i] for i in rows], device)
@@ -374,7 +376,7 @@ def completion_logprobs(model, prompt_ids, completion_ids, temperature, tokens_p
 # Copied from grpo.py::Completion
 @dataclass
 class Completion:
-    """One sampled answer: its token ids (the stop token included), their log-probs, and whether it stopped by itself."""
+    """A sampled answer: token ids (stop token included), their log-probs, whether it stopped by itself."""
 
     ids: list[int]
     logprobs: list[float]
@@ -383,30 +385,30 @@ class Completion:
 
 # Copied from grpo.py::noise_key
 def noise_key(*parts: int) -> int:
-    """A signed 64-bit key from whole numbers such as (seed, step, prompt id, sample): the same on every machine."""
+    """A signed 64-bit key from integers like (seed, step, prompt id, sample): the same on every machine."""
     digest = hashlib.blake2b(" ".join(map(str, parts)).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little", signed=True)
 
 
 # Copied from grpo.py::uniform
 def uniform(keys, positions):
-    """One number in (0, 1) per row from its key and token position: a counter hash (splitmix64), no generator state.
+    """A number in (0, 1) per row from its key and position: a counter hash (splitmix64), no generator state.
 
-    So the noise of a token depends on neither its slot nor the batch, the number of ranks or a captured graph.
+    So a token's noise depends on neither its slot nor the batch, the number of ranks or a captured graph.
     """
     x = keys + positions * -7046029254386353131  # 2^64 / golden ratio; int64 products wrap around
     x = (x ^ (x >> 30 & (1 << 34) - 1)) * -4658895280553007687
     x = (x ^ (x >> 27 & (1 << 37) - 1)) * -7723592293110705685
     x = x ^ (x >> 31 & (1 << 33) - 1)
-    return ((x >> 41 & (1 << 23) - 1).float() + 0.5) / (1 << 23)  # 23 bits and a half: exact in float32, never 0 or 1
+    return ((x >> 41 & (1 << 23) - 1).float() + 0.5) / (1 << 23)  # 24 bits: exact in float32, never 0 or 1
 
 
 # Copied from grpo.py::draw
 def draw(logits, temperature, u):
-    """Invert the cumulative distribution of softmax(logits / temperature) at u; temperature 0 takes the largest.
+    """Invert the distribution function of softmax(logits / temperature) at u; temperature 0 takes the top.
 
-    Shapes: logits [B, V] float32, overwritten; u [B] -> tokens [B], log-probs [B] (at temperature 0: of temperature 1).
-    The sum runs over blocks and then inside one block: faster and more exact in float32 than one long cumulative sum.
+    Shapes: logits [B, V] float32, overwritten; u [B] -> tokens, log-probs [B] (at temperature 0: of 1).
+    The sum runs over blocks, then inside one: faster and more exact in float32 than one long cumulative sum.
     """
     if temperature == 0:
         best, tokens = logits.max(-1)
@@ -429,11 +431,11 @@ def draw(logits, temperature, u):
 
 # Copied from grpo.py::FusedLinear
 class FusedLinear:
-    """Projections of one input as one product, for the sampler: `weight` [out, in] holds theirs one below the other.
+    """Projections of one input as one product, for the sampler: `weight` [out, in] holds theirs stacked.
 
-    In float32 the active adapters are merged into it. In bfloat16 a merge would round small updates away, so they stay
-    apart, as A [n R, in] and block-diagonal B [out, n R], and `weight` becomes the storage of the modules' own weights:
-    no second copy. `refresh` writes in place, so that a captured graph goes on with the new values.
+    In float32 the active adapters are merged into it. In bfloat16 a merge would round small updates away, so
+    they stay apart, as A [n R, in] and block-diagonal B [out, n R], and `weight` becomes the storage of the
+    modules' own weights: no second copy. `refresh` writes in place: a captured graph sees the new values.
     """
 
     def __init__(self, parts, dtype):
@@ -451,7 +453,7 @@ class FusedLinear:
         self.bias = torch.cat([base.bias.detach() for base in self.bases]).to(dtype) if biased else None
         self.A = self.B = None
         if adapted and not self.merge:
-            rank = sum(max(len(A) for A in part.A.values()) for part in adapted)  # of whichever adapter is active
+            rank = sum(max(len(A) for A in part.A.values()) for part in adapted)  # of any adapter made active
             self.A = self.weight.new_zeros(rank, self.weight.shape[1])
             self.B = self.weight.new_zeros(self.weight.shape[0], rank)
 
@@ -485,7 +487,7 @@ class FusedLinear:
 class SamplerLayer:
     """One decoder layer of the Llama family, written out: x [N, D] -> [N, D], for any N tokens of any rows.
 
-    Covers grouped-query attention, q/k norms (Qwen3), norms on both sides of each block and (1 + weight) norms (Gemma).
+    Covers grouped-query attention, q/k norms (Qwen3), norms around blocks and (1 + weight) norms (Gemma).
     """
 
     def __init__(self, layer, dtype):
@@ -495,7 +497,8 @@ class SamplerLayer:
         self.gate_up = FusedLinear([mlp.gate_proj, mlp.up_proj], dtype)
         self.down = FusedLinear([mlp.down_proj], dtype)
         self.act = mlp.act_fn
-        names = ("input_layernorm", "post_attention_layernorm", "pre_feedforward_layernorm", "post_feedforward_layernorm")
+        names = ("input_layernorm", "post_attention_layernorm",
+                 "pre_feedforward_layernorm", "post_feedforward_layernorm")
         norms = [getattr(layer, name) for name in names if hasattr(layer, name)]
         self.attn_norm, self.attn_out_norm, self.mlp_norm, self.mlp_out_norm = (
             norms if len(norms) == 4 else (norms[0], None, norms[1], None))  # four: Gemma 2
@@ -510,11 +513,12 @@ class SamplerLayer:
             part.refresh()
 
     def __call__(self, x, cos, sin, attend):
-        """cos, sin [N, 1, K], the sine with the sign of the rotated half; attend(q, k, v) -> [N, H K] keeps k and v."""
+        """cos, sin [N, 1, K], sine signed as the rotated half; attend(q, k, v) -> [N, H K] keeps k and v."""
         qkv = self.qkv(rms_norm(x, self.attn_norm)).view(len(x), -1, self.head_dim)  # [N, H + 2 Hkv, K]
         qk, v = qkv.split([self.heads + self.kv_heads, self.kv_heads], dim=1)
         if self.q_norm:
-            qk = torch.cat([rms_norm(qk[:, :self.heads], self.q_norm), rms_norm(qk[:, self.heads:], self.k_norm)], dim=1)
+            qk = torch.cat([rms_norm(qk[:, :self.heads], self.q_norm),
+                            rms_norm(qk[:, self.heads:], self.k_norm)], dim=1)
         qk = torch.addcmul(qk * cos, qk.roll(self.head_dim // 2, -1), sin)
         y = self.out(attend(qk[:, :self.heads], qk[:, self.heads:], v))
         x = x + (rms_norm(y, self.attn_out_norm) if self.attn_out_norm else y)
@@ -533,10 +537,10 @@ def rms_norm(x, module):
 
 # Copied from grpo.py::attention
 def attention(q, k, v, bias, scale, softcap):
-    """Softmax attention. Shapes: q [B, H, Q, K], k and v [B, H, S, K], bias [.., S] added to the scores (0 or -inf)."""
+    """Softmax attention. Shapes: q [B, H, Q, K]; k, v [B, H, S, K]; bias [.., S] on scores, 0 or -inf."""
     if q.is_cuda and not softcap:
         return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=scale)
-    scores = (q @ k.transpose(-1, -2)) * scale  # on the CPU two plain products beat the fused kernel at these sizes
+    scores = (q @ k.transpose(-1, -2)) * scale  # CPU: two plain products beat the fused kernel at this size
     if softcap:
         scores = softcap * torch.tanh(scores / softcap)
     return (scores + bias).softmax(-1, dtype=torch.float32).to(q.dtype) @ v
@@ -544,12 +548,13 @@ def attention(q, k, v, bias, scale, softcap):
 
 # Copied from grpo.py::Sampler
 class Sampler:
-    """Samples completions with continuous batching over a static KV cache of `slots` rows, one token a step for all.
+    """Samples completions by continuous batching in a static KV cache of `slots` rows, one token a step each.
 
-    A row that ends leaves at once: the last live row moves into its slot, so that the live ones are always the first,
-    and the next waiting row is admitted behind them. A prompt is prefilled once for all its samples. Attention reads the
-    cache only up to the longest live row, in blocks. On CUDA a step is a captured graph for each (rows, length) block
-    and the host looks at the tokens only every `sync_every` steps; what a row drew past its end is thrown away.
+    A row that ends leaves at once: the last live row moves into its slot, so that the live ones are always
+    the first, and the next waiting row is admitted behind them. A prompt is prefilled once for all its
+    samples. Attention reads the cache only up to the longest live row, in blocks. On CUDA a step is a
+    captured graph for each (rows, length) block and the host looks at the tokens only every `sync_every`
+    steps; what a row drew past its end is thrown away.
     """
 
     def __init__(self, model, stop_ids, slots=256, dtype=None, sync_every=None, graphs=None):
@@ -568,7 +573,8 @@ class Sampler:
 
     def _allocate(self, slots, length):
         """Make the cache [L, 2, slots, Hkv, length, K] and the buffers of a step large enough."""
-        if self.cache is not None and slots <= self.cache.shape[2] <= self.slots and length <= self.cache.shape[4]:
+        if (self.cache is not None and slots <= self.cache.shape[2] <= self.slots
+                and length <= self.cache.shape[4]):
             return
         self.cache = self.graphs = self.pool = None  # free the old ones before the new are made
         layer, new = self.layers[0], partial(torch.zeros, device=self.device)
@@ -579,7 +585,8 @@ class Sampler:
         self.drawn = new(self.sync_every, slots, dtype=torch.int64), new(self.sync_every, slots)
         self.count = new(1, dtype=torch.int64)
         self.columns = torch.arange(length, device=self.device)
-        cos, sin = self.model.base_model.rotary_emb(new(1, dtype=self.dtype), self.columns[None])  # [1, length, K]
+        cos, sin = self.model.base_model.rotary_emb(  # [1, length, K]
+            new(1, dtype=self.dtype), self.columns[None])
         half = cos.shape[-1] // 2
         self.cos = cos[0, :, None]
         self.sin = torch.cat([-sin[0, :, :half], sin[0, :, half:]], -1)[:, None]
@@ -614,17 +621,18 @@ class Sampler:
         return kept, self._logits(x[last.to(self.device)])
 
     def _decode(self, n, length, temperature):
-        """One token for each of the first n slots, reading `length` columns of the cache. All in place: graph-safe."""
+        """One token for each of the first n slots, reading `length` cache columns; in place: graph-safe."""
         positions, rows = self.positions[:n], self.rows[:n]
         x = self.model.get_input_embeddings()(self.tokens[:n]).to(self.dtype)  # [n, D]
         cos, sin = self.cos[positions], self.sin[positions]
         ahead = self.columns[:length] > positions[:, None]
-        bias = torch.zeros(n, length, dtype=self.dtype, device=self.device).masked_fill(ahead, -torch.inf)[:, None, None]
+        bias = torch.zeros(n, length, dtype=self.dtype, device=self.device).masked_fill(
+            ahead, -torch.inf)[:, None, None]
         for layer, (keys, values) in zip(self.layers, self.cache):
 
             def attend(q, k, v):
                 keys[rows, :, positions], values[rows, :, positions] = k, v
-                q = q.reshape(n, layer.kv_heads, -1, layer.head_dim)  # query heads that share a key: as if a query each
+                q = q.reshape(n, layer.kv_heads, -1, layer.head_dim)  # heads of one key: as if a query each
                 return attention(q, keys[:n, :, :length], values[:n, :, :length], bias, layer.scale,
                                  layer.softcap).reshape(n, -1)
 
@@ -657,9 +665,9 @@ class Sampler:
     def sample(self, prompts, keys, max_new_tokens, temperature=1.0, progress=None):
         """Sample len(keys[p]) completions of each prompt p, of at most `max_new_tokens` tokens.
 
-        prompts: lists of token ids. keys: for each prompt one `noise_key` per sample; equal keys give equal samples of
-        equal prompts, whatever else is sampled beside them. Returns lists of Completion shaped like `keys`.
-        progress(rows done, rows in all) is called as rows end. Errors: ValueError for an empty prompt.
+        prompts: lists of token ids. keys: for each prompt one `noise_key` per sample; equal keys give equal
+        samples of equal prompts, whatever else is sampled beside them. Returns lists of Completion shaped
+        like `keys`. progress(rows done, rows in all) is called as rows end. Errors: ValueError: empty prompt.
         """
         if not all(prompts):
             raise ValueError("a prompt has no tokens; there is nothing to continue")
@@ -698,7 +706,7 @@ class Sampler:
                         buffer[slot] = buffer[last]
                     live[slot] = live[last]
                 live.pop()
-                self.positions[last] = 0  # a free slot inside the block of rows still steps: keep it in bounds
+                self.positions[last] = 0  # a free slot inside the row block still steps: keep it in bounds
             if progress and ended:
                 progress(total - len(waiting) - len(live), total)
 
@@ -709,7 +717,8 @@ class Sampler:
                 size = max(1, 16384 // max(len(prompts[p]) for p in fresh))
                 part, fresh = fresh[:size], fresh[size:]
                 kept, logits = self._prefill([prompts[p] for p in part])
-                prefilled.update((p, (kept[:, :, j, :, :len(prompts[p])], logits[j])) for j, p in enumerate(part))
+                prefilled.update((p, (kept[:, :, j, :, :len(prompts[p])], logits[j]))
+                                 for j, p in enumerate(part))
             first = len(live)
             for p, samples in itertools.groupby(new, key=lambda row: row[0]):
                 n, kept = len(list(samples)), prefilled[p][0]
@@ -746,22 +755,24 @@ class Sampler:
 
 # Copied from grpo.py::learning_rate
 def learning_rate(step, args):
-    """Rate of a step (1, 2, ...): linear warm-up to args.lr, then constant, or linear or cosine decay to 0 after the last."""
+    """Rate of step 1, 2, ...: linear warm-up to args.lr, then constant or linear/cosine to 0 past the end."""
     if step < args.warmup_steps:
         return args.lr * step / args.warmup_steps
     done = (step - args.warmup_steps) / max(1, args.max_steps - args.warmup_steps + 1)
-    return args.lr * {"constant": 1.0, "linear": 1 - done, "cosine": (1 + math.cos(math.pi * done)) / 2}[args.lr_schedule]
+    return args.lr * {"constant": 1.0, "linear": 1 - done,
+                      "cosine": (1 + math.cos(math.pi * done)) / 2}[args.lr_schedule]
 
 
 # Copied from grpo.py::self_check
 def self_check(model, params, sampler, prompt_ids, args, temperature, device):
-    """Measure on a few short samples what must hold before hours are spent: name -> (value, largest right value).
+    """Measure on a few short samples what must hold before training: name -> (value, largest right value).
 
-    The sampler agrees with the trainer; a row's padding changes nothing; a fresh adapter equals the base; the stop token
-    is in the mask; every adapter gets gradient; no frozen weight does.
+    The sampler agrees with the trainer; a row's padding changes nothing; a fresh adapter equals the base; the
+    stop token is in the mask; every adapter gets gradient; no frozen weight does.
     """
     exact = device.type == "cpu" and sampler.dtype == torch.float32
-    samples = sampler.sample(prompt_ids, [[noise_key(args.seed, -2, p)] for p in range(len(prompt_ids))], 16, temperature)
+    samples = sampler.sample(prompt_ids, [[noise_key(args.seed, -2, p)] for p in range(len(prompt_ids))],
+                             16, temperature)
     # a row that did not stop by itself gets a stop token, so that each has one to look for
     completion_ids = [c.ids if c.finished else c.ids + [min(sampler.stop_ids, default=0)] for (c,) in samples]
     input_ids, mask = make_batch(prompt_ids, completion_ids, device)
@@ -778,7 +789,8 @@ def self_check(model, params, sampler, prompt_ids, args, temperature, device):
         "stop tokens left out": (sum(not row[len(p) + len(c) - 1]
                                      for row, p, c in zip(mask, prompt_ids, completion_ids)), 0),
         "adapters without gradient": (sum(not module.B[module.active].grad.any() for module in adapters), 0),
-        "frozen weights with gradient": (sum(p.grad is not None for p in model.parameters() if not p.requires_grad), 0)}
+        "frozen weights with gradient": (sum(p.grad is not None for p in model.parameters()
+                                             if not p.requires_grad), 0)}
     if adapters and not args.resume:
         with use_adapter(model, None):
             checks["step-0 KL"] = ((torch.cat(under(10**9, device)) - padded).abs().max().item(), 0)
@@ -789,7 +801,7 @@ def self_check(model, params, sampler, prompt_ids, args, temperature, device):
 
 # Copied from grpo.py::sample_all
 def sample_all(sampler, prompt_ids, keys, max_new_tokens, temperature, run, doing):
-    """`Sampler.sample` with progress on the terminal and, when memory runs out on any rank, half the slots on all."""
+    """`Sampler.sample` with progress shown and, when memory runs out on any rank, half the slots on all."""
 
     def attempt(slots):
         sampler.slots = slots
@@ -800,7 +812,7 @@ def sample_all(sampler, prompt_ids, keys, max_new_tokens, temperature, run, doin
 
 
 def accumulate_gradients(model, rows, n_tokens, tokens_per_batch, device):
-    """Add the gradient of -sum(log-probs) / n_tokens over this rank's (prompt ids, completion ids); returns the loss."""
+    """Add the gradient of -sum(log-probs) / n_tokens, returned, over this rank's (prompt, completion) ids."""
     loss_sum = torch.zeros((), device=device)
     for picked in pack([len(p) + len(c) for p, c in rows], tokens_per_batch):
         input_ids, mask = make_batch([rows[i][0] for i in picked], [rows[i][1] for i in picked], device)
@@ -811,29 +823,31 @@ def accumulate_gradients(model, rows, n_tokens, tokens_per_batch, device):
 
 
 def evaluate(model, sampler, questions, encoded, args, step, tokenizer, run):
-    """Held-out loss per token, and greedy pass@1 where the questions have an answer; every answer goes to eval.csv."""
+    """Held-out loss per token, and greedy pass@1 where questions have an answer; all go to eval.csv."""
     mine = dist.share(questions)
     targets = [encoded[e.id] for e in mine]
-    logprobs = completion_logprobs(model, [p for p, _ in targets], [c for _, c in targets], 1.0, args.tokens_per_batch,
-                                   run.device) if targets else []
-    sums = dist.sum_dict({"nll": -sum(row.sum().item() for row in logprobs), "tokens": sum(len(c) for _, c in targets)},
-                         run.device)
+    logprobs = completion_logprobs(model, [p for p, _ in targets], [c for _, c in targets], 1.0,
+                                   args.tokens_per_batch, run.device) if targets else []
+    sums = dist.sum_dict({"nll": -sum(row.sum().item() for row in logprobs),
+                          "tokens": sum(len(c) for _, c in targets)}, run.device)
     metrics = {"eval/loss": sums["nll"] / max(1, sums["tokens"])}
     asked = [e for e in mine if e.answer]
-    completions = sample_all(sampler, [encoded[e.id][0] for e in asked], [[0]] * len(asked), args.max_new_tokens, 0.0, run,
-                             "evaluation")
-    texts = [tokenizer.decode(c.ids[:-1] if c.finished else c.ids, skip_special_tokens=True) for (c,) in completions]
+    completions = sample_all(sampler, [encoded[e.id][0] for e in asked], [[0]] * len(asked),
+                             args.max_new_tokens, 0.0, run, "evaluation")
+    texts = [tokenizer.decode(c.ids[:-1] if c.finished else c.ids, skip_special_tokens=True)
+             for (c,) in completions]
     prompts = [data.prompt_text(e.prompt) for e in asked]
     correct = rewards.correctness(prompts, texts, [e.answer for e in asked], tasks=[e.task for e in asked],
                                   metas=[e.meta for e in asked])
     rows = [{"step": step, "id": e.id, "sample": 0, "prompt": prompt, "completion": text, "answer": e.answer,
-             "extracted": rewards.extract_answer(text) or "", "correct": int(right), "logprob": sum(c.logprobs),
-             "tokens": len(c.ids), "finished": int(c.finished)}
+             "extracted": rewards.extract_answer(text) or "", "correct": int(right),
+             "logprob": sum(c.logprobs), "tokens": len(c.ids), "finished": int(c.finished)}
             for e, prompt, text, right, (c,) in zip(asked, prompts, texts, correct, completions)]
     rows = sorted(itertools.chain(*dist.gather(rows)), key=lambda row: row["id"])
     if rows:
         run.write_rows(rows, "eval.csv")
-        metrics |= {"eval/pass@1": sum(row["correct"] for row in rows) / len(rows), "eval/questions": len(rows),
+        metrics |= {"eval/pass@1": sum(row["correct"] for row in rows) / len(rows),
+                    "eval/questions": len(rows),
                     "eval/tokens": sum(row["tokens"] for row in rows) / len(rows),
                     "eval/truncated": 1 - sum(row["finished"] for row in rows) / len(rows)}
     run.log(step, metrics)
@@ -841,7 +855,7 @@ def evaluate(model, sampler, questions, encoded, args, step, tokenizer, run):
 
 
 def resolve(args, device):
-    """Fill in the defaults that depend on others, and refuse what cannot work, before anything is loaded or written."""
+    """Fill in the defaults that depend on others, and refuse what cannot work, before any load or write."""
     embedded = not args.model
     for name in ("batch_size", "max_new_tokens", "slots", "save_every", "keep", "eval_questions",
                  "eval_every"):
@@ -853,7 +867,8 @@ def resolve(args, device):
     return replace(
         args, full=full, data=args.data or ("arithmetic" if embedded else "gsm8k"),
         system=args.system or ("" if embedded else data.THINK_ANSWER_SYSTEM),
-        tokens_per_batch=args.tokens_per_batch or (2048 if device.type == "cpu" else 16384),  # a CPU's caches are small
+        # a CPU's caches are small
+        tokens_per_batch=args.tokens_per_batch or (2048 if device.type == "cpu" else 16384),
         lr=args.lr or (1e-3 if embedded else 1e-5 if full else 2e-4))
 
 
@@ -863,8 +878,9 @@ def main(args: Args) -> None:
     args = resolve(args, device)
     check_out(args)
     tokenizer = models.load_tokenizer(args.model)
-    train, held_out = data.train_validation(args.data, n_train=args.train_questions, n_validation=args.eval_questions,
-                                            level=args.level or None, seed=args.seed, filter=args.filter)
+    train, held_out = data.train_validation(args.data, n_train=args.train_questions,
+                                            n_validation=args.eval_questions, level=args.level or None,
+                                            seed=args.seed, filter=args.filter)
     encoded = {e.id: (data.encode_prompt(tokenizer, e.prompt, args.system, args.prompt_template),
                       data.encode_completion(tokenizer, e.completion, tokenizer.eos_token_id))
                for e in train + held_out if e.completion}
@@ -885,7 +901,8 @@ def main(args: Args) -> None:
     dtype = models.choose_dtype(args.dtype, device)
     longest = max(lengths[e.id] for e in train + held_out)
     needed = max(longest, max(len(encoded[e.id][0]) for e in train + held_out) + args.max_new_tokens)
-    model = models.load_model(args.model, torch.float32 if args.full else dtype, device, needed, args.from_scratch)
+    model = models.load_model(args.model, torch.float32 if args.full else dtype, device, needed,
+                              args.from_scratch)
     models.check_token_ids(model, tokenizer)
     if args.full:
         params = [p.requires_grad_() for p in model.parameters()]
@@ -898,16 +915,19 @@ def main(args: Args) -> None:
     optimizer = torch.optim.AdamW(params, lr=args.lr, weight_decay=args.weight_decay, betas=(0.9, 0.95))
     sampler = Sampler(model, models.stop_ids(model, tokenizer), args.slots, dtype)
     run = Run(args, __file__, device, tags=models.run_tags(args))
-    compute = partial(torch.autocast, device.type, torch.bfloat16, enabled=args.full and dtype == torch.bfloat16)
+    compute = partial(torch.autocast, device.type, torch.bfloat16,
+                      enabled=args.full and dtype == torch.bfloat16)
     run.print(models.describe(args, model, params, dtype))
-    run.print(f"data: {args.data}, {len(train)} rows to train on ({n_dropped} left out: no completion, or too long), "
-              f"{len(held_out)} held out, up to {longest} tokens; {args.batch_size} rows a step")
+    run.print(f"data: {args.data}, {len(train)} rows to train on ({n_dropped} left out: "
+              f"no completion, or too long), {len(held_out)} held out, "
+              f"up to {longest} tokens; {args.batch_size} rows a step")
 
     def save_weights(folder):
         if args.full:
             models.save_plain(model, tokenizer, folder, model.state_dict())
         else:
-            models.save_adapter(folder, adapter_tensors(model, "policy"), args.lora_alpha, models.absolute(args.model), model)
+            models.save_adapter(folder, adapter_tensors(model, "policy"), args.lora_alpha,
+                                models.absolute(args.model), model)
             tokenizer.save_pretrained(folder)
 
     step, bad_steps, tokens_per_batch = 0, 0, args.tokens_per_batch
@@ -922,14 +942,16 @@ def main(args: Args) -> None:
             torch.set_rng_state(saved["rng"])
             step, tokens_per_batch = saved["step"], saved["tokens_per_batch"]
     with compute():
-        run.self_check(self_check(model, params, sampler, [encoded[e.id][0] for e in train[:3]], args, 1.0, device))
+        run.self_check(self_check(model, params, sampler, [encoded[e.id][0] for e in train[:3]], args, 1.0,
+                                  device))
     if step == 0 and not args.dry_run:
         evaluate(model, sampler, held_out, encoded, args, step, tokenizer, run)
 
     while step < args.max_steps and not dist.any_rank(run.stop, device):
         step += 1
         position = 0 if args.single_batch else (step - 1) * args.batch_size
-        rows = [encoded[train[i].id] for i in data.batch_indices(len(train), position, args.batch_size, args.seed)]
+        rows = [encoded[train[i].id]
+                for i in data.batch_indices(len(train), position, args.batch_size, args.seed)]
         n_tokens = sum(len(c) for _, c in rows)  # of all ranks: every rank knows the whole batch
 
         # ---- update ----
@@ -938,7 +960,8 @@ def main(args: Args) -> None:
                 optimizer.zero_grad()
                 return accumulate_gradients(model, dist.share(rows), n_tokens, size, device)
 
-            loss, tokens_per_batch = retry_smaller(attempt, tokens_per_batch, device, longest, "tokens per batch")
+            loss, tokens_per_batch = retry_smaller(
+                attempt, tokens_per_batch, device, longest, "tokens per batch")
             dist.sum_gradients(params)
             norm = nn.utils.clip_grad_norm_(params, args.max_grad_norm).item()
             for group in optimizer.param_groups:
@@ -948,13 +971,15 @@ def main(args: Args) -> None:
                 bad_steps = 0
             else:
                 bad_steps += 1
-                run.print(f"step {step}: the gradient is not finite; the update is skipped ({bad_steps} in a row)")
+                run.print(f"step {step}: the gradient is not finite; the update is skipped "
+                          f"({bad_steps} in a row)")
             optimizer.zero_grad()
 
         # ---- log ----
         metrics = dist.sum_dict({"loss": loss}, device) | {
-            "grad_norm": norm, "lr": optimizer.param_groups[0]["lr"], "epoch": step * args.batch_size / len(train),
-            "tokens": n_tokens, "tokens_per_batch": tokens_per_batch}
+            "grad_norm": norm, "lr": optimizer.param_groups[0]["lr"],
+            "epoch": step * args.batch_size / len(train), "tokens": n_tokens,
+            "tokens_per_batch": tokens_per_batch}
         metrics = run.log(step, metrics, args.max_steps, show=("loss", "grad_norm", "lr", "epoch"))
         if args.dry_run:
             break
@@ -966,8 +991,9 @@ def main(args: Args) -> None:
         # ---- save ----
         stop = bad_steps >= 5 or dist.any_rank(run.stop, device)
         if step % args.save_every == 0 or step == args.max_steps or stop:
-            run.save(step, save_weights, {"optimizer": optimizer.state_dict(), "rng": torch.get_rng_state(), "step": step,
-                                          "tokens_per_batch": tokens_per_batch})
+            run.save(step, save_weights, {
+                "optimizer": optimizer.state_dict(), "rng": torch.get_rng_state(), "step": step,
+                "tokens_per_batch": tokens_per_batch})
         if bad_steps >= 5:
             raise ValueError(f"the gradient was not finite in {bad_steps} updates in a row; "
                              f"the state is in {run.path}: lower --lr")

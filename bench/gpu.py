@@ -149,19 +149,19 @@ def largest_gap(first, second):
 # ---- ceilings ----
 
 
-def measure_ceilings(device, small):
-    """Bytes per second of a copy (reads and writes counted), operations per second of a bfloat16 product."""
+def measure_ceilings(device, dtype, small):
+    """Bytes per second of a copy (reads and writes counted), operations per second of a matrix product."""
     n_bytes, n = (2**24, 256) if small else (2**32, 8192)
     source = torch.ones(n_bytes, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
-    a, b = torch.randn(2, n, n, device=device).to(torch.bfloat16)
+    a, b = torch.randn(2, n, n, device=device).to(dtype)
     copying, multiplying = partial(target.copy_, source), partial(torch.mm, a, b)
     for run in (copying, multiplying):
         median_time(run, device, 3)  # warm-up
     copy = 2 * n_bytes / median_time(copying, device, 10)
     matmul = 2 * n**3 / median_time(multiplying, device, 10)
     report("ceilings", copy_tb_per_s=float(f"{copy / 1e12:.3g}"),
-           bf16_tflop_per_s=float(f"{matmul / 1e12:.3g}"))
+           matrix_tflop_per_s=float(f"{matmul / 1e12:.3g}"))
     return copy, matmul
 
 
@@ -313,9 +313,9 @@ def time_generate(model, rows, prompt_tokens, new, device):
     return (whole - first) / (new - 1)
 
 
-def time_shape(shape, a, copy, matmul, device):
+def time_shape(shape, a, copy, matmul, device, dtype):
     prompt_tokens, new, repeats = (12, 17, 1) if a.small else (150, 513, 3)
-    model = random_model(shape, models.choose_dtype("auto", device), device).eval()
+    model = random_model(shape, dtype, device).eval()
 
     def decode_figure(what, slots, seconds, length):
         limit = decode_limit(model, slots, length, copy, matmul)
@@ -430,13 +430,14 @@ def main():
     if a.small:
         a.shapes, a.slots, a.steps = ["toy"], [4, 8], 1
     device = torch.device("cuda", 0) if on_gpu else torch.device("cpu")
+    dtype = models.choose_dtype("auto", device)
     transformers.logging.set_verbosity_error()
     report("machine", device=torch.cuda.get_device_name() if on_gpu else "CPU", torch=torch.__version__,
-           transformers=transformers.__version__, small=a.small)
+           transformers=transformers.__version__, dtype=str(dtype)[6:], small=a.small)
 
     copy = matmul = math.nan
     with part("ceilings", device):
-        copy, matmul = measure_ceilings(device, a.small)
+        copy, matmul = measure_ceilings(device, dtype, a.small)
     with part("float32 against transformers", device):
         check_float32(device, a.small)
     if on_gpu:
@@ -449,7 +450,7 @@ def main():
         report("skipped", parts=["graph on = off", "memory of the log-probs"], why="they need a CUDA device")
     for shape in a.shapes:
         with part(shape, device):
-            time_shape(shape, a, copy, matmul, device)
+            time_shape(shape, a, copy, matmul, device, dtype)
     print_tables()
     sys.exit(any(f["figure"] == "broken" or not f.get("ok", True) for f in figures))
 

@@ -248,7 +248,8 @@ def main():
 
     sides = ["trl", "unrolled"]
     if missing := [name for name in PEER if importlib.util.find_spec(name) is None]:
-        print(f"TRL is left out, {' '.join(missing)} not installed: pip install {' '.join(missing)}", file=sys.stderr)
+        missing = " ".join(missing)
+        print(f"TRL is left out, {missing} not installed: pip install {missing}", file=sys.stderr)
         sides = ["unrolled"]
     rounds = []
     for r in range(a.rounds):

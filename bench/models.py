@@ -3,9 +3,9 @@
     python bench/models.py OUT --preset tiny|wide --eos-prob 0.01
 
 Both presets have hidden size 256 and 4 layers; wide has the 151,936 tokens of Qwen2.5: it shows what logits
-cost. The end token's probability P is part of the weights, the same at every position, so that any sampler
-meets the same ragged lengths: geometric with mean 1 / P, cut at its limit (P = 2.5 / limit: a third of the
-limit on average). --eos-prob 0 never ends: samples of exactly the limit's length.
+cost. The end token's probability P is part of the weights, about the same at every position, so that any
+sampler meets the same ragged lengths: geometric with mean 1 / P, cut at its limit (P = 2.5 / limit: a third
+of the limit on average). --eos-prob 0 never ends: samples of exactly the limit's length.
 """
 
 import json

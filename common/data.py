@@ -1,8 +1,7 @@
 """Data sets and generated tasks, as Example (prompt, gold answer) or Preference (prompt, two replies).
 
     load_examples("gsm8k", "test")                            # the hub
-    load_examples("data.jsonl")                               # .jsonl .json .csv .parquet .gz, or a folder
-    load_examples("runs/grpo/samples.csv", filter="correct")  # what a run sampled
+    load_examples("runs/grpo/samples.csv", filter="correct")  # a local file, here what a run sampled
     train_validation("arithmetic", n_train=5000, n_validation=500, level="1-3")
     load_preferences("ultrafeedback")
 
@@ -56,10 +55,6 @@ GENERATED_ROWS = 10_000  # where no number is asked for
 PATIENCE = 100_000  # draws in a row that bring nothing new before a task counts as exhausted
 
 
-def _hash(text):
-    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big")
-
-
 def _arithmetic(rng, level):
     """A chain of level + 1 numbers, 1 to 9, joined by + and -, worked from left to right."""
     total, *numbers = rng.choices(range(1, 10), k=level + 1)
@@ -93,15 +88,11 @@ def _countdown(rng, level):
         target, expression = pool[0]
         if target <= 200 and target not in numbers:  # a target among the numbers needs no arithmetic
             break
-    listed = ", ".join(map(str, numbers))
     rules = "Use each number at most once, with + - * / and parentheses."
-    return dict(
-        prompt=f"Using the numbers {listed}, make {target}. {rules}",
-        answer=str(target),
-        completion=f"<think>{' '.join(steps)}</think><answer>{expression[1:-1]}</answer>",
-        task="countdown",
-        meta={"numbers": numbers, "target": target},
-    )
+    prompt = f"Using the numbers {', '.join(map(str, numbers))}, make {target}. {rules}"
+    completion = f"<think>{' '.join(steps)}</think><answer>{expression[1:-1]}</answer>"
+    meta = {"numbers": numbers, "target": target}
+    return dict(prompt=prompt, answer=str(target), completion=completion, task="countdown", meta=meta)
 
 
 GENERATED = {  # name: (problem maker, highest level, level where none is given)
@@ -130,13 +121,12 @@ def _generate(data, split, level, limit, seed):
     rng = random.Random(f"{make.__name__} {levels} {seed}")
     examples, seen, last_new = [], set(), 0
     for draw in itertools.count():
-        if len(examples) == (limit or GENERATED_ROWS) or (draw - last_new > PATIENCE and not limit):
+        exhausted = draw - last_new > PATIENCE
+        if len(examples) == (limit or GENERATED_ROWS) or (exhausted and not limit):
             return examples
-        if draw - last_new > PATIENCE:
-            raise ValueError(
-                f"{data} has {len(examples)} different {split} problems of level {level or default}, "
-                f"but {limit} were asked for: ask for fewer, or for a higher level"
-            )
+        if exhausted:
+            found = f"{data} has {len(examples)} different {split} problems of level {level or default}"
+            raise ValueError(f"{found}, but {limit} were asked for: ask for fewer, or for a higher level")
         row_level = rng.choice(levels)
         problem = make(rng, row_level)
         prompt = problem["prompt"]
@@ -144,7 +134,8 @@ def _generate(data, split, level, limit, seed):
             continue
         seen.add(prompt)
         last_new = draw
-        if SPLITS[_hash(prompt) % len(SPLITS)] != split:
+        digest = hashlib.sha256(prompt.encode()).digest()
+        if SPLITS[int.from_bytes(digest[:8], "big") % len(SPLITS)] != split:
             continue
         if data == "arithmetic-mixed":
             author = random.Random(f"author {seed} {prompt}")
@@ -158,74 +149,67 @@ def _generate(data, split, level, limit, seed):
 # ------------------------------------------------------------------------------------------------------------
 # Rows of files and of the hub, as (place, row): the place is what an error message names.
 
-MATH_SUBJECTS = (
-    "algebra counting_and_probability geometry intermediate_algebra number_theory prealgebra precalculus"
-)
-HUB = {  # name: (hub id, configs, read one after the other)
-    "gsm8k": ("openai/gsm8k", ["main"]),
-    "math": ("EleutherAI/hendrycks_math", MATH_SUBJECTS.split()),
-    "math500": ("HuggingFaceH4/MATH-500", [None]),  # what "math" reads as its test split
-    "aqua": ("deepmind/aqua_rat", ["raw"]),
-    "mmlu": ("cais/mmlu", ["all"]),
-    "ultrafeedback": ("trl-lib/ultrafeedback_binarized", [None]),
-    "hh": ("Anthropic/hh-rlhf", [None]),
+MATH = "algebra counting_and_probability geometry intermediate_algebra number_theory prealgebra precalculus"
+HUB = {  # name: what it is on the hub, org/name[:config], read one after the other
+    "gsm8k": ["openai/gsm8k:main"],
+    "math": [f"EleutherAI/hendrycks_math:{subject}" for subject in MATH.split()],
+    "math500": ["HuggingFaceH4/MATH-500"],  # what "math" reads as its test split
+    "aqua": ["deepmind/aqua_rat:raw"],
+    "mmlu": ["cais/mmlu:all"],
+    "ultrafeedback": ["trl-lib/ultrafeedback_binarized"],
+    "hh": ["Anthropic/hh-rlhf"],
 }
-SPLIT_FILES = {"validation": ("validation", "valid", "val", "dev")}  # what publishers call the file
 
 
 def _rows(data, split):
-    for name in [data] if Path(data).exists() else data.split(","):
-        path = Path(name).expanduser()
-        if name in HUB or (name.startswith("mmmlu/") and not path.exists()):
-            yield from _hub_rows(name, split)
-        elif path.is_dir():
-            for file in _split_files(path, split):
-                yield from _file_rows(file)
-        elif path.is_file() or _suffix(path) in READERS:
-            yield from _file_rows(path)
-        elif re.fullmatch(r"[\w.-]+/[\w.-]+(:[\w.-]+)?", name):
-            yield from _hub_rows(name, split)
-        else:
-            raise ValueError(
-                f"unknown data {name!r}: use {', '.join([*GENERATED, *HUB])}, mmmlu/LOCALE, "
-                f"an org/name[:config] on the hub, or a local file ({' '.join(READERS)}, also .gz) or folder"
-            )
+    path = Path(data).expanduser()
+    if data in HUB:
+        return _hub_rows(HUB["math500" if (data, split) == ("math", "test") else data], split)
+    if path.is_dir():
+        return _file_rows(_split_files(path, split))
+    if path.exists() or _suffix(path) in READERS:
+        return _file_rows([path])
+    if re.fullmatch(r"[\w.-]+/[\w.-]+(:[\w.-]+)?", data):
+        return _hub_rows([data.replace("mmmlu/", "openai/MMMLU:")], split)
+    names = f"{', '.join([*GENERATED, *HUB])}, mmmlu/LOCALE, an org/name[:config] on the hub"
+    raise ValueError(f"unknown data {data!r}: use {names}, or a local {' '.join(READERS)} file or folder")
 
 
 def _suffix(path):
     return Path(path.name.removesuffix(".gz")).suffix
 
 
-def _listing(folder):
-    names = sorted(path.name for path in folder.glob("*"))
-    return f"{folder} holds {', '.join(names[:10]) or 'nothing'}{', ...' if len(names) > 10 else ''}"
-
-
 def _split_files(folder, split):
     """train.jsonl, train-00000-of-00002.parquet, data/train-*.parquet, or all files of the folder train/."""
-    for name in SPLIT_FILES.get(split, (split,)):
+    for name in ("validation", "valid", "val", "dev") if split == "validation" else (split,):
         patterns = (f"{name}.*", f"{name}-*", f"data/{name}-*", f"{name}/*")
-        files = [file for pattern in patterns for file in sorted(folder.glob(pattern)) if file.is_file()]
+        files = [file for pattern in patterns for file in sorted(folder.glob(pattern))]
         files = [file for file in files if _suffix(file) in READERS]
         if files:
             return files
     raise ValueError(f"no split {split!r}: {_listing(folder)}")
 
 
-def _file_rows(path):
-    if not path.is_file():
-        raise ValueError(f"no file {path}: {_listing(path.parent)}")
-    if _suffix(path) not in READERS:
-        raise ValueError(f"{path} is none of {' '.join(READERS)}")
-    # utf-8-sig drops the mark that Excel puts in front; newline="" leaves the line ends in CSV cells alone.
-    text = {"mode": "rt", "encoding": "utf-8-sig", "newline": ""}
-    mode = {"mode": "rb"} if _suffix(path) == ".parquet" else text
-    try:
-        with (gzip.open if path.suffix == ".gz" else open)(path, **mode) as file:
-            for number, row in READERS[_suffix(path)](file):
-                yield f"{path}: line {number}", row
-    except (ValueError, OSError, EOFError, zlib.error) as error:  # also wrong bytes, a cut-off gzip
-        raise ValueError(f"{path}: {str(error).splitlines()[0]}") from None
+def _listing(folder):
+    return f"{folder} holds {', '.join(sorted(path.name for path in folder.glob('*'))) or 'nothing'}"
+
+
+def _file_rows(paths):
+    for path in paths:
+        suffix = _suffix(path)
+        if not path.exists():
+            raise ValueError(f"no file {path}: {_listing(path.parent)}")
+        if suffix not in READERS:
+            raise ValueError(f"{path} is none of {' '.join(READERS)}")
+        # utf-8-sig drops the mark Excel puts in front; newline="" leaves the line ends in CSV cells alone.
+        text = {"mode": "rt", "encoding": "utf-8-sig", "newline": ""}
+        mode = {"mode": "rb"} if suffix == ".parquet" else text
+        try:
+            with (gzip.open if path.suffix == ".gz" else open)(path, **mode) as file:
+                for number, row in READERS[suffix](file):
+                    yield f"{path}: line {number}", row
+        except (ValueError, OSError, EOFError, ImportError, zlib.error) as error:  # also a cut-off gzip
+            raise ValueError(f"{path}: {str(error).splitlines()[0]}") from None
 
 
 def _json_rows(file):
@@ -244,9 +228,7 @@ def _csv_rows(file):
     csv.field_size_limit(2**31 - 1)  # completions can be long
     reader, header = csv.reader(file, strict=True), None
     try:
-        for cells in reader:
-            if not cells:
-                continue
+        for cells in filter(None, reader):  # an empty line has no cells
             if header is None and len(cells) == 6 and re.fullmatch("[A-D]", cells[5]):
                 header = ["question", "A", "B", "C", "D", "answer"]  # MMLU's own files have no header
             if header is None:
@@ -260,40 +242,26 @@ def _csv_rows(file):
 
 
 def _parquet_rows(file):
-    try:
-        from pyarrow.parquet import ParquetFile
-    except ImportError:
-        raise ValueError("parquet files need the package pyarrow: pip install pyarrow") from None
+    from pyarrow.parquet import ParquetFile
+
     yield from enumerate((row for batch in ParquetFile(file).iter_batches() for row in batch.to_pylist()), 1)
 
 
 READERS = {".jsonl": _json_rows, ".json": _json_rows, ".csv": _csv_rows, ".parquet": _parquet_rows}
 
 
-def _hub_rows(name, split):
-    try:
-        import datasets
-    except ImportError:
-        raise ValueError(f"{name} comes through the package datasets: pip install datasets") from None
-    name = "math500" if (name, split) == ("math", "test") else name
-    if name in HUB:
-        hub_id, configs = HUB[name]
-    elif name.startswith("mmmlu/"):
-        hub_id, configs = "openai/MMMLU", [name.removeprefix("mmmlu/")]
-    else:
-        hub_id, _, config = name.partition(":")
-        configs = [config or None]
-    for config in configs:
+def _hub_rows(sources, split):
+    for source in sources:
+        hub_id, _, config = source.partition(":")
         try:
-            rows = datasets.load_dataset(hub_id, config, split=split)
+            import datasets
+
+            rows = datasets.load_dataset(hub_id, config or None, split=split)
         except Exception as error:  # the hub's clients raise many kinds, over many lines
             reason = (str(error) or type(error).__name__).splitlines()[0]
-            if isinstance(error, ConnectionError):
-                raise ValueError(
-                    f"cannot reach the hub for {hub_id} ({reason}): "
-                    "pass --data a local .jsonl/.csv/.parquet file instead"
-                ) from None
-            raise ValueError(f"cannot load {hub_id}, config {config}, split {split}: {reason}") from None
+            what = "reach the hub for" if isinstance(error, ConnectionError) else f"load split {split} of"
+            way_out = "pass --data a local .jsonl/.csv/.parquet file instead"
+            raise ValueError(f"cannot {what} {source} ({reason}): {way_out}") from None
         for number, row in enumerate(rows, 1):
             yield f"{hub_id} {split} row {number}", row
 
@@ -303,12 +271,10 @@ def _hub_rows(name, split):
 
 
 def _text(row, column):
-    value = row[column]
-    if value is None:
-        return ""
-    if not isinstance(value, (str, int, float)):
+    value = row.get(column)
+    if isinstance(value, (list, dict)):
         raise ValueError(f"column {column} holds a {type(value).__name__}, not text")
-    return str(value)
+    return "" if value is None else str(value)
 
 
 def _messages(messages):
@@ -337,19 +303,12 @@ def _split_reply(messages, prompt=None):
     return _prompt(turns or prompt), last["content"]
 
 
-def _level(row):
-    level = re.search(r"\d+", str(row.get("level")))  # 3, "3", "Level 3"; MATH has a few "Level ?"
-    return int(level[0]) if level else 0
-
-
 def _gsm8k(row):
     solution, mark, answer = _text(row, "answer").rpartition("####")
     answer = answer.strip().replace(",", "")
     if not mark or not re.fullmatch(r"-?\d+(\.\d+)?", answer):
-        raise ValueError(
-            f"the answer ends in {row['answer'][-20:]!r}, not in '#### number' as in GSM8K; "
-            "if it is a plain answer, name the columns prompt and answer"
-        )
+        found = f"the answer ends in {row['answer'][-20:]!r}, not in '#### number' as in GSM8K"
+        raise ValueError(f"{found}; if it is a plain answer, name the columns prompt and answer")
     solution = re.sub(r"<<[^<>]*>>", "", solution).strip()  # without the calculator annotations
     completion = f"{solution}\n#### {answer}"
     return dict(prompt=_text(row, "question"), answer=answer, completion=completion, task="gsm8k")
@@ -369,51 +328,41 @@ def _last_boxed(text):
 
 
 def _math(row):
-    solution = _text(row, "solution") if "solution" in row else ""
-    answer = _text(row, "answer") if "answer" in row else _last_boxed(solution)
+    solution = _text(row, "solution")
+    answer = _text(row, "answer") or _last_boxed(solution)
     if not answer:
         raise ValueError(r"no answer: neither in a column answer nor as \boxed{...} in the solution")
-    prompt, level = _text(row, "problem"), _level(row)
-    return dict(prompt=prompt, answer=answer, completion=solution, level=level, task="math")
+    return dict(prompt=_text(row, "problem"), answer=answer, completion=solution, task="math")
 
 
-def _multiple_choice(row):
-    row = {column.lower(): value for column, value in row.items()}  # MMMLU writes Question, A, Answer
-    choices = row["choices"] if "choices" in row else [row[letter] for letter in "abcd"]
-    subject = {"subject": row["subject"]} if row.get("subject") else {}
-    return _choice(_text(row, "question"), choices, row["answer"]) | dict(meta=subject)
-
-
-def _aqua(row):
-    choices = [re.sub(r"^[A-E]\)\s*", "", option) for option in row["options"]]  # published as "A)61"
-    rationale, answer = _text(row, "rationale").strip(), row["correct"]
-    if not re.search(rf"\b{re.escape(str(answer))}\W*$", rationale):  # most end in "Answer: E", some do not
-        rationale += f"\nAnswer: {answer}"
-    return _choice(_text(row, "question"), choices, answer) | dict(completion=rationale)
-
-
-def _choice(question, choices, answer):
+def _choice(row):
+    """AQuA's options, or MMLU's choices or columns A to D (MMMLU writes Question, A, Answer)."""
+    row = {column.lower(): value for column, value in row.items()}
+    answer, completion = row["correct" if "options" in row else "answer"], ""
+    if "options" in row:  # published as "A)61"
+        choices = [re.sub(r"^[A-E]\)\s*", "", option) for option in row["options"]]
+        completion = _text(row, "rationale").strip()
+        if not re.search(rf"\b{re.escape(str(answer))}\W*$", completion):  # most end in "Answer: E"
+            completion += f"\nAnswer: {answer}"
+    else:
+        choices = row["choices"] if "choices" in row else [row[letter] for letter in "abcd"]
     letters = "ABCDEFGHIJ"[: len(choices)]
     if isinstance(answer, int) and 0 <= answer < len(letters):
         answer = letters[answer]
     if answer not in tuple(letters):
         raise ValueError(f"the answer is {answer!r}, not one of {', '.join(letters)}")
-    lines = [question, *(f"{letter}) {choice}" for letter, choice in zip(letters, choices))]
-    return dict(prompt="\n".join(lines), answer=answer, task="choice")
+    lines = [_text(row, "question"), *(f"{letter}) {choice}" for letter, choice in zip(letters, choices))]
+    meta = {"subject": row["subject"]} if row.get("subject") else {}
+    return dict(prompt="\n".join(lines), answer=answer, completion=completion, task="choice", meta=meta)
 
 
 def _plain(row):
     """prompt and answer, completion or both, and whatever else of an Example a run's samples.csv has kept."""
-    answer, completion = (_text(row, column) if column in row else "" for column in ("answer", "completion"))
-    task, meta = row.get("task"), row.get("meta") or {}
-    return dict(
-        prompt=_prompt(row["prompt"]),
-        answer=answer,
-        completion=completion,
-        level=_level(row),
-        task=task if task in TASKS else "math" if answer else "text",
-        meta=json.loads(meta) if isinstance(meta, str) else meta,
-    )
+    answer, task, meta = _text(row, "answer"), row.get("task"), row.get("meta") or {}
+    task = task if task in TASKS else "math" if answer else "text"
+    meta = json.loads(meta) if isinstance(meta, str) else meta
+    prompt, completion = _prompt(row["prompt"]), _text(row, "completion")
+    return dict(prompt=prompt, answer=answer, completion=completion, task=task, meta=meta)
 
 
 def _chat(row):
@@ -421,24 +370,14 @@ def _chat(row):
     return dict(prompt=prompt, completion=completion)
 
 
-def _preferred(row):
-    prompt, _, chosen, _, _ = _pair(row)
-    if isinstance(prompt, list) and prompt[-1]["role"] == "assistant":  # a few HH replies came in two turns
-        *turns, first = prompt
-        prompt, chosen = _prompt(turns), f"{first['content']}\n\n{chosen}"
-    return dict(prompt=prompt, completion=chosen)
-
-
 SCHEMAS = {  # columns that must be there: reader; the first that fits is taken
-    ("question", "A", "B", "C", "D", "answer"): _multiple_choice,
-    ("Question", "A", "B", "C", "D", "Answer"): _multiple_choice,
-    ("question", "choices", "answer"): _multiple_choice,
-    ("question", "options", "rationale", "correct"): _aqua,
+    ("question", "A", "B", "C", "D", "answer"): _choice,
+    ("Question", "A", "B", "C", "D", "Answer"): _choice,
+    ("question", "choices", "answer"): _choice,
+    ("question", "options", "rationale", "correct"): _choice,
     ("problem", "solution"): _math,
     ("problem", "answer"): _math,
     ("messages",): _chat,
-    ("chosen", "rejected"): _preferred,
-    ("info", "summaries", "choice"): _preferred,
     ("prompt", "completion"): _plain,
     ("prompt", "answer"): _plain,
     ("question", "answer"): _gsm8k,
@@ -448,7 +387,11 @@ SCHEMAS = {  # columns that must be there: reader; the first that fits is taken
 def _fields(row):
     for columns, read in SCHEMAS.items():
         if row.keys() >= set(columns):
-            return read(row)
+            fields = read(row)
+            if not fields["prompt"]:
+                raise ValueError("the prompt is empty")
+            level = re.search(r"\d+", str(row.get("level")))  # 3, "3", "Level 3"; MATH has a few "Level ?"
+            return fields | dict(level=int(level[0]) if level else 0)
     known = " | ".join(",".join(columns) for columns in SCHEMAS)
     raise ValueError(f"the columns {','.join(row)} fit none of the known schemas: {known}")
 
@@ -459,23 +402,17 @@ def _read(read, place, row):
         if not isinstance(row, dict):
             raise ValueError(f"a row must be an object with named columns, not a {type(row).__name__}")
         return read(row)
-    except ValueError as error:
+    except (ValueError, TypeError) as error:  # TypeError: a number where a list belongs
         raise ValueError(f"{place}: {error}") from None
 
 
 def _is_correct(row):
-    if str(row.get("correct")) not in ("0", "1", "0.0", "1.0", "False", "True"):
-        raise ValueError(f"filter correct needs a column correct with 0 or 1, not {row.get('correct')!r}")
+    if "correct" not in row:
+        raise ValueError(f"there is no column correct, only {','.join(row)}")
     return str(row["correct"]) in ("1", "1.0", "True")
 
 
-def _key(prompt):
-    return prompt if isinstance(prompt, str) else json.dumps(prompt)
-
-
 def _sample(rows, limit, seed):
-    if limit < 0:
-        raise ValueError(f"limit {limit} is negative: use 0 for all rows")
     if not limit or limit >= len(rows):
         return rows
     # Not simply the first ones: MMLU is sorted by subject.
@@ -486,7 +423,7 @@ def load_examples(data, split="train", *, level=None, limit=0, seed=0, filter=""
     """The examples of a data set, in its own order.
 
     data: a name in GENERATED or HUB, "mmmlu/LOCALE", "org/name[:config]" on the hub, a local .jsonl, .json,
-    .csv or .parquet file (whole, whatever the split), or a folder with a file per split; commas join several.
+    .csv or .parquet file (whole, whatever the split), or a folder with a file per split.
     level: 3 or "1-4". limit: at most so many rows, drawn with the seed; 0 for all (10,000 generated ones).
     filter="correct": of a run's samples.csv, the rows with correct = 1, each (prompt, completion) once.
     Errors: ValueError, one line with file and line number.
@@ -494,29 +431,26 @@ def load_examples(data, split="train", *, level=None, limit=0, seed=0, filter=""
     data = str(data)
     if filter not in ("", "correct"):
         raise ValueError(f"unknown filter {filter!r}: the only one is correct")
+    if limit < 0:
+        raise ValueError(f"limit {limit} is negative: use 0 for all rows")
     if data in GENERATED:
-        _sample([], limit, seed)  # refuses a negative limit
         return _generate(data, split, level, limit, seed)
     examples, seen, number = [], set(), -1
     for number, (place, row) in enumerate(_rows(data, split)):
         if filter and not _read(_is_correct, place, row):
             continue
         example = Example(id=number, **_read(_fields, place, row))
-        if not example.prompt:
-            raise ValueError(f"{place}: the prompt is empty")
-        if filter:
-            key = _key(example.prompt), example.completion
-            if key in seen:
-                continue
-            seen.add(key)
-        examples.append(example)
+        key = prompt_text(example.prompt), example.completion
+        if not (filter and key in seen):
+            examples.append(example)
+        seen.add(key)
     if not examples:
         raise ValueError(f"{data} has no rows" + (f" with correct = 1 among {number + 1}" if filter else ""))
     if level is not None:
-        found, levels = sorted({example.level for example in examples}), _levels(level)
+        levels = _levels(level)
         examples = [example for example in examples if example.level in levels]
         if not examples:
-            raise ValueError(f"{data} has no row of level {level}: it has {', '.join(map(str, found))}")
+            raise ValueError(f"{data} has no row of level {level}")
     return _sample(examples, limit, seed)
 
 
@@ -532,13 +466,12 @@ def carve(rows, *, n_train=0, n_validation=0, seed=0, name="the data"):
     validation = {}
     for row in rows:
         if len(validation) < n_validation:
-            validation.setdefault(_key(row.prompt), row)
-    train = [row for row in rows if _key(row.prompt) not in validation]
+            validation.setdefault(prompt_text(row.prompt), row)
+    train = [row for row in rows if prompt_text(row.prompt) not in validation]
     if len(validation) < n_validation or len(train) < max(n_train, 1):
-        raise ValueError(
-            f"{n_train or 'some'} training and {n_validation} validation rows were asked for, but {name} has "
-            f"only {len(rows)} rows with {len({_key(row.prompt) for row in rows})} different prompts"
-        )
+        asked = f"{n_train or 'some'} training and {n_validation} validation rows were asked for"
+        found = f"{len(rows)} rows with {len({prompt_text(row.prompt) for row in rows})} different prompts"
+        raise ValueError(f"{asked}, but {name} has only {found}")
     return train[: n_train or None], list(validation.values())
 
 
@@ -561,27 +494,19 @@ def train_validation(data, *, n_train=0, n_validation=0, level=None, seed=0, fil
 # Preferences
 
 
-def _dialogue(text):
-    r"""Chat messages of Anthropic's '\n\nHuman: ...\n\nAssistant: ...'."""
-    head, *pieces = re.split(r"\n\n(Human|Assistant):", text)
-    if head or len(pieces) < 4:
-        raise ValueError(r"without a column prompt, a reply must read '\n\nHuman: ...\n\nAssistant: ...'")
-    roles = {"Human": "user", "Assistant": "assistant"}
-    turns = [{"role": roles[who], "content": said.strip()} for who, said in zip(pieces[::2], pieces[1::2])]
-    messages = turns[:1]
-    for turn in turns[1:-1]:
-        if turn["role"] == messages[-1]["role"]:  # some speak twice in a row, which many templates refuse
-            messages[-1]["content"] += f"\n\n{turn['content']}"
-        else:
-            messages.append(turn)
-    return messages + turns[-1:]
-
-
 def _prompt_and_reply(row, column):
     reply, prompt = row[column], row.get("prompt")
-    if isinstance(reply, str):
-        return (_prompt(prompt), reply) if prompt is not None else _split_reply(_dialogue(reply))
-    return _split_reply(reply, prompt)
+    if not isinstance(reply, str):
+        return _split_reply(reply, prompt)
+    if prompt is not None:
+        return _prompt(prompt), reply
+    head, *pieces = re.split(r"\n\n(Human|Assistant):", reply)  # Anthropic's HH
+    if head or len(pieces) < 4:
+        raise ValueError(r"without a column prompt, a reply must read '\n\nHuman: ...\n\nAssistant: ...'")
+    turns = []
+    for who, said in zip(pieces[::2], pieces[1::2]):
+        turns.append({"role": {"Human": "user"}.get(who, "assistant"), "content": said.strip()})
+    return _split_reply(turns)
 
 
 def _pair(row):
@@ -596,10 +521,8 @@ def _pair(row):
         prompt, replies = f"{text}\n\nTL;DR:", [summary["text"].strip() for summary in row["summaries"]]
         return prompt, prompt, replies[choice], replies[1 - choice], None
     if not row.keys() >= {"chosen", "rejected"}:
-        raise ValueError(
-            f"the columns {','.join(row)} hold no pairs: needed are chosen,rejected (and prompt), "
-            "or info,summaries,choice, or a run's prompt,completion,correct"
-        )
+        known = "chosen,rejected (and prompt) | info,summaries,choice | a run's prompt,completion,correct"
+        raise ValueError(f"the columns {','.join(row)} hold no pairs; known schemas: {known}")
     prompt, chosen = _prompt_and_reply(row, "chosen")
     other, rejected = _prompt_and_reply(row, "rejected")
     scores = row.get("score_chosen"), row.get("score_rejected")
@@ -619,7 +542,7 @@ def load_preferences(data, split="train", *, limit=0, seed=0, dropped=None) -> l
     for number, (place, row) in enumerate(_rows(str(data), split)):
         if isinstance(row, dict) and row.keys() >= {"prompt", "completion", "correct"}:
             example = Example(id=number, **_read(_plain, place, row))
-            wrong_right = sampled[_key(example.prompt), example.answer]
+            wrong_right = sampled[prompt_text(example.prompt), example.answer]
             wrong_right[_read(_is_correct, place, row)].setdefault(example.completion, example)
             continue
         prompt, other, chosen, rejected, margin = _read(_pair, place, row)
@@ -689,14 +612,9 @@ def encode_prompt(tokenizer, prompt, system="", template="{prompt}") -> list[int
         text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
         ids = tokenizer(text, add_special_tokens=False)["input_ids"]
     else:
-        texts = [m["content"] for m in messages]
-        if sum(m["role"] != "system" for m in messages) > 1:  # a base model has to be told who speaks
-            texts = [f"{m['role'].title()}: {m['content']}" for m in messages] + ["Assistant:"]
-        ids = tokenizer("\n\n".join(texts))["input_ids"]
+        ids = tokenizer(prompt_text(messages))["input_ids"]
         if ids and ids[-1] == tokenizer.eos_token_id:  # some tokenizers close every text
             ids = ids[:-1]
-    while len(ids) > 1 and ids[0] == ids[1] == tokenizer.bos_token_id:
-        ids = ids[1:]
     return ids
 
 

@@ -1,4 +1,4 @@
-"""torch.distributed behind a handful of functions that also work on one process, so that no loop needs an `if`."""
+"""torch.distributed behind a few functions that also work on one process, so that no loop needs an `if`."""
 
 import os
 import socket
@@ -11,10 +11,11 @@ import torch.distributed as dist
 def setup(device: str = "") -> torch.device:
     """Join the process group that torchrun announced (if it did) and choose this rank's device.
 
-    device: "" picks CUDA, then MPS, then the CPU; under torchrun each CUDA rank takes the card of its LOCAL_RANK.
+    device: "" picks CUDA, then MPS, then the CPU; under torchrun a CUDA rank takes its LOCAL_RANK's card.
     Errors: ValueError for a device that this machine lacks.
     """
-    kind = device or ("cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu")
+    kind = device or ("cuda" if torch.cuda.is_available()
+                      else "mps" if torch.backends.mps.is_available() else "cpu")
     if kind.startswith("cuda") and not torch.cuda.is_available():
         raise ValueError(f"--device {kind}: no CUDA device is visible here; use --device cpu")
     if kind == "cuda":
@@ -109,8 +110,8 @@ def sum_dict(values: dict[str, float], device: torch.device) -> dict[str, float]
 def sum_gradients(params: list[torch.nn.Parameter]) -> None:
     """Sum the gradients over ranks in place, as one flat buffer; a rank with no gradient joins with zeros.
 
-    A sum and not a mean: the loss was divided by counts that were summed over ranks already. Zeros on a single
-    process too: the optimizer's momentum must move the weights there as it does on many.
+    A sum and not a mean: the loss was divided by counts that were summed over ranks already. Zeros on a
+    single process too: the optimizer's momentum must move the weights there as it does on many.
     """
     for p in params:
         if p.grad is None:
@@ -125,5 +126,6 @@ def sum_gradients(params: list[torch.nn.Parameter]) -> None:
 
 def describe(device: torch.device) -> str:
     """One line for the run's head: how many processes, on what."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device.type}, {torch.get_num_threads()} threads"
+    name = (torch.cuda.get_device_name(device) if device.type == "cuda"
+            else f"{device.type}, {torch.get_num_threads()} threads")
     return f"{world_size()} process(es) on {socket.gethostname()}, {name}"

@@ -1,6 +1,6 @@
-"""Models and tokenizers by name: the embedded one, a local folder, a run of ours, or the hub; refused by name when unfit.
+"""Models and tokenizers by name: embedded, a local folder, a run of ours, the hub; the unfit refused by name.
 
-A run always starts from a plain model: where the folder holds an adapter, it is merged into its base once, in float32, here.
+A run starts from a plain model: an adapter in the folder is merged into its base once, in float32, here.
 """
 
 import json
@@ -34,7 +34,8 @@ def resolve(name: str) -> str:
             return str(ready[0])
         return str(path)
     if path.is_absolute() or name.startswith((".", "~")) or name.count("/") != 1:
-        raise ValueError(f"--model {name}: no such folder (and not a hub id such as Qwen/Qwen2.5-3B-Instruct)")
+        raise ValueError(f"--model {name}: no such folder "
+                         "(and not a hub id such as Qwen/Qwen2.5-3B-Instruct)")
     return name
 
 
@@ -48,16 +49,17 @@ def _reach(what: str, name: str, load):
     """Call a transformers loader; turn what can go wrong into one line that says the way out."""
     try:
         return load()
-    except Exception as error:  # transformers raises many kinds here: OSError, ValueError, KeyError, hub errors
+    except Exception as error:  # transformers raises many kinds: OSError, ValueError, KeyError, hub errors
         reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
         if Path(name).is_dir():
             raise ValueError(f"--model {name}: no usable {what} in that folder ({reason})") from None
-        raise ValueError(f"--model {name}: cannot reach the hub for its {what} ({reason}); download it where there is "
-                         f"a network (huggingface-cli download {name}) and pass --model that folder") from None
+        raise ValueError(f"--model {name}: cannot reach the hub for its {what} ({reason}); download it "
+                         f"where there is a network (huggingface-cli download {name}) "
+                         "and pass --model that folder") from None
 
 
 def load_tokenizer(name: str):
-    """The tokenizer of a folder or hub id. Errors: ValueError, one line, if there is none or it has no end token."""
+    """The tokenizer of a folder or hub id. Errors: ValueError, one line, if none or without an end token."""
     from transformers import AutoTokenizer
 
     name = resolve(name)
@@ -68,7 +70,7 @@ def load_tokenizer(name: str):
 
 
 def load_config(name: str):
-    """The model's configuration, refused by name where the sampler or LoRA would be wrong or the shape unknown.
+    """The model's configuration, refused by name where sampler or LoRA would be wrong or the shape unknown.
 
     Errors: ValueError if the family is not in SUPPORTED or its logits are rescaled in a way not known here.
     """
@@ -77,15 +79,19 @@ def load_config(name: str):
     name = base_of(name)
     config = _reach("configuration", name, lambda: AutoConfig.from_pretrained(name))
     if config.model_type not in SUPPORTED:
-        raise ValueError(f"--model {name}: model type {config.model_type!r} is not supported (fused projections, experts, "
-                         f"or another layer form); supported: {', '.join(SUPPORTED)}")
+        raise ValueError(f"--model {name}: model type {config.model_type!r} is not supported "
+                         "(fused projections, experts, or another layer form); "
+                         f"supported: {', '.join(SUPPORTED)}")
     for key, value in config.to_dict().items():
-        scales_logits = ("logit" in key and "scal" in key) or ("softcap" in key and config.model_type != "gemma2")
+        scales_logits = ("logit" in key and "scal" in key) or (
+            "softcap" in key and config.model_type != "gemma2")
         if scales_logits and value not in (None, 1, 1.0):
-            raise ValueError(f"--model {name}: its config rescales the logits by {key}={value}, which is not known here")
+            raise ValueError(f"--model {name}: its config rescales the logits by {key}={value}, "
+                             "which is not known here")
     rope = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")
     if rope in ("dynamic", "longrope"):
-        raise ValueError(f"--model {name}: rope type {rope!r} changes with the length of the text; not supported")
+        raise ValueError(f"--model {name}: rope type {rope!r} changes with the length of the text; "
+                         "not supported")
     return config
 
 
@@ -96,11 +102,12 @@ def base_of(name: str) -> str:
     return base_of(json.loads(adapter.read_text())["base_model_name_or_path"]) if adapter.exists() else name
 
 
-def load_model(name: str, dtype: torch.dtype, device: torch.device, max_tokens: int = 0, from_scratch: bool = False):
-    """A plain causal language model in `dtype` on `device`, dropout off; adapters on the way are merged in float32.
+def load_model(name: str, dtype: torch.dtype, device: torch.device, max_tokens: int = 0,
+               from_scratch: bool = False):
+    """A plain causal language model in `dtype` on `device`, dropout off; adapters are merged in float32.
 
-    max_tokens: the longest prompt and completion of the run; 0 leaves it unchecked. from_scratch: random weights.
-    Errors: ValueError, one line, if the model is missing, unsupported, or its context or window is shorter than that.
+    max_tokens: longest prompt and completion of the run; 0 leaves it unchecked. from_scratch: random weights.
+    Errors: ValueError, one line, if the model is missing, unsupported, or its context or window is shorter.
     """
     from transformers import AutoModelForCausalLM
     from transformers.utils.logging import disable_progress_bar
@@ -115,7 +122,7 @@ def load_model(name: str, dtype: torch.dtype, device: torch.device, max_tokens: 
     else:
         model = _reach("weights", base, lambda: AutoModelForCausalLM.from_pretrained(base, dtype=load_dtype))
         merge_adapters(model, folder)
-    for module in model.modules():  # dropout would make the sampler, the reference and the trainer three models
+    for module in model.modules():  # dropout would make sampler, reference and trainer three models
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
         if isinstance(getattr(module, "attention_dropout", None), float):
@@ -128,18 +135,19 @@ def load_model(name: str, dtype: torch.dtype, device: torch.device, max_tokens: 
 def check_length(name: str, config, max_tokens: int) -> None:
     limit = getattr(config, "max_position_embeddings", None) or max_tokens
     if max_tokens > limit:
-        raise ValueError(f"--model {name}: prompt and completion need {max_tokens} tokens, its context holds {limit}; "
-                         "shorten --max-new-tokens, or leave long prompts out with --max-prompt-tokens")
+        raise ValueError(f"--model {name}: prompt and completion need {max_tokens} tokens, "
+                         f"its context holds {limit}; shorten --max-new-tokens, "
+                         "or leave long prompts out with --max-prompt-tokens")
     window = getattr(config, "sliding_window", None)
     uses_window = "sliding_attention" in (getattr(config, "layer_types", None) or ["sliding_attention"])
     if window and uses_window and window < max_tokens:
-        raise ValueError(f"--model {name}: its attention window ({window}) is shorter than the run ({max_tokens} tokens); "
-                         "shorten --max-new-tokens")
+        raise ValueError(f"--model {name}: its attention window ({window}) is shorter than the run "
+                         f"({max_tokens} tokens); shorten --max-new-tokens")
 
 
 @torch.no_grad()
 def merge_adapters(model, folder: str) -> None:
-    """Add the adapter in `folder` (PEFT's format) to the weights of `model`, and below it the adapter it stands on.
+    """Add the adapter in `folder` (PEFT's format) to `model`'s weights, and first the adapter it stands on.
 
     Errors: ValueError naming the first tensor whose place or shape does not fit, with both shapes.
     """
@@ -158,9 +166,11 @@ def merge_adapters(model, folder: str) -> None:
         try:
             weight = model.get_parameter(target)
         except AttributeError:
-            raise ValueError(f"--model {folder}: its adapter has {key}, but the base model has no {target}") from None
+            raise ValueError(f"--model {folder}: its adapter has {key}, "
+                             f"but the base model has no {target}") from None
         if weight.shape != (B.shape[0], A.shape[1]):
-            raise ValueError(f"--model {folder}: its adapter's {key} makes {tuple((B.shape[0], A.shape[1]))}, "
+            raise ValueError(f"--model {folder}: its adapter's {key} makes "
+                             f"{tuple((B.shape[0], A.shape[1]))}, "
                              f"but the base model's {target} is {tuple(weight.shape)}")
         weight += scale * (B @ A.float())
 
@@ -168,14 +178,15 @@ def merge_adapters(model, folder: str) -> None:
 def save_adapter(folder, tensors, alpha, base: str, model) -> None:
     """Write an adapter in PEFT's format.
 
-    tensors: path of the linear layer -> (A [R, in], B [out, R]); base: the folder or hub id that it stands on.
+    tensors: path of the linear layer -> (A [R, in], B [out, R]); base: the folder or hub id it stands on.
     """
     os.makedirs(folder, exist_ok=True)
     layers = sorted({int(part) for path in tensors for part in path.split(".") if part.isdigit()})
     config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base,
-              "r": next(iter(tensors.values()))[0].shape[0], "lora_alpha": alpha, "lora_dropout": 0.0, "bias": "none",
-              "fan_in_fan_out": False, "inference_mode": True, "init_lora_weights": True, "modules_to_save": None,
-              "use_rslora": False, "target_modules": sorted({path.rpartition(".")[2] for path in tensors}),
+              "r": next(iter(tensors.values()))[0].shape[0], "lora_alpha": alpha, "lora_dropout": 0.0,
+              "bias": "none", "fan_in_fan_out": False, "inference_mode": True, "init_lora_weights": True,
+              "modules_to_save": None, "use_rslora": False,
+              "target_modules": sorted({path.rpartition(".")[2] for path in tensors}),
               "layers_to_transform": layers if len(layers) < model.config.num_hidden_layers else None}
     flat = {f"base_model.model.{path}.lora_{letter}.weight": tensor.detach().cpu().contiguous()
             for path, pair in tensors.items() for letter, tensor in zip("AB", pair)}
@@ -195,7 +206,8 @@ def load_adapter(folder, tensors) -> None:
             key = f"base_model.model.{path}.lora_{letter}.weight"
             if key not in saved or saved[key].shape != tensor.shape:
                 found = tuple(saved[key].shape) if key in saved else "missing"
-                raise ValueError(f"{folder}: {key} is {found}, this run's adapter needs {tuple(tensor.shape)}")
+                raise ValueError(f"{folder}: {key} is {found}, "
+                                 f"this run's adapter needs {tuple(tensor.shape)}")
             tensor.copy_(saved[key])
 
 
@@ -210,7 +222,7 @@ def stop_ids(model, tokenizer) -> list[int]:
 
 
 def layer_range(text: str, model) -> range | None:
-    """`--train-layers`: "" all (None), "20-27" or "27". Errors: ValueError if the model has no such layers."""
+    """`--train-layers`: "" all (None), "20-27" or "27". Errors: ValueError if there are no such layers."""
     if not text:
         return None
     n = model.config.num_hidden_layers
@@ -221,11 +233,11 @@ def layer_range(text: str, model) -> range | None:
 
 
 def check_token_ids(model, tokenizer) -> None:
-    """Errors: ValueError if the tokenizer can make an id that the embedding has no row for (an opaque crash on CUDA)."""
+    """Errors: ValueError if the tokenizer makes an id without an embedding row (an opaque crash on CUDA)."""
     rows = model.get_input_embeddings().weight.shape[0]
     if len(tokenizer) > rows:
-        raise ValueError(f"the tokenizer has {len(tokenizer)} tokens but the model's embedding only {rows} rows: "
-                         "they do not belong together")
+        raise ValueError(f"the tokenizer has {len(tokenizer)} tokens but the model's embedding "
+                         f"only {rows} rows: they do not belong together")
 
 
 def run_tags(args) -> tuple[str, str]:
@@ -237,8 +249,8 @@ def describe(args, model, params, dtype) -> str:
     """One line for the run's head: which weights, how many are trained, at what rate."""
     n_all, n_trained = (sum(p.numel() for p in ps) / 1e6 for ps in (model.parameters(), params))
     kind = "all" if args.full else f"LoRA r={args.lora_r}"
-    return (f"model: {args.model or 'embedded'}, {n_all:.1f} M weights, {n_trained:.2f} M trained ({kind}), {str(dtype)[6:]}, "
-            f"learning rate {args.lr:g}")
+    return (f"model: {args.model or 'embedded'}, {n_all:.1f} M weights, {n_trained:.2f} M trained ({kind}), "
+            f"{str(dtype)[6:]}, learning rate {args.lr:g}")
 
 
 def choose_dtype(name: str, device: torch.device) -> torch.dtype:
@@ -250,11 +262,12 @@ def choose_dtype(name: str, device: torch.device) -> torch.dtype:
 
 def load_weights(folder) -> dict[str, torch.Tensor]:
     """All tensors of a folder written by `save_plain`."""
-    return {key: value for path in sorted(Path(folder).glob("*.safetensors")) for key, value in load_file(path).items()}
+    return {key: value for path in sorted(Path(folder).glob("*.safetensors"))
+            for key, value in load_file(path).items()}
 
 
 def save_plain(model, tokenizer, folder, state: dict[str, torch.Tensor]) -> None:
-    """Write a plain Hugging Face model (safetensors, config, tokenizer) that transformers, PEFT and vLLM load."""
+    """Write a plain Hugging Face model (safetensors, config, tokenizer): transformers, PEFT, vLLM load it."""
     if model.config.tie_word_embeddings:
         state = {key: value for key, value in state.items() if key != "lm_head.weight"}
     os.makedirs(folder, exist_ok=True)

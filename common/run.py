@@ -1,4 +1,4 @@
-"""The run directory: arguments, metrics, samples and checkpoints on disk, progress on the terminal, resume and retry.
+"""The run directory: arguments, metrics, samples and checkpoints on disk; terminal progress, resume, retry.
 
     runs/NAME/ config.json  SCRIPT.py  log.txt  metrics.jsonl  samples.csv  eval.csv  [git.diff]
                checkpoints/step-N/ (the saved weights, training.pt, state.json)  final/
@@ -29,15 +29,16 @@ from common import dist
 
 
 def cli(main, Args) -> None:
-    """Read the command line into `Args` and call `main`; a user's mistake ends as one line on stderr and exit code 2.
+    """Read the command line into `Args` and call `main`; a user's mistake ends as one line on stderr.
 
-    `--config FILE` (YAML or JSON, also a run's config.json) and `--resume` (the config.json of `--out`) give the values
-    that the command line does not. UNROLLED_TRACEBACK=1 shows the traceback of a mistake all the same.
+    `--config FILE` (YAML or JSON, also a run's config.json) and `--resume` (the config.json of `--out`) give
+    the values that the command line does not. UNROLLED_TRACEBACK=1 shows a mistake's traceback all the same.
     """
     import tyro
 
     try:
-        main(tyro.cli(Args, default=_defaults(Args, sys.argv[1:]), description=sys.modules["__main__"].__doc__))
+        main(tyro.cli(Args, default=_defaults(Args, sys.argv[1:]),
+                      description=sys.modules["__main__"].__doc__))
     except ValueError as error:
         if os.environ.get("UNROLLED_TRACEBACK"):
             raise
@@ -87,7 +88,8 @@ def check_out(args) -> None:
     if args.resume:
         return
     if args.out and path.exists() and (not path.is_dir() or any(path.iterdir())):
-        raise ValueError(f"--out {path} exists and is not empty; add --resume to go on with it, or choose another")
+        raise ValueError(f"--out {path} exists and is not empty; "
+                         "add --resume to go on with it, or choose another")
     parent = next(p for p in (path.absolute(), *path.absolute().parents) if p.exists())
     if not parent.is_dir() or not os.access(parent, os.W_OK):
         raise ValueError(f"--out {path}: cannot write in {parent}")
@@ -96,8 +98,8 @@ def check_out(args) -> None:
 class Run:
     """One run's directory and terminal.
 
-    State: `path`; `step`, the last step logged; `seconds`, what each phase of the present step took; `stop`, true once
-    SIGINT, SIGTERM or SIGUSR1 arrived (the loop then saves and leaves).
+    State: `path`; `step`, the last step logged; `seconds`, what each phase of the present step took; `stop`,
+    true once SIGINT, SIGTERM or SIGUSR1 arrived (the loop then saves and leaves).
     Errors: ValueError if the directory holds a run already (and not `args.resume`), or cannot be written.
     """
 
@@ -112,8 +114,9 @@ class Run:
             import wandb
 
             self._wandb = wandb
-            wandb.init(project="unrolled", name=self.path.name, dir=str(self.path), config=dataclasses.asdict(args),
-                       resume="allow", id=hashlib.sha256(str(self.path.resolve()).encode()).hexdigest()[:16])
+            wandb.init(project="unrolled", name=self.path.name, dir=str(self.path),
+                       config=dataclasses.asdict(args), resume="allow",
+                       id=hashlib.sha256(str(self.path.resolve()).encode()).hexdigest()[:16])
         self.print(f"run: {self.path} ({dist.describe(device)})")
 
     def _make_directory(self, script, tags):
@@ -186,14 +189,16 @@ class Run:
             self._line = len(text)
 
     def self_check(self, checks: dict[str, tuple[float, float]]) -> None:
-        """Print the measured values of the step-0 checks as one line. Errors: ValueError naming the first that is off.
+        """Print the measured step-0 checks as one line. Errors: ValueError naming the first that is off.
 
         checks: name -> (value, the largest value allowed).
         """
         for name, (value, limit) in checks.items():
             if not value <= limit:  # also catches NaN
-                raise ValueError(f"self-check: {name} is {value:.3g}, at most {limit:.3g} is right; nothing was trained")
-        self.print("self-check: " + ", ".join(f"{name} {value:.1g}" for name, (value, _) in checks.items()) + "  ok")
+                raise ValueError(f"self-check: {name} is {value:.3g}, at most {limit:.3g} is right; "
+                                 "nothing was trained")
+        self.print("self-check: "
+                   + ", ".join(f"{name} {value:.1g}" for name, (value, _) in checks.items()) + "  ok")
 
     # ---- metrics and samples ----
 
@@ -207,12 +212,13 @@ class Run:
         self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
 
     def log(self, step, metrics, last_step=None, show=()) -> dict:
-        """Append a line to metrics.jsonl (and wandb); with `last_step`, also print progress: `show` metrics and the ETA.
+        """Append a line to metrics.jsonl (and wandb); with `last_step`, print `show` metrics and the ETA.
 
         Returns the metrics with what was added: the seconds of each phase, and memory.
         """
         if last_step is not None:
-            metrics = metrics | {f"seconds/{name}": value for name, value in self.seconds.items()} | self._memory()
+            metrics = (metrics | {f"seconds/{name}": value for name, value in self.seconds.items()}
+                       | self._memory())
             metrics["seconds"] = sum(self.seconds.values())
             self.seconds = {}
         self._write_metrics({"step": step, **metrics, "time": time.time()})
@@ -220,8 +226,8 @@ class Run:
             self._first_step = self._first_step or (step, time.time() - metrics["seconds"])
             rate = (time.time() - self._first_step[1]) / (step - self._first_step[0] + 1)
             values = "  ".join(f"{name} {_short(metrics[name])}" for name in show if name in metrics)
-            self.print(f"step {step:{len(str(last_step))}d}/{last_step}  {values}  {metrics['seconds']:.2f} s  "
-                       f"ETA {_clock(rate * (last_step - step))}")
+            self.print(f"step {step:{len(str(last_step))}d}/{last_step}  {values}  "
+                       f"{metrics['seconds']:.2f} s  ETA {_clock(rate * (last_step - step))}")
         return metrics
 
     def _write_metrics(self, line):
@@ -238,7 +244,7 @@ class Run:
         return {"memory_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20}
 
     def write_rows(self, rows, file_name="samples.csv") -> None:
-        """Append rows (dicts with the same keys, in order) to a CSV of the run; only rank 0's rows are written."""
+        """Append rows (dicts with the same keys, in order) to a CSV of the run; only rank 0's are written."""
         if not rows or not dist.is_main():
             return
         path = self.path / file_name
@@ -262,9 +268,9 @@ class Run:
     # ---- checkpoints ----
 
     def save(self, step, write_weights, training) -> None:
-        """Write checkpoints/step-N whole or not at all: aside first, then renamed; older ones beyond `args.keep` go.
+        """Write checkpoints/step-N whole or not at all: aside, then renamed; old ones beyond `args.keep` go.
 
-        write_weights(folder) writes the model's part; `training` is a dict of tensors and plain values for the rest.
+        write_weights(folder) writes the model's part; `training`: tensors and plain values, the rest.
         """
         if dist.is_main():
             folder = self.path / f"checkpoints/step-{step}"
@@ -288,7 +294,7 @@ class Run:
         return sorted(found, key=lambda p: int(p.name.removeprefix("step-")))
 
     def load(self):
-        """(folder, training) of the newest checkpoint, or (None, None); metrics and samples after it are cut off.
+        """(folder, training) of the newest checkpoint, or (None, None); later metrics and samples are cut.
 
         What was logged after the checkpoint will be logged again by the steps that are done again.
         """
@@ -319,7 +325,7 @@ class Run:
     # ---- odds and ends ----
 
     def profile(self, step):
-        """A context: the first `args.profile` steps of this process write a trace (trace-STEP.json, for Perfetto)."""
+        """A context: the first `args.profile` steps of this process write trace-STEP.json, for Perfetto."""
         self._profiled = getattr(self, "_profiled", 0) + 1
         if self._profiled > self.args.profile or not dist.is_main():
             return nullcontext()
@@ -327,7 +333,7 @@ class Run:
         return torch.profiler.profile(on_trace_ready=lambda trace: trace.export_chrome_trace(target))
 
     def before_after(self, metric="correct") -> None:
-        """Print the held-out accuracy of the first and the last evaluation, paired by question, from eval.csv."""
+        """Print held-out accuracy at the first and the last evaluation, paired by question, from eval.csv."""
         rows = [row for row in self.read_rows("eval.csv") if row["sample"] == "0"]
         steps = sorted({int(row["step"]) for row in rows})
         if len(steps) < 2:
@@ -337,14 +343,15 @@ class Run:
         before, after = ([scores[i] for i in first if i in last] for scores in (first, last))
         low, high = paired_interval(before, after)
         n = len(before)
-        self.print(f"held-out pass@1 before {sum(before) / n:.3f}, after {sum(after) / n:.3f} (step {steps[-1]}): "
-                   f"{sum(after) / n - sum(before) / n:+.3f}, 95% [{low:+.3f}, {high:+.3f}], n = {n}")
+        self.print(f"held-out pass@1 before {sum(before) / n:.3f}, after {sum(after) / n:.3f} "
+                   f"(step {steps[-1]}): {sum(after) / n - sum(before) / n:+.3f}, "
+                   f"95% [{low:+.3f}, {high:+.3f}], n = {n}")
 
     def dry_run_report(self, metrics, steps) -> None:
         """Print what the one step of a dry run measured, and throw its directory away."""
         self.print(f"dry run: peak memory {metrics['memory_gb']:.2f} GB; one step at the largest sizes took "
-                   f"{metrics['seconds']:.1f} s, so {steps} steps take at most {_clock(metrics['seconds'] * steps)} (h:mm:ss), "
-                   "evaluation apart; nothing was kept")
+                   f"{metrics['seconds']:.1f} s, so {steps} steps take at most "
+                   f"{_clock(metrics['seconds'] * steps)} (h:mm:ss), evaluation apart; nothing was kept")
         if dist.is_main():
             shutil.rmtree(self.path.parent)
 
@@ -355,7 +362,7 @@ class Run:
 
 
 def paired_interval(before, after):
-    """95% interval of the mean paired difference after - before, by the normal approximation over questions."""
+    """95% interval of the mean paired difference after - before: normal approximation over questions."""
     differences = [b - a for a, b in zip(before, after, strict=True)]
     n = len(differences)
     mean = sum(differences) / n
@@ -369,10 +376,10 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def retry_smaller(attempt, size, device, smallest, note):
-    """attempt(size), halving `size` on all ranks whenever one of them runs out of memory. Returns (result, size).
+    """attempt(size), halving `size` on all ranks when one of them runs out of memory. Returns (result, size).
 
-    The retry stands outside the `except`: inside it the traceback would keep the failed attempt's tensors alive.
-    `attempt` must be repeatable (it zeroes its own gradients). Errors: ValueError once `smallest` does not fit.
+    The retry stands outside the `except`: inside it the traceback would keep the failed tensors alive.
+    `attempt` must be repeatable (zero its own gradients). Errors: ValueError once `smallest` does not fit.
     """
     while True:
         result, failed = None, False
@@ -385,7 +392,8 @@ def retry_smaller(attempt, size, device, smallest, note):
         if not dist.any_rank(failed, device):
             return result, size
         if size <= smallest:
-            raise ValueError(f"out of memory at the smallest size ({note} {size}); use a smaller model or shorter texts")
+            raise ValueError(f"out of memory at the smallest size ({note} {size}); "
+                             "use a smaller model or shorter texts")
         size = max(smallest, size // 2)
         if device.type == "cuda":
             torch.cuda.empty_cache()

@@ -24,12 +24,14 @@ def folder(tmp_path_factory):
 
 
 def run_main(script, capsys, monkeypatch, *words):
-    """What `python bench/script.py words` prints: the JSON lines, the other lines, and stderr."""
+    """What `python bench/script.py words` prints: its JSON lines, the other lines, and stderr."""
     monkeypatch.setattr(sys, "argv", [script.__name__, *map(str, words)])
     script.main()
     out, err = capsys.readouterr()
-    lines = out.splitlines()
-    return [json.loads(x) for x in lines if x.startswith("{")], [x for x in lines if not x.startswith("{")], err
+    lines, text = [], []
+    for line in out.splitlines():
+        lines.append(json.loads(line)) if line.startswith("{") else text.append(line)
+    return lines, text, err
 
 
 # ---- models.py ----
@@ -39,23 +41,22 @@ def test_the_recipe_keeps_its_weights(tmp_path):
     """Figures of other days are compared with today's: the same seed must go on making the same model."""
     model = models.build(tmp_path, "tiny", eos_prob=0.01, seed=0, n_prompts=1)
     head = model.lm_head.weight.detach()  # [V, D], tied to the embedding
-    # drawn values to the digits printed; the end token's entry is computed, so to float32's rounding over a sum
+    # drawn values, to the digits printed; the end token's first is computed, from a sum of float32 products
     torch.testing.assert_close(head[0, :3], torch.tensor([0.0994, 0.0282, -0.0251]), atol=5e-5, rtol=0)
     torch.testing.assert_close(head[258, :2], torch.tensor([2.7772, 0.0202]), atol=1e-3, rtol=0)
     down = model.model.layers[3].mlp.down_proj.weight.detach()
     torch.testing.assert_close(down[1, :2], torch.tensor([0.0099, -0.0070]), atol=5e-5, rtol=0)
-    assert sum(p.numel() for p in model.parameters()) == 3_036_928
+    assert sum(p.numel() for p in model.parameters()) == 3_035_392
 
 
 @pytest.mark.parametrize("probability", [0.1, 0.01, 0.0])
 def test_the_end_has_the_probability_asked_for_everywhere(tmp_path, probability):
     model = models.build(tmp_path, eos_prob=probability, n_prompts=1)
-    ids = torch.randint(0, 256, (8, 100), generator=torch.Generator().manual_seed(1))
+    ids = torch.randint(0, 256, (8, 200), generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
-        found = model(ids).logits.softmax(-1)[:, :, model.config.eos_token_id]
-    # the constant is exact for the average position; single ones stray as their own logits do, by a few tenths
-    assert probability / 2 <= found.min() and found.max() <= 2 * probability + 1e-9
-    assert abs(found.mean() - probability) <= 0.1 * probability + 1e-9
+        found = model(ids).logits.softmax(-1)[:, 32:, model.config.eos_token_id].mean(0)  # prompts are longer
+    # set for the average log-odds of other texts than these: the mean of eight rows strays by a third
+    assert 0.7 * probability <= found.min() and found.max() <= 1.5 * probability + 1e-9
 
 
 def test_the_tokenizer_and_the_prompts(folder):
@@ -74,11 +75,12 @@ def test_the_tokenizer_and_the_prompts(folder):
 def test_sampling(folder, capsys, monkeypatch):
     (line,), _, _ = run_main(sampling, capsys, monkeypatch, "--model", folder, "--prompts", 2, "--group", 3,
                              "--new", 8, "--rounds", 2, "--threads", 1)
-    rates = line["tokens_per_s"]
-    assert len(rates["generate"]) == len(rates["sampler"]) == 2 and min(rates["generate"] + rates["sampler"]) > 0
-    low, high = line["ratio_range"]
-    assert low <= line["ratio"] <= high
-    assert line["ratio"] == pytest.approx(sum(s / g for g, s in zip(*rates.values())) / 2, rel=0.01)  # rounding
+    theirs, ours = line["tokens_per_s"]["generate"], line["tokens_per_s"]["sampler"]
+    assert len(theirs) == len(ours) == 2 and min(theirs + ours) > 0
+    ratios = [b / a for a, b in zip(theirs, ours)]
+    # to the rounding of what is printed
+    assert line["ratio"] == pytest.approx(sum(ratios) / 2, rel=0.01)  # the median of two is their mean
+    assert line["ratio_range"] == pytest.approx(sorted(ratios), rel=0.01)
     assert all(1 <= mean <= 8 for mean in line["mean_length"].values()) and line["longest"] <= 8
     assert line["logprob_gap"] < 1e-4  # float32: both did the same work
 
@@ -105,6 +107,7 @@ def toy_step(folder):
             "--rounds", 1, "--threads", 1)
 
 
+@pytest.mark.slow
 def test_grpo_step_without_trl(folder, capsys, monkeypatch):
     monkeypatch.setattr(grpo_step, "PEER", ("trl_is_absent",))
     (line,), _, err = run_main(grpo_step, capsys, monkeypatch, *toy_step(folder), "--beta", 0)
@@ -116,14 +119,18 @@ def test_grpo_step_without_trl(folder, capsys, monkeypatch):
     assert side["longest"] <= 8 and side["tokens_per_step"] <= 64 and 0.1 < side["peak_gb"] < 4
 
 
-@pytest.mark.skipif(any(importlib.util.find_spec(name) is None for name in grpo_step.PEER), reason="TRL not installed")
+@pytest.mark.slow
+@pytest.mark.skipif(any(importlib.util.find_spec(name) is None for name in grpo_step.PEER),
+                    reason="TRL is not installed")
 def test_grpo_step_beside_trl(folder, capsys, monkeypatch):
     (line,), _, _ = run_main(grpo_step, capsys, monkeypatch, *toy_step(folder), "--micro", 4)
     sides = line["each"][0]
-    assert set(sides["trl"]["seconds"]) == {"sample", "reward", "reference", "forward", "backward", "rest", "step"}
-    assert set(sides["unrolled"]["seconds"]) == {"sample", "reward", "reference", "update", "step"}
+    phases = {side: set(figures["seconds"]) for side, figures in sides.items()}
+    assert phases["trl"] == {"sample", "reward", "reference", "forward", "backward", "rest", "step"}
+    assert phases["unrolled"] == {"sample", "reward", "reference", "update", "step"}
     assert line["ratio"] == pytest.approx(line["seconds"]["trl"] / line["seconds"]["unrolled"], rel=0.01)
-    assert min(x for side in sides.values() for x in side["seconds"].values()) > 0
+    for side, figures in sides.items():  # rounded to 0.1 ms: the reward may show as 0
+        assert figures["seconds"]["sample"] > 0 and min(figures["seconds"].values()) >= 0, side
     assert all(side["mean_length"] <= 8 and side["longest"] <= 8 for side in sides.values())
 
 
@@ -138,10 +145,12 @@ def test_grpo_step_refuses(folder, capsys, monkeypatch, words, message):
 # ---- scaling.py ----
 
 
+@pytest.mark.slow
 def test_scaling(capsys, monkeypatch):
-    figures, table, _ = run_main(scaling, capsys, monkeypatch, "--groups", 2, 4, "--lengths", "--vocabularies",
-                                 "--prompts", 2, "--new", 4, "--steps", 2, "--rounds", 1, "--threads", 1)
-    assert [f["tokens_per_step"] for f in figures] == [2 * 2 * 4, 2 * 4 * 4]  # to the token: the model never ends
+    figures, table, _ = run_main(
+        scaling, capsys, monkeypatch, "--groups", 2, 4, "--lengths", "--vocabularies", "--prompts", 2,
+        "--new", 4, "--steps", 2, "--rounds", 1, "--threads", 1)
+    assert [f["tokens_per_step"] for f in figures] == [2 * 2 * 4, 2 * 4 * 4]  # the model never ends: exact
     first, second = (f["seconds"]["step"] for f in figures)
     assert [f["cost_per_size"] for f in figures] == [1, pytest.approx(second / first / 2, abs=1e-3)]
     assert [row.split("|")[1:4] for row in table[2:]] == [[" G ", " 2 ", " 16 "], [" G ", " 4 ", " 32 "]]
@@ -159,8 +168,10 @@ runpy.run_path("bench/gpu.py", run_name="__main__")
 """
 
 
+@pytest.mark.slow
 def test_gpu_runs_to_its_end_with_torch_and_transformers_alone():
-    done = subprocess.run([sys.executable, "-c", RUN_WITHOUT], cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", RUN_WITHOUT], cwd=ROOT, capture_output=True, text=True,
+                          check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     figures = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
     kinds = [f["figure"] for f in figures]
@@ -169,7 +180,8 @@ def test_gpu_runs_to_its_end_with_torch_and_transformers_alone():
     assert len(checks) >= 9 and all(f["ok"] and f["value"] <= f["limit"] for f in checks.values())
     decode = [f for f in figures if f["figure"] == "decode"]
     assert [(f["what"], f["slots"]) for f in decode] == [("generate", 4), ("Sampler", 4), ("Sampler", 8)]
-    assert all(f["tokens_per_s"] == pytest.approx(1e3 * f["slots"] / f["ms_per_step"], rel=0.05) for f in decode)
+    for f in decode:
+        assert f["tokens_per_s"] == pytest.approx(1e3 * f["slots"] / f["ms_per_step"], rel=0.05)  # rounding
     (step,) = (f for f in figures if f["figure"] == "step")
     assert list(step["seconds"]) == ["sample", "reward", "reference", "update"]
     for heading in ("| check |", "| decode |", "| GRPO step |"):

@@ -40,9 +40,11 @@ def check(sources):
             elif number + 1 not in starts:
                 complaints.append(f"{place}: the marker does not stand directly above a definition")
             elif match[1] == "Copied" and starts[number + 1] != match[3]:
-                complaints.append(f"{place}: the marker names {match[3]}, below it stands {starts[number + 1]}")
+                complaints.append(f"{place}: the marker names {match[3]}, "
+                                  f"below it stands {starts[number + 1]}")
             elif match[1] == "Adapted" and not match[4]:
-                complaints.append(f"{place}: an adapted block says why: '# Adapted from {match[2]}::{match[3]}: reason'")
+                complaints.append(f"{place}: an adapted block says why: "
+                                  f"'# Adapted from {match[2]}::{match[3]}: reason'")
             else:
                 markers[name, starts[number + 1]] = match[1], match[2], match[3], number
     for (name, defined), (kind, home, original, number) in markers.items():
@@ -52,7 +54,8 @@ def check(sources):
         elif markers.get((home, original), ("",))[0] == "Copied":
             complaints.append(f"{place}: {home}::{original} is itself a copy; name its home")
         elif kind == "Copied" and blocks[name, defined][0] != blocks[home, original][0]:
-            complaints.append(f"{place}: {defined} differs from {home}::{original} (python tests/test_copies.py --fix)")
+            complaints.append(f"{place}: {defined} differs from {home}::{original} "
+                              "(python tests/test_copies.py --fix)")
     homes = {}
     for (name, defined) in blocks:
         if (name, defined) not in markers and defined not in EACH_ITS_OWN:

@@ -343,14 +343,7 @@ def test_preference_files_and_what_they_drop():
     pairs = load_preferences(DATA / "hh_rlhf" / "harmless-base" / "test.jsonl.gz", dropped=dropped)
     assert dropped == {"prompts differ": 5, "empty reply": 4} and len(pairs) == 2312 - 9
     for pair in pairs:
-        roles = ["user"] if isinstance(pair.prompt, str) else [message["role"] for message in pair.prompt]
-        assert roles == ["user", "assistant"] * (len(roles) // 2) + ["user"]
-    as_examples = load_examples(
-        DATA / "hh_rlhf" / "harmless-base", "test"
-    )  # prompts for PPO, replies for SFT
-    assert len(as_examples) == 2312 and all(
-        isinstance(e.prompt, str) or e.prompt[-1]["role"] == "user" for e in as_examples
-    )
+        assert isinstance(pair.prompt, str) or pair.prompt[-1]["role"] == "user"
 
 
 @needs_data
@@ -396,8 +389,6 @@ def test_every_file_format_gives_the_same_examples(tmp_path):
         assert [(e.id, e.prompt, e.answer, e.task) for e in examples] == [
             (i, row["prompt"], row["answer"], "math") for i, row in enumerate(rows)
         ], name
-    several = load_examples(f"{tmp_path / 'a.jsonl'},{tmp_path / 'a.csv'}")
-    assert [example.id for example in several] == [0, 1, 2, 3]
 
 
 def test_a_folder_holds_one_file_or_folder_per_split(tmp_path):
@@ -446,9 +437,9 @@ def test_text_and_chat_schemas(tmp_path):
 
 
 OTHER = {"role": "assistant", "content": "b"}
-HH = "\n\nHuman: a\n\nHuman: b\n\nAssistant: c\n\nHuman: d\n\nAssistant: "
+HH = "\n\nHuman: a\n\nAssistant: c\n\nHuman: d\n\nAssistant: "
 HH_PROMPT = [
-    {"role": "user", "content": "a\n\nb"},
+    {"role": "user", "content": "a"},
     {"role": "assistant", "content": "c"},
     {"role": "user", "content": "d"},
 ]
@@ -555,7 +546,6 @@ GSM = {"question": "q", "answer": "so\n#### 1,234"}
         ("a.csv", "question,A,B,C,D,answer\nq,1,2,3,4,E\n", ["line 2", "'E', not one of A, B, C, D"]),
         ("a.jsonl", '{"messages": [{"role": "user", "content": "q"}]}\n', ["line 1", "assistant turn"]),
         ("a.jsonl", '{"messages": "hello"}\n', ["line 1", "list of {role, content}"]),
-        ("a.jsonl", '{"chosen": "a", "rejected": "b"}\n', ["line 1", "Human"]),
         ("a.jsonl.gz", b"no gzip", ["a.jsonl.gz: "]),
         ("a.jsonl", b"\xff\xfe", ["a.jsonl: ", "utf-8"]),
         ("a.parquet", b"no parquet", ["a.parquet: "]),
@@ -582,6 +572,8 @@ def test_missing_data_says_what_there_is(tmp_path):
     )
     message = refusal(load_preferences, tmp_path / "train.jsonl")
     assert "line 1" in message and "prompt,answer" in message and "chosen,rejected" in message
+    message = refusal(load_preferences, lines(tmp_path / "x.jsonl", [{"chosen": "a", "rejected": "b"}]))
+    assert "line 1" in message and "Human" in message
     message = refusal(load_examples, tmp_path / "train.jsonl", level=3)
     assert "no row of level 3" in message
 
@@ -614,7 +606,7 @@ def hub(tmp_path, monkeypatch):
 
 
 def test_the_hubs_configs_are_read_one_after_the_other(hub, monkeypatch):
-    monkeypatch.setitem(common.data.HUB, "math", (hub, ["algebra", "geometry"]))
+    monkeypatch.setitem(common.data.HUB, "math", [f"{hub}:algebra", f"{hub}:geometry"])
     examples = load_examples("math")
     assert [example.prompt for example in examples] == [
         f"{c} {i}" for c in ("algebra", "geometry") for i in range(3)
@@ -625,10 +617,10 @@ def test_the_hubs_configs_are_read_one_after_the_other(hub, monkeypatch):
 
 
 def test_the_hubs_mistakes(hub, monkeypatch):
-    monkeypatch.setitem(common.data.HUB, "math", (hub, ["algebra"]))
+    monkeypatch.setitem(common.data.HUB, "math", [f"{hub}:algebra"])
     message = refusal(load_examples, "math", "validation")
     assert "validation" in message and "train" in message
-    monkeypatch.setitem(common.data.HUB, "math", (hub, ["topology"]))
+    monkeypatch.setitem(common.data.HUB, "math", [f"{hub}:topology"])
     assert "topology" in refusal(load_examples, "math")
     for data, hub_id in (
         ("gsm8k", "openai/gsm8k"),
@@ -636,7 +628,7 @@ def test_the_hubs_mistakes(hub, monkeypatch):
         ("mmmlu/YO_NG", "openai/MMMLU"),
     ):
         message = refusal(load_examples, data)
-        assert message.startswith(f"cannot reach the hub for {hub_id} (")
+        assert message.startswith(f"cannot reach the hub for {hub_id}")
         assert message.endswith("pass --data a local .jsonl/.csv/.parquet file instead")
 
 
@@ -751,7 +743,7 @@ def test_prompts_are_plain_text_without_a_template():
     gpt2 = transformers.AutoTokenizer.from_pretrained(DATA / "tokenizers" / "gpt2")
     assert gpt2.decode(encode_prompt(gpt2, "Hi", system="S", template="Q: {prompt}\nA:")) == "S\n\nQ: Hi\nA:"
     chat = [*CHAT, {"role": "user", "content": "Bye"}]
-    assert gpt2.decode(encode_prompt(gpt2, chat)) == "User: Hi\n\nAssistant: Hello\n\nUser: Bye\n\nAssistant:"
+    assert gpt2.decode(encode_prompt(gpt2, chat)) == prompt_text(chat) == "Hi\n\nHello\n\nBye"
 
 
 class AddsMarks:
@@ -773,7 +765,6 @@ class AddsMarks:
 def test_one_bos_at_most_and_no_eos_after_a_prompt():
     tokenizer = AddsMarks()
     assert encode_prompt(tokenizer, "ab c") == [1, 12, 11]
-    assert encode_prompt(tokenizer, "<s> ab c") == [1, 12, 11]
     tokenizer.chat_template = "yes"
     assert encode_prompt(tokenizer, "ab c") == [1, 12, 11]
 

@@ -1,7 +1,7 @@
-"""The method of grpo.py: advantages, losses, KL, denominators, counts. Golden values by hand, gradients against closed
-forms, invariances to micro-batches, ranks and skipped rows, and toy tasks that must be learnt.
+"""The method of grpo.py: advantages, losses, KL, denominators. Golden values by hand, gradients against
+closed forms, invariances to micro-batches, ranks and skipped rows, and toy tasks that must be learnt.
 
-Most gradients are taken on a policy that is a table of logits: all that is expected of it can be written down.
+Most gradients are taken on a policy that is a table of logits: what is expected of it can be written down.
 """
 
 import itertools
@@ -15,6 +15,7 @@ import signal
 import statistics
 from contextlib import nullcontext
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -52,8 +53,8 @@ ROOT = Path(__file__).resolve().parents[1]
 CPU = torch.device("cpu")
 NAN = math.nan
 
-# Log-probs, and so the ratios and KL made of them, are float32: 6e-8 relative for each of a few operations. Values and
-# gradients here are of order 1, so 1e-6 is rounding and nothing else; 5e-6 where dozens of such terms add up.
+# Log-probs, and so the ratios and KL made of them, are float32: 6e-8 relative for each of a few operations.
+# So 1e-6 of the largest value is rounding and nothing else; 5e-6 where that is a difference of larger ones.
 ROUNDING = 1e-6
 SUMS = 5e-6
 GOLDEN = 1e-6  # golden values have six decimals
@@ -64,7 +65,7 @@ def close(value, tolerance=GOLDEN):
 
 
 def assert_close(a, b, tolerance=ROUNDING):
-    """No entry further apart than `tolerance` times the largest of b: small ones are differences of large ones."""
+    """No entry further apart than `tolerance` times the largest of b."""
     assert a.shape == b.shape and torch.isfinite(a).all()
     assert (a - b).abs().max().item() <= tolerance * (b.abs().max().item() or 1.0)
 
@@ -111,12 +112,13 @@ def rollout(prompt_ids, ids, old=None, *, advantage=0.0, sampled=None, ref=None,
     """A Rollout of hand-made numbers; the sampler's log-probs are the old ones unless given."""
     old = [0.0] * len(ids) if old is None else [float(x) for x in old]
     completion = Completion(ids, old if sampled is None else [float(x) for x in sampled], True)
-    return Rollout(None, group, 0, prompt_ids, completion, advantage=advantage, old_logprobs=torch.tensor(old),
-                   ref_logprobs=None if ref is None else torch.tensor([float(x) for x in ref]))
+    ref = None if ref is None else torch.tensor([float(x) for x in ref])
+    return Rollout(None, group, 0, prompt_ids, completion, advantage=advantage,
+                   old_logprobs=torch.tensor(old), ref_logprobs=ref)
 
 
 def random_rollouts(logprobs_of, vocab, lengths, spread, seed=0):
-    """Rollouts of random tokens and advantages; old, sampled and reference log-probs lie `spread` around the present."""
+    """Rollouts of random tokens and advantages; their log-probs lie `spread` around the policy's."""
     generator = torch.Generator().manual_seed(seed)
 
     def tokens(n):
@@ -128,7 +130,7 @@ def random_rollouts(logprobs_of, vocab, lengths, spread, seed=0):
     rollouts = [rollout(tokens(1 + i % 3), tokens(n)) for i, n in enumerate(lengths)]
     with torch.no_grad():
         present = logprobs_of(rollouts)
-    return [rollout(r.prompt_ids, r.completion.ids, old=(old := near(values)), sampled=near(torch.tensor(old)),
+    return [rollout(r.prompt_ids, r.completion.ids, (old := near(values)), sampled=near(torch.tensor(old)),
                     ref=near(values), advantage=torch.randn((), generator=generator).item())
             for r, values in zip(rollouts, present)]
 
@@ -148,7 +150,7 @@ def gradient(model, params, rollouts, args, tokens_per_batch=10**6, of=None):
 
 
 def loss_by_hand(logprobs, rollouts, args, n_sequences, n_tokens):
-    """The loss of a step, token by token in float64, as the papers write it: (loss, KL summed over tokens)."""
+    """(loss of a step, KL summed over tokens): token by token in float64, as the papers write it."""
     total, total_kl = 0.0, 0.0
     for values, r in zip(logprobs, rollouts):
         A, L, low, high = r.advantage, len(values), 1 - args.clip_eps_low, 1 + args.clip_eps_high
@@ -193,7 +195,13 @@ def theta():
 
 def advantages(rewards, groups=None, scaling="std"):
     groups = [0] * len(rewards) if groups is None else groups
-    return group_advantages(torch.tensor(rewards, dtype=torch.float64), torch.tensor(groups), scaling).tolist()
+    rewards = torch.tensor(rewards, dtype=torch.float64)
+    return group_advantages(rewards, torch.tensor(groups, dtype=torch.int64), scaling).tolist()
+
+
+def advise(rollouts, rewards, scaling="std", groups=None):
+    for r, advantage in zip(rollouts, advantages(rewards, groups, scaling)):
+        r.advantage = advantage
 
 
 def test_advantages_golden():
@@ -203,12 +211,13 @@ def test_advantages_golden():
     assert advantages([1, 0, 0, 0], scaling="loo") == close([1] + 3 * [-1 / 3])
     # far from zero E[x^2] - mean^2 loses every digit of the deviation
     for scaling in ("std", "none", "loo"):
-        assert advantages([1e6 + 1, 1e6, 1e6, 1e6], scaling=scaling) == close(advantages([1, 0, 0, 0], scaling=scaling))
+        far = advantages([1e6 + 1, 1e6, 1e6, 1e6], scaling=scaling)
+        assert far == close(advantages([1, 0, 0, 0], scaling=scaling))
 
 
 @pytest.mark.parametrize("scaling", ["std", "none", "loo"])
 def test_equal_rewards_have_exactly_zero_advantage(scaling):
-    """The mean of .1 eight times is not .1 in floating point, and rounding over 1e-4 would still move weights."""
+    """The mean of equal floats need not be that float, and rounding over 1e-4 would still move weights."""
     assert sum([0.1] * 3) / 3 != 0.1
     for n in range(1, 20):
         assert advantages([0.1] * n, scaling=scaling) == [0.0] * n
@@ -233,7 +242,7 @@ def test_a_nan_reward_leaves_its_group_and_nothing_else(scaling):
 
 @pytest.mark.parametrize("scaling", ["std", "none", "loo"])
 def test_groups_are_integer_ids_in_any_order(scaling):
-    """Against the statistics module; permuting rows permutes advantages, dropping rows leaves other groups alone."""
+    """By the statistics module. Permuting rows permutes advantages; dropping some changes no other group."""
     rng = random.Random(0)
     for _ in range(20):
         groups = [g for g in rng.sample(range(10**12), 5) for _ in range(rng.randint(2, 6))]
@@ -241,13 +250,16 @@ def test_groups_are_integer_ids_in_any_order(scaling):
         rewards = [rng.choice([0.0, 0.5, 1.0, rng.gauss(0, 1), NAN]) for _ in groups]
         found = advantages(rewards, groups, scaling)
         for i, group in enumerate(groups):
-            others = [rewards[j] for j in range(len(groups)) if groups[j] == group and j != i and not math.isnan(rewards[j])]
-            if math.isnan(rewards[i]) or len(set([*others, rewards[i]])) < 2:
+            R = rewards[i]
+            others = [rewards[j] for j in range(len(groups)) if groups[j] == group and j != i]
+            others = [x for x in others if not math.isnan(x)]
+            if math.isnan(R) or not {*others} - {R}:
                 assert found[i] == 0
                 continue
-            mean, deviation = statistics.mean([*others, rewards[i]]), statistics.stdev([*others, rewards[i]])
-            assert found[i] == close({"std": (rewards[i] - mean) / (deviation + 1e-4), "none": rewards[i] - mean,
-                                      "loo": rewards[i] - statistics.mean(others or [NAN])}[scaling], 1e-9)
+            mean, deviation = statistics.mean([*others, R]), statistics.stdev([*others, R])
+            expected = {"std": (R - mean) / (deviation + 1e-4), "none": R - mean,
+                        "loo": R - statistics.mean(others)}
+            assert found[i] == close(expected[scaling], 1e-9)
         order = rng.sample(range(len(groups)), len(groups))
         assert advantages([rewards[i] for i in order], [groups[i] for i in order], scaling) == close(
             [found[i] for i in order], 1e-12)
@@ -266,8 +278,8 @@ TOKEN = {"ratio": "token", "clip": "min", "clip_eps_low": 0.2, "clip_eps_high": 
 def one_token(rho, A, **switches):
     """(loss, d loss / d logprob, clipped low, clipped high) of one token."""
     logprobs = torch.tensor([[math.log(rho) - 1]], dtype=torch.float64, requires_grad=True)
-    loss, low, high = policy_loss(logprobs, torch.tensor([[-1.0]], dtype=torch.float64), torch.tensor([float(A)]).double(),
-                                  torch.ones(1, 1, dtype=torch.bool), **(TOKEN | switches))
+    old, A = torch.tensor([[-1.0]]).double(), torch.tensor([float(A)]).double()
+    loss, low, high = policy_loss(logprobs, old, A, torch.tensor([[True]]), **(TOKEN | switches))
     return loss.item(), torch.autograd.grad(loss.sum(), logprobs)[0].item(), low.item(), high.item()
 
 
@@ -282,7 +294,7 @@ def one_token(rho, A, **switches):
     (4.0, 1, 3, -1.2, 0.0, False, True),  # dual clip is for negative advantages alone
     (0.5, 1, 0, -0.5, -0.5, False, False),
     (1.1, 1, 0, -1.1, -1.1, False, False),
-    (1.0, 2, 0, -2.0, -2.0, False, False),  # the two terms are equal here: the gradient is neither halved nor doubled
+    (1.0, 2, 0, -2.0, -2.0, False, False),  # two equal terms: their gradient is neither halved nor doubled
     (1.0, -2, 3, 2.0, 2.0, False, False),
     (4.0, 0, 3, 0.0, 0.0, False, False)])
 def test_policy_term_golden(rho, A, dual_clip, loss, slope, low, high):
@@ -299,7 +311,7 @@ def test_lower_and_upper_clip_are_their_own_numbers():
 
 
 def test_gspo_golden():
-    """TRAPS C0: log-ratios .1, .3, -.1 make w = 1.105171 at each token of the row, whatever stands in the padding."""
+    """TRAPS C0: log-ratios .1, .3, -.1 make w = 1.105171 at each of the row's tokens."""
     old = torch.tensor([[-1.0, -2.0, -0.5, 7.0]])
     logprobs = (old + torch.tensor([[0.1, 0.3, -0.1, 9.0]])).requires_grad_()
     mask = torch.tensor([[True, True, True, False]])
@@ -318,8 +330,10 @@ def test_gspo_golden():
 def test_cispo_golden():
     """-sg(min(rho, 1 + high)) A logprob: a clipped token keeps its gradient, with a capped weight."""
     cispo = {"clip": "detach", "clip_eps_high": 0.28}
-    assert one_token(1.1, 2, **cispo) == (close(-1.1 * 2 * (math.log(1.1) - 1), 1e-9), close(-2.2, 1e-9), False, False)
-    assert one_token(3, 2, **cispo) == (close(-1.28 * 2 * (math.log(3) - 1), 1e-9), close(-2.56, 1e-9), False, True)
+    # one_token's old log-prob is -1, so that logprob = log rho - 1
+    assert one_token(1.1, 2, **cispo)[:2] == close((-1.1 * 2 * (math.log(1.1) - 1), -2.2), 1e-9)
+    assert one_token(3, 2, **cispo)[:2] == close((-1.28 * 2 * (math.log(3) - 1), -2.56), 1e-9)
+    assert one_token(1.1, 2, **cispo)[2:] == (False, False) and one_token(3, 2, **cispo)[2:] == (False, True)
     assert one_token(3, -2, **cispo)[1] == close(2.56, 1e-9)
     assert one_token(0.1, -2, **cispo)[1:] == (close(0.2, 1e-9), False, False)  # no lower clip
 
@@ -365,7 +379,7 @@ def test_what_stands_outside_the_mask_changes_nothing(switches, rubbish):
 
 
 def test_sampler_weights_golden():
-    """exp(old - sampled) is 1, 1.648721, 2.225541, .449329; the cap of 2 truncates above, and masks on both sides."""
+    """exp(old - sampled) is 1, 1.648721, 2.225541, .449329; a cap of 2 truncates above, masks both sides."""
     sampled = torch.tensor([[-1.0, -2.0, -3.0, -0.5, NAN]])
     old = (sampled + torch.tensor([[0, 0.5, 0.8, -0.8, 0]])).requires_grad_()
     mask = torch.tensor([[True, True, True, True, False]])
@@ -386,11 +400,11 @@ def test_kl_golden():
     pi, ref = torch.tensor([0.7, 0.3]).double(), torch.tensor([0.5, 0.5]).double()
     mean = {kind: (pi * kl_estimate(pi.log(), ref.log(), kind)).sum().item() for kind in ("k1", "k2", "k3")}
     assert mean == close({"k1": 0.0822829, "k2": 0.0787662, "k3": 0.0822829})
-    assert (ref * kl_estimate(ref.log(), pi.log(), "k1")).sum().item() == close(0.0871767)  # the other direction
+    assert (ref * kl_estimate(ref.log(), pi.log(), "k1")).sum().item() == close(0.0871767)  # the other way
 
 
 def test_k3_is_never_negative():
-    """Though a sum of k1 over a batch may be; also in float32, where the exponential rounds (half an ulp of 1)."""
+    """Though a sum of k1 over a batch may be; in float32 the exponential rounds by half an ulp of 1."""
     d = torch.linspace(-8, 8, 100001)
     assert kl_estimate(d.double(), torch.zeros(()).double(), "k3").min() >= 0
     assert kl_estimate(d, torch.zeros(()), "k3").min() >= -6e-8
@@ -407,7 +421,7 @@ def kl(p, q):
 @pytest.mark.parametrize("kind, expected", [
     ("k1", (0, 0, 0)), ("k2", (0.138796, -0.219580, 0.080784)), ("k3", (0.153615, -0.285522, 0.131906))])
 def test_kl_as_a_loss_golden_gradients(kind, expected):
-    """TRAPS C0, over an enumerated softmax: k1 pulls nowhere, k2 along KL(policy || ref), k3 along KL(ref || policy)."""
+    """TRAPS C0, an enumerated softmax: 0, the gradient of KL(policy || ref), that of KL(ref || policy)."""
     theta = THETA.clone().requires_grad_()
     logprobs = theta.log_softmax(0)
     loss = (logprobs.exp().detach() * kl_estimate(logprobs, REF.log(), kind)).sum()
@@ -421,7 +435,8 @@ def test_k1_in_the_reward_golden_gradient():
     pi = logprobs[:, 0].exp().detach()
     k1 = kl_estimate(logprobs[:, 0].detach(), REF.log(), "k1")
     for switches in LOSSES:
-        loss = policy_loss(logprobs, logprobs.detach(), -k1, torch.ones(3, 1, dtype=torch.bool), **(TOKEN | switches))[0]
+        mask = torch.ones(3, 1, dtype=torch.bool)
+        loss = policy_loss(logprobs, logprobs.detach(), -k1, mask, **(TOKEN | switches))[0]
         slope, = torch.autograd.grad((pi * loss[:, 0]).sum(), theta, retain_graph=True)
         assert slope.tolist() == close((0.138796, -0.219580, 0.080784))
 
@@ -439,7 +454,7 @@ def test_kl_is_zero_with_zero_gradient_where_the_policy_is_the_reference(kind, t
 
 # ---- aggregation ----
 
-@pytest.mark.parametrize("aggregation, expected", [("sequence", 0.75), ("token", 0.666667), ("constant", 0.25)])
+@pytest.mark.parametrize("aggregation, expected", zip(AGGREGATIONS, (0.75, 0.666667, 0.25)))
 def test_aggregation_golden(aggregation, expected):
     """TRAPS C0: rows of L = 2 (f = 1) and L = 4 (f = .5), L_max 8."""
     sums = torch.tensor([2 * 1.0, 4 * 0.5])
@@ -454,15 +469,15 @@ def test_aggregation_golden(aggregation, expected):
 
 @pytest.mark.parametrize("aggregation", AGGREGATIONS)
 def test_the_loss_on_policy_is_zero_only_by_sequence(aggregation, theta):
-    """With rho = 1 a row's mean is -A, and z-scored advantages sum to 0; by token it is -sum L A / sum L. Rounding."""
+    """At rho = 1 a row's mean is -A, and z-scored advantages sum to 0; by token it is -sum L A / sum L."""
     model = Table(theta)
     rollouts = random_rollouts(lambda rows: table_logprobs(theta.double(), rows), 7, LENGTHS, 0)
-    for r, advantage in zip(rollouts, advantages([i % 3 for i in range(len(rollouts))])):
-        r.advantage = advantage
+    advise(rollouts, [i % 3 for i in range(len(rollouts))])
     _, sums = gradient(model, [model.theta], rollouts, Args(aggregation=aggregation, max_new_tokens=8))
     weighted = sum(len(r.completion.ids) * r.advantage for r in rollouts)
-    expected = {"sequence": 0, "token": -weighted / sum(LENGTHS), "constant": -weighted / (8 * len(LENGTHS))}[aggregation]
-    assert sums["loss"] == close(expected, SUMS) and (abs(sums["loss"]) < 1e-5) == (aggregation == "sequence")
+    expected = {"sequence": 0, "token": -weighted / sum(LENGTHS), "constant": -weighted / (8 * len(LENGTHS))}
+    assert sums["loss"] == close(expected[aggregation], SUMS)
+    assert (abs(sums["loss"]) < 1e-5) == (aggregation == "sequence")
     assert sums["clip_low"] == sums["clip_high"] == 0
 
 
@@ -487,11 +502,9 @@ def test_loss_and_gradient_under_every_switch(switches, theta):
                        beta=0.3 if kind else 0.0, kl_estimator=kind or "k3")
         loss, kl = loss_by_hand(logprobs_of(rollouts), rollouts, args, len(rollouts), n_tokens(rollouts))
         expected, = torch.autograd.grad(loss, exact)
-        for of in (rollouts, rollouts * 3):  # the counts may be those of a larger step
-            found, sums = gradient(model, [model.theta], rollouts, args, of=of)
-            scale = len(of) / len(rollouts)
-            assert_close(found * scale, expected.flatten(), SUMS)
-            assert sums["loss"] * scale == close(loss.item(), SUMS)
+        found, sums = gradient(model, [model.theta], rollouts, args, of=rollouts * 3)  # of a larger step
+        assert_close(3 * found, expected.flatten(), SUMS)
+        assert 3 * sums["loss"] == close(loss.item(), SUMS)
         assert sums["kl"] == close(kl, 1e-5)
         assert sums["tokens"] == n_tokens(rollouts)
         assert (sums["gap"], sums["gap_max"]) == close((gaps.sum().item(), gaps.max().item()), 1e-5)
@@ -515,7 +528,7 @@ def test_clip_shares_count_the_tokens_whose_gradient_is_cut_off(ratio, theta):
 @pytest.mark.parametrize("aggregation", AGGREGATIONS)
 @pytest.mark.parametrize("switches", LOSSES, ids=str)
 def test_on_policy_every_loss_has_the_policy_gradient(switches, aggregation, theta):
-    """At rho = 1 it is -sum w A (onehot - p) for each token, w the row's weight: nothing is detached too many, or None."""
+    """At rho = 1 it is -sum w A (onehot - p), w the weight of the row: no term is lost or counted twice."""
     model, p = Table(theta), theta.double().softmax(-1)
     rollouts = random_rollouts(lambda rows: table_logprobs(theta.double(), rows), 7, LENGTHS, 0)
     expected = torch.zeros_like(p)
@@ -557,19 +570,19 @@ def population(theta, ref_theta=None):
 @pytest.mark.parametrize("scaling", ["std", "none", "loo"])
 @pytest.mark.parametrize("switches", LOSSES, ids=str)
 def test_the_gradient_over_all_sequences_is_that_of_the_expected_reward(switches, scaling):
-    """Over an exact population the baseline drops out: -grad E[R], times what the group's scaling is by definition."""
+    """Over an exact population the baseline drops out: -grad E[R], times the group's scaling."""
     theta = (TENTHS / 10).double().log()
-    rewards = {tuple(ids): x for ids, x in zip(SEQUENCES, torch.randn(len(SEQUENCES), generator=torch.Generator().manual_seed(0)).tolist())}
+    rng = random.Random(0)
+    rewards = {tuple(ids): rng.gauss(0, 1) for ids in SEQUENCES}
     rollouts = population(theta)
     assert len(rollouts) == 100
     R = [rewards[tuple(r.completion.ids)] for r in rollouts]
-    for r, advantage in zip(rollouts, advantages(R, scaling=scaling)):
-        r.advantage = advantage
+    advise(rollouts, R, scaling)
     exact = theta.clone().requires_grad_()
     expected, = torch.autograd.grad(-expected_reward(exact, lambda ids: rewards[tuple(ids)]), exact)
     expected = expected * {"std": 1 / (statistics.stdev(R) + 1e-4), "none": 1, "loo": 100 / 99}[scaling]
     model = Table(theta)
-    args = Args(**switches, aggregation="constant", max_new_tokens=LONGEST)  # the sum over tokens, over N * LONGEST
+    args = Args(**switches, aggregation="constant", max_new_tokens=LONGEST)  # a sum over N * LONGEST
     found, _ = gradient(model, [model.theta], rollouts, args)
     assert expected.abs().max() > 0.05
     assert_close(LONGEST * found, expected.flatten())
@@ -580,7 +593,7 @@ REF_TENTHS = torch.tensor([[2, 2, 2, 4], [5, 1, 2, 2], [1, 3, 3, 3], [2, 5, 2, 1
 
 @pytest.mark.parametrize("kind", ["k1", "k2", "k3"])
 def test_kl_in_the_loss_over_all_sequences(kind):
-    """In each state, as often as it is met: k1 has no gradient, k2 that of KL(policy || ref), k3 of KL(ref || policy)."""
+    """In each state, as often as it is met: 0, gradient of KL(policy || ref), of KL(ref || policy)."""
     theta, ref = (TENTHS / 10).double().log(), (REF_TENTHS / 10).double()
     rollouts = population(theta, ref.log())
     visits = torch.zeros(4, dtype=torch.float64)
@@ -588,7 +601,8 @@ def test_kl_in_the_loss_over_all_sequences(kind):
         for state in [START, *r.completion.ids][:-1]:
             visits[state] += 1 / len(rollouts)
     exact = theta.clone().requires_grad_()
-    by_state = {"k1": 0 * kl(exact.softmax(-1), ref), "k2": kl(exact.softmax(-1), ref), "k3": kl(ref, exact.softmax(-1))}[kind]
+    pi = exact.softmax(-1)
+    by_state = {"k1": 0 * kl(pi, ref), "k2": kl(pi, ref), "k3": kl(ref, pi)}[kind]
     expected, = torch.autograd.grad((visits * by_state).sum(), exact)
     model = Table(theta)
     args = Args(aggregation="constant", max_new_tokens=LONGEST, beta=0.5, kl_estimator=kind)
@@ -600,12 +614,11 @@ def test_kl_in_the_loss_over_all_sequences(kind):
 
 
 def test_k1_in_the_reward_over_all_sequences():
-    """Minus the row's k1 as its reward pulls along the KL of whole sequences, the states' own change included."""
+    """A row's -k1 as its reward pulls along the KL of whole sequences, the states' own change included."""
     theta, ref = (TENTHS / 10).double().log(), (REF_TENTHS / 10).double()
     rollouts = population(theta, ref.log())
     R = [-0.5 * kl_estimate(r.old_logprobs, r.ref_logprobs, "k1").sum().item() for r in rollouts]
-    for r, advantage in zip(rollouts, advantages(R, scaling="none")):
-        r.advantage = advantage
+    advise(rollouts, R, "none")
     exact = theta.clone().requires_grad_()
     sequences = [rollout([START], ids) for ids in SEQUENCES]
     kl_of_sequences = sum(values.sum().exp() * (values.sum() - q.sum()) for values, q in zip(
@@ -627,65 +640,63 @@ def readme_switches(method):
     return tyro.cli(Args, args=shlex.split(SWITCHES[method]))
 
 
-def clipped(rho, A, low, high):
+def inside(rho, A, low, high):
     """1 where PPO's clip leaves the gradient, else 0."""
     return float(not (A > 0 and rho > 1 + high or A < 0 and rho < 1 - low))
 
 
-# d loss / d logprob of a token, from the papers: A the row's advantage, rho its own ratio, w the row's geometric mean, L
-# the row's length, N rows and M tokens in all, K max_new_tokens, d = logprob - ref.
+# d loss / d logprob of a token, from the papers, times the number of rows: A the row's advantage, rho the
+# token's ratio, w their geometric mean, L the row's length, M the mean one, K max_new_tokens, d = logprob - ref.
 PAPERS = {
-    "GRPO": ("std", lambda A, rho, w, L, N, M, K, d: (-clipped(rho, A, .2, .2) * rho * A + .04 * (1 - math.exp(-d))) / (N * L)),
-    "Dr. GRPO": ("none", lambda A, rho, w, L, N, M, K, d: -clipped(rho, A, .2, .2) * rho * A / (N * K)),
-    "DAPO": ("std", lambda A, rho, w, L, N, M, K, d: -clipped(rho, A, .2, .28) * rho * A / M),
-    "GSPO": ("std", lambda A, rho, w, L, N, M, K, d: -clipped(w, A, 3e-4, 4e-4) * w * A / (N * L)),
-    "CISPO": ("std", lambda A, rho, w, L, N, M, K, d: -min(rho, 1.28) * A / M)}
+    "GRPO": lambda A, rho, w, L, M, K, d: (0.04 * (1 - math.exp(-d)) - inside(rho, A, .2, .2) * rho * A) / L,
+    "Dr. GRPO": lambda A, rho, w, L, M, K, d: -inside(rho, A, .2, .2) * rho * A / K,
+    "DAPO": lambda A, rho, w, L, M, K, d: -inside(rho, A, .2, .28) * rho * A / M,
+    "GSPO": lambda A, rho, w, L, M, K, d: -inside(w, A, 3e-4, 4e-4) * w * A / L,
+    "CISPO": lambda A, rho, w, L, M, K, d: -min(rho, 1.28) * A / M}
 
 
 @pytest.mark.parametrize("method", PAPERS)
 def test_the_switches_of_a_method_are_its_mathematics(method, theta):
-    """The gradient under the README's switches against the method's own formula, closed from advantage to logits."""
-    scaling, slope = PAPERS[method]
+    """The gradient under the README's switches against the method's formula, from rewards to logits."""
     args = replace(readme_switches(method), max_new_tokens=8)
-    exact = theta.double()
-    # GSPO's clip is of another order than the others'
-    rollouts = random_rollouts(lambda rows: table_logprobs(exact, rows), 7, LENGTHS, 5e-4 if method == "GSPO" else 0.5)
-    groups, rewards = [i // 4 for i in range(len(rollouts))], [float(i % 3) for i in range(len(rollouts))]
-    for r, a, of in zip(rollouts, group_advantages(torch.tensor(rewards), torch.tensor(groups), args.group_scaling), groups):
-        r.advantage = a.item()
-        of_group = [x for x, g in zip(rewards, groups) if g == of]
-        by_hand = rewards[rollouts.index(r)] - statistics.mean(of_group)
-        assert r.advantage == close(by_hand / (statistics.stdev(of_group) + 1e-4) if scaling == "std" else by_hand)
+    exact, spread = theta.double(), 5e-4 if method == "GSPO" else 0.5  # its clip is of another order
+    rollouts = random_rollouts(lambda rows: table_logprobs(exact, rows), 7, LENGTHS, spread)
+    rewards, groups = [float(i % 3) for i in range(len(rollouts))], [i // 4 for i in range(len(rollouts))]
+    advise(rollouts, rewards, args.group_scaling, groups)
     expected, p, cut = torch.zeros_like(exact), exact.softmax(-1), 0
-    for r, values in zip(rollouts, table_logprobs(exact, rollouts)):
+    for i, (r, values) in enumerate(zip(rollouts, table_logprobs(exact, rollouts))):
+        of_group = rewards[i // 4 * 4:i // 4 * 4 + 4]
+        A = rewards[i] - statistics.mean(of_group)
+        A = A if method == "Dr. GRPO" else A / (statistics.stdev(of_group) + 1e-4)
         log_ratios, L = (values - r.old_logprobs).tolist(), len(values)
-        w, before = math.exp(statistics.mean(log_ratios)), r.prompt_ids[-1]
+        w, M, before = math.exp(statistics.mean(log_ratios)), statistics.mean(LENGTHS), r.prompt_ids[-1]
         for t, token in enumerate(r.completion.ids):
             d = values[t].item() - r.ref_logprobs[t].item()
-            c = slope(r.advantage, math.exp(log_ratios[t]), w, L, len(rollouts), n_tokens(rollouts), 8, d)
-            expected[before] += c * (torch.eye(7)[token] - p[before])
+            slope = PAPERS[method](A, math.exp(log_ratios[t]), w, L, M, 8, d) / len(rollouts)
+            expected[before] += slope * (torch.eye(7)[token] - p[before])
             before = token
-            cut += c == 0
+            cut += A != 0 and slope == 0
     model = Table(theta)
     found, _ = gradient(model, [model.theta], rollouts, args)
-    assert_close(found, expected.flatten())
-    assert expected.any() and (cut > 0 or method in ("GRPO", "CISPO"))  # whose tokens keep some gradient
+    assert_close(found, expected.flatten(), SUMS)
+    assert (cut > 0) == (method not in ("GRPO", "CISPO"))  # whose tokens all keep some gradient
 
 
-@pytest.mark.xfail("--aggregation constant" not in SWITCHES["RLOO"], strict=True, reason="README.md's RLOO divides each "
-                   "row by its length: --aggregation constant is the paper's sum over its tokens")
+@pytest.mark.xfail("--aggregation constant" not in SWITCHES["RLOO"], strict=True,
+                   reason="README.md's RLOO divides a row by its length; the paper sums over its tokens")
 def test_rloo_is_reinforce_with_a_leave_one_out_baseline(theta):
-    """arXiv 2402.14740 eq. 6: the mean over samples of (R - mean of the others) * grad log p(whole answer), up to lr."""
+    """arXiv 2402.14740: the mean of (R - mean of the others) grad log p(whole answer), over a constant."""
     args = replace(readme_switches("RLOO"), max_new_tokens=8)
     assert (args.kl_in, args.kl_estimator, args.beta > 0) == ("reward", "k1", True)
     exact = theta.double().requires_grad_()
     rollouts = random_rollouts(lambda rows: table_logprobs(exact, rows), 7, LENGTHS, 0)
     rewards = [float(i % 3) for i in range(len(rollouts))]
-    for r, a in zip(rollouts, group_advantages(torch.tensor(rewards), torch.zeros(len(rewards)).long(), args.group_scaling)):
-        r.advantage = a.item()
-    baselines = [(sum(rewards) - x) / (len(rewards) - 1) for x in rewards]
-    loss = -sum((x - b) * values.sum() for x, b, values in zip(rewards, baselines, table_logprobs(exact, rollouts)))
-    expected, = torch.autograd.grad(loss / len(rewards) / args.max_new_tokens, exact)
+    advise(rollouts, rewards, args.group_scaling)
+    loss = 0
+    for R, values in zip(rewards, table_logprobs(exact, rollouts)):
+        baseline = (sum(rewards) - R) / (len(rewards) - 1)
+        loss = loss - (R - baseline) * values.sum() / len(rewards) / 8
+    expected, = torch.autograd.grad(loss, exact)
     model = Table(theta)
     found, _ = gradient(model, [model.theta], rollouts, args)
     assert_close(found, expected.flatten())
@@ -693,7 +704,7 @@ def test_rloo_is_reinforce_with_a_leave_one_out_baseline(theta):
 
 @pytest.mark.parametrize("method", [
     pytest.param(name, marks=pytest.mark.xfail(
-        "--recompute-old -" in flags and Args.__annotations__["recompute_old"] != bool, strict=True, raises=SystemExit,
+        "--recompute-old -" in flags, strict=True, raises=SystemExit,
         reason="the command line wants --recompute-old True")) for name, flags in SWITCHES.items()])
 def test_the_switches_of_the_table_are_accepted(method):
     args = grpo.resolve(readme_switches(method), CPU)
@@ -714,7 +725,7 @@ ROW_LENGTHS = (9, 1, 4, 12, 2, 7, 3, 10, 5)
 
 @pytest.fixture(scope="module")
 def rows():
-    """(model, its adapter's parameters, rollouts): a transformer whose adapter is past its start, rows off policy."""
+    """(model, its adapter's parameters, rollouts): the adapter is past its start, the rows are off policy."""
     return dealt_rows(torch.float64)
 
 
@@ -725,7 +736,7 @@ def dealt_rows(dtype):
     with torch.no_grad():
         for p in params:
             p.add_(0.1 * torch.randn_like(p))
-    rollouts = random_rollouts(lambda rollouts: model_logprobs(model, rollouts), SIZES["vocab_size"], ROW_LENGTHS, 0.3)
+    rollouts = random_rollouts(partial(model_logprobs, model), SIZES["vocab_size"], ROW_LENGTHS, 0.3)
     for r in rollouts[2::3]:
         r.advantage = 0.0  # dead
     return model, params, rollouts
@@ -734,9 +745,9 @@ def dealt_rows(dtype):
 @pytest.mark.parametrize("kind", ["k2", "k3"])
 @pytest.mark.parametrize("aggregation", AGGREGATIONS)
 def test_micro_batches_change_no_gradient(aggregation, kind, rows):
-    """1, 2 or 4 of unequal length, the last one short, one a row: all equal the formula on transformers' own logits.
+    """1, 2, 4 unequal ones, the last one short, one a row: all equal the formula on transformers' own logits.
 
-    In float64 but for the log-probs and the adapters' gradients, which are float32: they round, 1e-6 of the largest.
+    In float64 but for the log-probs and the adapters' gradients: these are float32 and round.
     """
     model, params, rollouts = rows
     args = Args(aggregation=aggregation, max_new_tokens=16, beta=0.1, kl_estimator=kind)
@@ -758,14 +769,14 @@ def test_micro_batches_change_no_gradient(aggregation, kind, rows):
 @pytest.mark.parametrize("aggregation", AGGREGATIONS)
 @pytest.mark.parametrize("switches", LOSSES, ids=str)
 def test_skipping_dead_rows_is_bit_equal(switches, aggregation):
-    """The documented denominator counts them. In float32, each row in a micro-batch of its own: the same additions."""
+    """The denominator counts them. In float32, each row in a micro-batch of its own: the same additions."""
     model, params, rollouts = dealt_rows(torch.float32)
     args = Args(**switches, aggregation=aggregation, max_new_tokens=16)
     live = [r for r in rollouts if r.advantage]
     assert 0 < len(live) < len(rollouts)
     skipped, _ = gradient(model, params, live, args, 1, of=rollouts)
     assert skipped.any() and torch.equal(skipped, gradient(model, params, rollouts, args, 1)[0])
-    without, _ = gradient(model, params, live, args, 1)  # counting the live rows alone would be another learning rate
+    without, _ = gradient(model, params, live, args, 1)  # counting these alone is another rate
     assert (without - skipped).norm() > 0.1 * skipped.norm()
 
 
@@ -775,12 +786,12 @@ def test_skipping_dead_rows_in_padded_micro_batches(aggregation, rows):
     model, params, rollouts = rows
     args = Args(aggregation=aggregation, max_new_tokens=16)
     live = [r for r in rollouts if r.advantage]
-    whole, skipped = gradient(model, params, rollouts, args, 60)[0], gradient(model, params, live, args, 60, of=rollouts)[0]
-    assert_close(skipped, whole)
+    whole, _ = gradient(model, params, rollouts, args, 60)
+    assert_close(gradient(model, params, live, args, 60, of=rollouts)[0], whole)
 
 
 def test_a_step_with_no_live_row_has_a_zero_gradient(rows):
-    """C-8 and C-47: no rows, and rows with zero advantage: zeros, not None, not NaN, and sums that can be logged."""
+    """C-8, C-47: no rows, or rows with zero advantage: zeros, not None or NaN, and finite sums."""
     model, params, rollouts = rows
     dead = [replace(r, advantage=0.0) for r in rollouts]
     for some in ([], dead):
@@ -797,8 +808,8 @@ def test_rollouts_are_left_as_they_are(rows):
     args = Args(beta=0.1, sampler_correction="truncate", updates_per_batch=2)
 
     def content():
-        return [(list(r.completion.ids), list(r.completion.logprobs), r.old_logprobs.tolist(), r.ref_logprobs.tolist())
-                for r in rollouts]
+        return [(list(r.completion.ids), list(r.completion.logprobs), r.old_logprobs.tolist(),
+                 r.ref_logprobs.tolist(), r.advantage) for r in rollouts]
 
     before = content()
     first, _ = gradient(model, params, rollouts, args, 26)
@@ -821,7 +832,8 @@ def rank_step(rollouts, args, model, params):
     dist.sum_gradients(params)
     sums = dist.sum_dict({name: value for name, value in sums.items() if name != "gap_max"}, CPU)
     found = torch.cat([p.grad.flatten() for p in params])
-    return found, sums, nn.utils.clip_grad_norm_(params, 1e-3).item(), torch.cat([p.grad.flatten() for p in params])
+    norm = nn.utils.clip_grad_norm_(params, 1e-3).item()
+    return found, sums, norm, torch.cat([p.grad.flatten() for p in params])
 
 
 def rank_main(rank, folder):
@@ -842,7 +854,7 @@ def two_ranks(tmp_path_factory):
     folder = tmp_path_factory.mktemp("ranks")
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["grpo", "tests.tiny_models"])  # torch and transformers are imported once
-    processes = [context.Process(target=rank_main, args=(rank, str(folder)), daemon=True) for rank in range(2)]
+    processes = [context.Process(target=rank_main, args=(rank, folder), daemon=True) for rank in range(2)]
     for process in processes:
         process.start()
     for process in processes:
@@ -853,19 +865,20 @@ def two_ranks(tmp_path_factory):
 
 @pytest.mark.parametrize("deal", DEALS)
 def test_two_ranks_have_the_gradient_of_one(deal, two_ranks, rows):
-    """C-11: ranks with different numbers of rows and tokens, one with none. Tolerance as for micro-batches."""
+    """C-11: ranks with different numbers of rows and tokens, one with none. Rounding as for micro-batches."""
     model, params, rollouts = rows
     tokens = [n_tokens([r for i, r in enumerate(rollouts) if DEALS[deal](i) == rank]) for rank in range(2)]
     assert tokens[0] != tokens[1]
     for aggregation, beta in itertools.product(AGGREGATIONS, (0.0, 0.1)):
         args = Args(aggregation=aggregation, beta=beta, max_new_tokens=16)
-        (found, sums, norm, cut), (found_1, sums_1, norm_1, cut_1) = (of[deal, aggregation, beta] for of in two_ranks)
-        assert torch.equal(found, found_1) and torch.equal(cut, cut_1) and sums == sums_1 and norm == norm_1
-        loss, kl = loss_by_hand(model_logprobs(model, rollouts), rollouts, args, len(rollouts), n_tokens(rollouts))
+        (found, sums, norm, cut), other = (of_rank[deal, aggregation, beta] for of_rank in two_ranks)
+        assert torch.equal(found, other[0]) and (sums, norm) == other[1:3] and torch.equal(cut, other[3])
+        logprobs = model_logprobs(model, rollouts)
+        loss, kl = loss_by_hand(logprobs, rollouts, args, len(rollouts), n_tokens(rollouts))
         expected = torch.cat([g.flatten() for g in torch.autograd.grad(loss, params)])
         assert_close(found, expected)
         assert norm == close(expected.norm().item(), SUMS)  # of the whole step, before the clip
-        assert_close(cut, found * 1e-3 / norm)
+        assert_close(cut, found * 1e-3 / norm, SUMS)  # torch divides by the norm + 1e-6
         one = rank_step(rollouts, args, model, params)
         assert_close(found, one[0])
         assert sums == close(one[1], SUMS)
@@ -877,12 +890,13 @@ def test_two_ranks_have_the_gradient_of_one(deal, two_ranks, rows):
 
 @pytest.fixture
 def steps_of(monkeypatch, tmp_path):
-    """steps_of(reward, **flags) runs grpo.main on the embedded model; reward(rollout) is its only reward.
+    """steps_of(reward, counted, **flags) runs grpo.main on the embedded model with reward(rollout).
 
-    Returns (one entry per update: the rows trained, the counts, all rollouts of the step, loss and gradient norm of the
-    counted ones by hand; the training lines of metrics.jsonl).
+    Returns one entry per update (the rows trained, the counts, all rollouts of the step; loss and gradient's
+    norm by hand of those with counted(rollout)), and the training lines of metrics.jsonl.
     """
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+    handlers = [signal.getsignal(number) for number in numbers]
 
     def steps_of(reward, counted, **flags):
         sampled, updates, real = [], [], grpo.accumulate_gradients
@@ -899,7 +913,8 @@ def steps_of(monkeypatch, tmp_path):
             params = [p for p in model.parameters() if p.requires_grad]
             of = [r for r in sampled if counted(r)]
             with torch.enable_grad():
-                loss, _ = loss_by_hand(model_logprobs(model, of, args.temperature), of, args, n_sequences, n_tokens)
+                logprobs = model_logprobs(model, of, args.temperature)
+                loss, _ = loss_by_hand(logprobs, of, args, n_sequences, n_tokens)
                 norm = torch.cat([g.flatten() for g in torch.autograd.grad(loss, params)]).norm().item()
             updates.append(SimpleNamespace(live=list(live), sampled=list(sampled), n_sequences=n_sequences,
                                            n_tokens=n_tokens, loss=loss.item(), norm=norm))
@@ -907,26 +922,28 @@ def steps_of(monkeypatch, tmp_path):
 
         monkeypatch.setattr(grpo, "score_rollouts", score)
         monkeypatch.setattr(grpo, "accumulate_gradients", spy)
-        small = {"out": str(tmp_path / "run"), "device": "cpu", "level": "1", "train_questions": 20, "eval_questions": 2,
-                 "prompts_per_step": 4, "num_generations": 5, "max_new_tokens": 5, "max_steps": 2, "warmup_steps": 0,
-                 "temperature": 1.6, "lora_r": 4, "rewards": ("mark=1",)}
+        small = {"out": str(tmp_path / "run"), "device": "cpu", "level": "1", "rewards": ("mark=1",),
+                 "lora_r": 4, "train_questions": 20, "eval_questions": 2, "prompts_per_step": 4,
+                 "num_generations": 5, "max_new_tokens": 5, "max_steps": 2, "warmup_steps": 0,
+                 "temperature": 1.6}
         grpo.main(Args(**(small | flags)))
         lines = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
         return updates, [line for line in lines if "grad_norm" in line]
 
     yield steps_of
-    for number, handler in handlers.items():
+    for number, handler in zip(numbers, handlers):
         signal.signal(number, handler)
 
 
 def toy_reward(r):
     """Group 0 is dead, one row of group 1 has no reward, group 3 has one reward only."""
-    return {0: 1.0, 1: NAN if r.sample == 2 else r.sample % 2, 2: r.sample, 3: NAN if r.sample else 1.0}[r.group]
+    one, only = NAN if r.sample == 2 else r.sample % 2, NAN if r.sample else 1.0
+    return {0: 1.0, 1: one, 2: r.sample, 3: only}[r.group]
 
 
 @pytest.mark.parametrize("mask_truncated", [False, True])
 def test_which_rows_reach_the_trainer_and_which_count(mask_truncated, steps_of):
-    """NaN rows do neither, dead rows count, truncated ones count unless masked; they all stay in their group's mean."""
+    """NaN rows do neither, dead ones count, truncated too unless masked; they stay in the group's mean."""
     def counted(r):
         return not math.isnan(r.reward) and (r.completion.finished or not mask_truncated)
 
@@ -940,18 +957,20 @@ def test_which_rows_reach_the_trainer_and_which_count(mask_truncated, steps_of):
         assert (update.n_sequences, update.n_tokens) == (len(of), n_tokens(of))
         live = [(r.group, r.sample) for r in update.live]
         assert live == [(r.group, r.sample) for r in of if r.group in (1, 2) and r.advantage]
-        assert (2, 2) not in live and 0 < len(live) < len(of)  # the mean of its group: nothing to learn from it
+        assert (2, 2) not in live and 0 < len(live) < len(of)  # its reward is the mean: nothing to learn
         assert line["reward_failed"] == 5 and line["rows_trained"] == len(live)
-    assert {r.completion.finished for update in updates for r in update.sampled if r.advantage} == {True, False}
+    kinds = {r.completion.finished for update in updates for r in update.sampled if r.advantage}
+    assert kinds == {True, False}
 
 
-@pytest.mark.parametrize("flags", [{}, {"aggregation": "token", "beta": 0.1, "updates_per_batch": 2}], ids=str)
+@pytest.mark.parametrize("flags", [{}, {"aggregation": "token", "beta": 0.1, "updates_per_batch": 2}],
+                         ids=["plain", "token, beta, 2 updates"])
 def test_the_norm_that_is_logged_and_clipped_is_that_of_the_whole_step(flags, steps_of):
-    """C-52: over all micro-batches, before the clip, dead rows skipped; against transformers' logits, float32: 1e-4."""
-    updates, lines = steps_of(toy_reward, lambda r: not math.isnan(r.reward), tokens_per_batch=60, max_grad_norm=1e-3,
-                              max_steps=3, **flags)
+    """C-52: over all micro-batches, before the clip; against transformers' logits, all in float32: 1e-4."""
+    updates, lines = steps_of(toy_reward, lambda r: not math.isnan(r.reward), tokens_per_batch=60,
+                              max_grad_norm=1e-3, **flags)
     per_step = flags.get("updates_per_batch", 1)
-    assert len(updates) == 3 * per_step == len(lines) * per_step
+    assert len(updates) == 2 * per_step and len(lines) == 2
     for i, line in enumerate(lines):
         first, last = updates[i * per_step], updates[(i + 1) * per_step - 1]
         assert line["grad_norm"] == pytest.approx(last.norm, rel=1e-4) and last.norm > 1e-2
@@ -964,7 +983,7 @@ def test_the_norm_that_is_logged_and_clipped_is_that_of_the_whole_step(flags, st
 
 @pytest.fixture(scope="module")
 def toy():
-    """(sampler, 10 questions of one and the same text, their prompt ids); a vocabulary of 16, token 1 stops."""
+    """(sampler, 10 questions of one and the same text, their prompt ids): 16 tokens, of which 1 stops."""
     sampler = Sampler(tiny_model("qwen2", vocab_size=16), {1}, 64)
     examples = [data.Example(id, "the same question") for id in range(10)]
     return sampler, examples, {e.id: [3, 5, 7] for e in examples}
@@ -974,18 +993,20 @@ RUN = SimpleNamespace(device=CPU, progress=lambda text: None, phase=lambda name:
 
 
 def test_identical_prompts_stay_groups_of_their_own(toy):
-    """C-15, C-43: grouped by number, not by text; with noise of their own; each row can be sampled again alone."""
+    """C-15, C-43: grouped by number, not by text, with noise of their own; any row can be replayed alone."""
     sampler, examples, prompt_ids = toy
     args = Args(num_generations=4, max_new_tokens=12, seed=5)
-    rollouts = sample_rollouts(sampler, [(g, examples[7 * g % 10]) for g in (0, 1, 4)], prompt_ids, args, 3, RUN)
-    assert [(r.group, r.sample, r.example.id) for r in rollouts] == [(g, s, 7 * g % 10) for g in (0, 1, 4) for s in range(4)]
+    questions = [(0, examples[6]), (1, examples[2]), (4, examples[9])]
+    rollouts = sample_rollouts(sampler, questions, prompt_ids, args, 3, RUN)
+    expected = [(group, sample, e.id) for group, e in questions for sample in range(4)]
+    assert [(r.group, r.sample, r.example.id) for r in rollouts] == expected
     assert len({tuple(r.completion.ids) for r in rollouts}) == len(rollouts)
     for r in rollouts:
         alone = sampler.sample([r.prompt_ids], [[noise_key(5, 3, r.group, r.sample)]], 12)[0][0]
         assert alone.ids == r.completion.ids
-    rewards = torch.tensor([float(r.group == 1 and r.sample > 0) for r in rollouts])
-    found = group_advantages(rewards, torch.tensor([r.group for r in rollouts]), "none").tolist()
-    assert found == close([0] * 4 + [-0.75, 0.25, 0.25, 0.25] + [0] * 4)
+    rewards = [float(r.group == 1 and r.sample > 0) for r in rollouts]
+    advise(rollouts, rewards, "none", [r.group for r in rollouts])
+    assert [r.advantage for r in rollouts] == close([0] * 4 + [-0.75, 0.25, 0.25, 0.25] + [0] * 4)
 
 
 @pytest.mark.parametrize("mixed, drawn, trained", [
@@ -1009,8 +1030,8 @@ def test_dynamic_sampling_draws_until_groups_differ_or_the_cap(mixed, drawn, tra
     assert [(r.group, r.sample) for r in rollouts] == [(g, s) for g in range(drawn) for s in range(4)]
     order = data.batch_indices(len(examples), 6, drawn, args.seed)
     assert [r.example.id for r in rollouts[::4]] == [examples[i].id for i in order]
-    rollouts, groups, n_drawn, _ = collect(sampler, examples, prompt_ids, [], replace(args, dynamic_sampling=False), 1, 6,
-                                           None, RUN)
+    args = replace(args, dynamic_sampling=False)
+    rollouts, groups, n_drawn, _ = collect(sampler, examples, prompt_ids, [], args, 1, 6, None, RUN)
     assert (len(rollouts), groups, n_drawn) == (12, {0, 1, 2}, 3)
 
 
@@ -1023,35 +1044,34 @@ LEARNERS = {"GRPO": {"beta": 0.01}, "Dr. GRPO": {"group_scaling": "none", "aggre
             "the reward's own KL": {"kl_in": "reward", "beta": 0.01, "kl_estimator": "k1"}}
 
 
-def learn(reward, steps, lr=0.02, updates=1, **switches):
-    """Mean reward of 64 samples at each step, from a random model of 16 tokens (1 stops), and the last samples."""
+def learn(reward, steps, lr=0.02, updates=1, longest=3, **switches):
+    """The mean reward of each step, from a random model of 16 tokens (1 stops); and the last samples."""
     torch.manual_seed(0)
     model = tiny_model("qwen2", seed=1, vocab_size=16)
     params = add_lora(model, "policy", 4, 8, models.PROJECTIONS)
     optimizer, sampler = torch.optim.AdamW(params, lr=lr, weight_decay=0.0), Sampler(model, {1}, 32)
-    args = Args(max_new_tokens=6, tokens_per_batch=200, **switches)
+    args = Args(max_new_tokens=longest, **switches)
     prompts, means = [[2, 3, 4], [5], [6, 7], [8, 9, 10, 11]], []
     for step in range(steps):
         keys = [[noise_key(0, step, p, g) for g in range(16)] for p in range(len(prompts))]
         samples = sampler.sample(prompts, keys, args.max_new_tokens, args.temperature)
-        rollouts = [Rollout(None, p, g, prompts[p], c, reward=reward(c), old_logprobs=torch.tensor(c.logprobs))
-                    for p, row in enumerate(samples) for g, c in enumerate(row)]
+        rollouts = [
+            Rollout(None, p, g, prompts[p], c, reward=reward(c), old_logprobs=torch.tensor(c.logprobs))
+            for p, row in enumerate(samples) for g, c in enumerate(row)]
         means.append(statistics.mean(r.reward for r in rollouts))
         if args.beta:
+            ids = [r.prompt_ids for r in rollouts], [r.completion.ids for r in rollouts]
             with grpo.use_adapter(model, None):
-                ref = grpo.completion_logprobs(model, [r.prompt_ids for r in rollouts], [r.completion.ids for r in rollouts],
-                                               args.temperature, 200, CPU)
+                ref = grpo.completion_logprobs(model, *ids, args.temperature, 400, CPU)
             for r, values in zip(rollouts, ref):
                 r.ref_logprobs = values
                 if args.kl_in == "reward":
-                    r.reward -= args.beta * kl_estimate(r.old_logprobs, values, args.kl_estimator).sum().item()
-        found = group_advantages(torch.tensor([r.reward for r in rollouts]), torch.tensor([r.group for r in rollouts]),
-                                 args.group_scaling)
-        for r, advantage in zip(rollouts, found.tolist()):
-            r.advantage = advantage
+                    kl = kl_estimate(r.old_logprobs, values, args.kl_estimator)
+                    r.reward -= args.beta * kl.sum().item()
+        advise(rollouts, [r.reward for r in rollouts], args.group_scaling, [r.group for r in rollouts])
         for update in range(updates):
             optimizer.zero_grad()
-            sums = accumulate_gradients(model, rollouts, args, len(rollouts), n_tokens(rollouts), 200, CPU)
+            sums = accumulate_gradients(model, rollouts, args, len(rollouts), n_tokens(rollouts), 400, CPU)
             dist.sum_gradients(params)
             if update == 0:  # C-18: on policy the ratio is the sampler's gap alone, and nothing is clipped
                 assert sums["gap_max"] < 1e-4 and sums["clip_low"] == sums["clip_high"] == 0
@@ -1062,28 +1082,28 @@ def learn(reward, steps, lr=0.02, updates=1, **switches):
 
 def test_stopping_at_once_is_learnt():
     """C-2: the sampled stop token is in the loss, so that a reward for it, rare at first, is followed."""
-    means, rollouts = learn(lambda c: float(c.finished and len(c.ids) == 1), 25)
-    assert means[0] < 0.3 and statistics.mean(means[-3:]) > 0.95
+    means, rollouts = learn(lambda c: float(c.finished and len(c.ids) == 1), 30, longest=6)
+    assert means[0] < 0.3 and statistics.mean(means[-5:]) > 0.95
     assert all(r.completion.ids[-1] == 1 for r in rollouts if r.completion.finished)
 
 
 def test_not_stopping_is_learnt_too():
     """The other sign: stop tokens get less likely where the reward is for going on."""
-    means, _ = learn(lambda c: float(not c.finished), 25)
+    means, _ = learn(lambda c: float(not c.finished), 12, longest=6)
     assert means[0] < 0.8 and statistics.mean(means[-3:]) > 0.95
 
 
 @pytest.mark.parametrize("method", LEARNERS)
 def test_an_even_first_token_is_learnt(method):
     """C-12, C-14: each method raises the reward, none has a zero gradient or a wrong sign."""
-    means, _ = learn(lambda c: float(c.ids[0] % 2 == 0), 15, **LEARNERS[method])
+    means, _ = learn(lambda c: float(c.ids[0] % 2 == 0), 18, **LEARNERS[method])
     assert means[0] < 0.75 and statistics.mean(means[-3:]) > 0.9
 
 
 def test_several_updates_on_a_batch_learn_faster():
-    """The second update is off policy, and its gradient still leads the right way: half the batches are enough."""
-    means, _ = learn(lambda c: float(c.ids[0] % 2 == 0), 8, updates=2)
-    assert statistics.mean(means[-2:]) > 0.9
+    """All updates but the first are off policy, and their gradients still lead the right way."""
+    one, four = (learn(lambda c: float(c.ids[0] % 2 == 0), 10, lr=0.005, updates=n)[0] for n in (1, 4))
+    assert statistics.mean(four[-3:]) > statistics.mean(one[-3:]) + 0.05
 
 
 # ---- pass@k, overlong answers, packing, learning rate, weight decay ----
@@ -1103,7 +1123,7 @@ def test_pass_at_k_is_the_mean_over_all_subsets():
 
 def test_overlong_penalty_golden():
     """DAPO: 0 up to L_max - L_cache = 16 tokens, then down to -1 at L_max = 20."""
-    assert [overlong_penalty(n, 20, 4) for n in (1, 16, 17, 18, 19, 20, 25)] == [0, 0, -0.25, -0.5, -0.75, -1, -1]
+    assert [overlong_penalty(n, 20, 4) for n in (1, 16, 17, 18, 20, 25)] == [0, 0, -0.25, -0.5, -1, -1]
     assert [overlong_penalty(n, 20, 0) for n in (1, 20, 25)] == [0, 0, 0]
     assert overlong_penalty(0, 20, 20) == 0 and overlong_penalty(5, 20, 20) == -0.25
 
@@ -1143,8 +1163,8 @@ def test_learning_rate_peaks_at_the_last_warm_up_step(schedule):
 
 
 def test_weight_decay_of_a_parameter_with_zero_gradient(rows):
-    """A1.26: a step without a live row still shrinks it by lr * decay * theta (float32 rounds the product)."""
-    model, params, rollouts = rows
+    """A1.26: a step without a live row shrinks it by lr * decay * theta (float32 rounds the product)."""
+    params = rows[1]
     copies = [nn.Parameter(p.detach().clone()) for p in params]
     optimizer = torch.optim.AdamW(copies, lr=0.01, weight_decay=0.1)
     dist.sum_gradients(copies)  # no gradient becomes zeros, else AdamW would leave the parameter out

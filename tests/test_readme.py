@@ -1,4 +1,4 @@
-"""What README.md says is true: its commands parse, the first run's runs, the line counts and files are right."""
+"""What README.md says is true: its commands parse, the first run's run, line counts and files are right."""
 
 import importlib
 import os
@@ -29,7 +29,8 @@ def test_command_parses(words):
 @pytest.mark.parametrize("switches", SWITCHES)
 def test_every_method_in_the_table_runs(switches, tmp_path):
     command = [sys.executable, "grpo.py", *shlex.split(switches), "--dry-run", "--prompts-per-step", "2",
-               "--num-generations", "2", "--max-new-tokens", "16", "--train-questions", "8", "--eval-questions", "2"]
+               "--num-generations", "2", "--max-new-tokens", "16", "--train-questions", "8",
+               "--eval-questions", "2"]
     if "--overlong-buffer" in command:
         command[command.index("--overlong-buffer") + 1] = "8"
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
@@ -43,7 +44,8 @@ def test_the_table_names_every_method():
 
 def test_line_counts():
     for name, lines in re.findall(r"^\| `(\w+\.py)` \|[^|]*\| (\d+) \|", README, re.MULTILINE):
-        assert len((ROOT / name).read_text().splitlines()) == int(lines), f"README says {name} has {lines} lines"
+        assert len((ROOT / name).read_text().splitlines()) == int(lines), (
+            f"README says {name} has {lines} lines")
 
 
 def test_every_script_is_listed():
@@ -63,8 +65,8 @@ def test_first_run_is_within_40_lines():
 
 def test_importing_a_script_does_nothing(tmp_path):
     for path in ROOT.glob("*.py"):
-        done = subprocess.run([sys.executable, "-c", f"import {path.stem}"], cwd=tmp_path, capture_output=True, text=True,
-                              env=os.environ | {"PYTHONPATH": str(ROOT)})
+        done = subprocess.run([sys.executable, "-c", f"import {path.stem}"], cwd=tmp_path,
+                              capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)})
         assert done.returncode == 0 and not done.stdout and not list(tmp_path.iterdir()), done.stderr
 
 

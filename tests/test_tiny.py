@@ -24,7 +24,8 @@ def test_it_is_small_and_plain():
     assert {path.suffix for path in files} <= {".json", ".jinja", ".safetensors", ".py", ".md"}
 
 
-@pytest.mark.parametrize("text", ["Compute 8+7-3.", "ṣe Ọ̀rọ̀ ሰላም 日本", "<think>1+1=2</think><answer>2</answer>", " a\n\n b\t"])
+@pytest.mark.parametrize("text", ["Compute 8+7-3.", "ṣe Ọ̀rọ̀ ሰላም 日本",
+                                  "<think>1+1=2</think><answer>2</answer>", " a\n\n b\t"])
 def test_tokenizer_returns_any_text(text):
     tokenizer = models.load_tokenizer("")
     assert tokenizer.decode(tokenizer(text)["input_ids"], skip_special_tokens=True) == text
@@ -37,7 +38,7 @@ def test_digits_stand_alone():
 
 @pytest.mark.slow
 def test_the_start_is_weak_and_its_work_is_better_than_its_guesses():
-    """Greedy pass@1 well below one half on held-out problems, though shown work is mostly right: room for RL."""
+    """Greedy pass@1 well below one half on held-out problems, but shown work is mostly right: room for RL."""
     tokenizer = models.load_tokenizer("")
     model = models.load_model("", torch.float32, torch.device("cpu"))
     _, questions = data.train_validation("arithmetic", n_train=1, n_validation=300)
@@ -64,13 +65,16 @@ def test_the_recipe_runs_at_small_scale(tmp_path):
     for flag, value in (("--train-questions", "400"), ("--eval-questions", "20"), ("--max-steps", "12"),
                         ("--batch-size", "32"), ("--warmup-steps", "2"), ("--out", str(tmp_path / "run"))):
         command[command.index(flag) + 1] = value
-    done = subprocess.run([sys.executable, *command[1:]], cwd=ROOT, capture_output=True, text=True, env=dict(os.environ))
+    done = subprocess.run([sys.executable, *command[1:]], cwd=ROOT, capture_output=True, text=True,
+                          env=dict(os.environ))
     assert done.returncode == 0, done.stderr
-    losses = [json.loads(line)["loss"] for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    losses = [json.loads(line)["loss"]
+              for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
               if '"loss"' in line]
     assert len(losses) == 12 and losses[-1] < losses[0] - 1
     saved = models.load_weights(tmp_path / "run" / "final")
-    assert {k: v.shape for k, v in saved.items()} == {k: v.shape for k, v in models.load_weights(TINY).items()}
+    assert {k: v.shape for k, v in saved.items()} == {
+        k: v.shape for k, v in models.load_weights(TINY).items()}
 
 
 def test_make_tokenizer_writes_what_is_there(tmp_path):

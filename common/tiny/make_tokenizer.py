@@ -1,9 +1,9 @@
-"""Write the embedded model's tokenizer and configuration into this folder: the first step of the recipe in README.md.
+"""Write the embedded model's tokenizer and configuration into this folder: step one of README.md's recipe.
 
     python common/tiny/make_tokenizer.py
 
-Byte-level BPE (any text round-trips), digits one by one (a number's value must not depend on how it was cut), and the
-marks <think>, </think>, <answer>, </answer> as single tokens that decoding keeps.
+Byte-level BPE (any text round-trips), digits one by one (a number's value must not depend on how it was cut),
+and the marks <think>, </think>, <answer>, </answer> as single tokens that decoding keeps.
 """
 
 from pathlib import Path
@@ -16,13 +16,15 @@ VOCABULARY = 512
 PAD, START, END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
 MARKS = ["<think>", "</think>", "<answer>", "</answer>"]
 CHAT_TEMPLATE = (
-    "{% for message in messages %}" + START + "{{ message['role'] }}\n{{ message['content'] }}" + END + "\n{% endfor %}"
+    "{% for message in messages %}" + START + "{{ message['role'] }}\n{{ message['content'] }}" + END
+    + "\n{% endfor %}"
     "{% if add_generation_prompt %}" + START + "assistant\n{% endif %}"
 )
 # The words of the generated tasks: enough for BPE to make one token of each.
-CORPUS = ["user\n", "assistant\n", "system\n", "Compute ", "Using the numbers", ", make", "Use each number at most once",
-          ", with + - * / and parentheses.", "Invert the matrix", "Bring the matrix to reduced row echelon form",
-          "not invertible", " is", " so", "The answer is", "Think step by step."] * 8
+CORPUS = ["user\n", "assistant\n", "system\n", "Compute ", "Using the numbers", ", make",
+          "Use each number at most once", ", with + - * / and parentheses.", "Invert the matrix",
+          "Bring the matrix to reduced row echelon form", "not invertible", " is", " so", "The answer is",
+          "Think step by step."] * 8
 
 
 def main() -> None:
@@ -38,9 +40,10 @@ def main() -> None:
     tokenizer.chat_template = CHAT_TEMPLATE
     tokenizer.save_pretrained(FOLDER)
     Qwen2Config(
-        vocab_size=len(tokenizer), hidden_size=128, intermediate_size=384, num_hidden_layers=4, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=1024, tie_word_embeddings=True, architectures=["Qwen2ForCausalLM"],
-        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id, bos_token_id=None,
+        vocab_size=len(tokenizer), hidden_size=128, intermediate_size=384, num_hidden_layers=4,
+        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=1024, tie_word_embeddings=True,
+        architectures=["Qwen2ForCausalLM"], eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id, bos_token_id=None,
     ).save_pretrained(FOLDER)
 
 
