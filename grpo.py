@@ -21,7 +21,6 @@ import copy
 import hashlib
 import itertools
 import math
-import tempfile
 from collections import deque
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
@@ -139,8 +138,8 @@ class Args:
     """KL as a loss term, or subtracted from the rewards"""
     updates_per_batch: int = 1
     """optimizer steps on each batch of samples (mu in arXiv 2402.03300 alg. 1)"""
-    recompute_old: bool | None = None
-    """old log-probs by a pass of the trainer, not the sampler's own; default: only with --ratio sequence"""
+    recompute_old: bool = False
+    """old log-probs by a pass of the trainer, not the sampler's own; always so with --ratio sequence"""
     sampler_correction: Literal["none", "truncate", "mask"] = "none"
     """weight tokens by trainer's over sampler's probability: capped, or dropped when outside [1/cap, cap]"""
     sampler_correction_cap: float = 2.0
@@ -155,7 +154,7 @@ class Args:
     """leave truncated rows out of the loss and its denominators (their reward stays in the group's mean)"""
     # ---- optimizer ----
     lr: float = 0.0
-    """AdamW's peak learning rate; 0: 1e-3 for the embedded model, 2e-5 for an adapter, 1e-6 with --full"""
+    """AdamW's peak learning rate; 0: by the kind of model and training (`resolve`), printed at the start"""
     warmup_steps: int = 5
     """steps of linear warm-up"""
     lr_schedule: Literal["constant", "linear", "cosine"] = "constant"
@@ -878,6 +877,7 @@ class Rollout:
     advantage: float = 0.0
     old_logprobs: torch.Tensor | None = None  # [L], as ref_logprobs
     ref_logprobs: torch.Tensor | None = None
+    kl: float = 0.0  # the estimate summed over the completion, when it was sampled
 
     def __len__(self):
         return len(self.prompt_ids) + len(self.completion.ids)
@@ -1093,7 +1093,8 @@ def log_step(run, step, args, sampled, sums, accumulated_reward, more):
         "correct": mean([row[1] for row in every]), "tokens": n_tokens / len(every),
         "tokens/max": max(r[3] for r in every), "truncated": mean([1 - row[4] for row in every]),
         "entropy": -sum(row[5] for row in every) / n_tokens, "reward_failed": len(every) - len(known),
-        "loss": sums["loss"], "kl": sums["kl"] / live_tokens, "clip_low": sums["clip_low"] / live_tokens,
+        "loss": sums["loss"], "kl": sums["kl"] / (live_tokens if args.kl_in == "loss" else n_tokens),
+        "clip_low": sums["clip_low"] / live_tokens,
         "clip_high": sums["clip_high"] / live_tokens, "sampler_gap": sums["gap"] / live_tokens,
         "sampler_gap/max": sums["gap_max"], "tokens_trained": sums["tokens"],
         "rows_trained": sums["rows"], **more}
@@ -1165,7 +1166,7 @@ def resolve(args, device):
                          "use k2 or k3, or --kl-in reward")
     if args.eval_k and max(args.eval_k) > args.eval_samples:
         raise ValueError(f"--eval-k {max(args.eval_k)} needs --eval-samples {max(args.eval_k)} or more")
-    recompute = args.ratio == "sequence" if args.recompute_old is None else args.recompute_old
+    recompute = args.recompute_old or args.ratio == "sequence"  # whose clip is finer than bfloat16's gap
     if args.sampler_correction != "none" and not recompute:
         raise ValueError("--sampler-correction compares the trainer's old log-probs with the sampler's: "
                          "add --recompute-old")
@@ -1183,7 +1184,7 @@ def main(args: Args) -> None:
     device = dist.setup(args.device)
     asked = args = resolve(args, device)
     if args.dry_run:
-        args = replace(args, out=f"{tempfile.mkdtemp()}/dry-run", max_steps=1, wandb=False, resume=False)
+        args = replace(args, max_steps=1, wandb=False, resume=False)
     check_out(args)
     reward_functions = rewards.parse_rewards(args.rewards)
     tokenizer = models.load_tokenizer(args.model)
@@ -1276,9 +1277,9 @@ def main(args: Args) -> None:
                         ref = logprobs_under(reference or model)
                     for r, values in zip(rollouts, ref):
                         r.ref_logprobs = values
+                        r.kl = kl_estimate(r.old_logprobs, values, args.kl_estimator).sum().item()
                         if args.kl_in == "reward":
-                            r.reward -= args.beta * kl_estimate(
-                                r.old_logprobs, values, args.kl_estimator).sum().item()
+                            r.reward -= args.beta * r.kl
             advantages = group_advantages(
                 torch.tensor([r.reward for r in rollouts], dtype=torch.float64),
                 torch.tensor([r.group for r in rollouts], dtype=torch.int64), args.group_scaling)
@@ -1293,6 +1294,7 @@ def main(args: Args) -> None:
             live = [r for r in counted if r.advantage or pulls]
             counts = dist.sum_dict({"sequences": len(counted),
                                     "tokens": sum(len(r.completion.ids) for r in counted)}, device)
+            finite = not dist.any_rank(any(math.isnan(sum(r.completion.logprobs)) for r in sampled), device)
             with run.phase("update"):
                 for update in range(args.updates_per_batch):
                     def attempt(size):
@@ -1306,12 +1308,12 @@ def main(args: Args) -> None:
                     norm = nn.utils.clip_grad_norm_(params, args.max_grad_norm).item()
                     for group in optimizer.param_groups:
                         group["lr"] = learning_rate(step, args)
-                    if math.isfinite(norm):
+                    if math.isfinite(norm) and finite:
                         optimizer.step()
                         bad_steps = 0
                     else:
                         bad_steps += 1
-                        run.print(f"step {step}: the gradient is not finite; the update is skipped "
+                        run.print(f"step {step}: not finite; the update is skipped "
                                   f"({bad_steps} in a row)")
                     if update == 0:
                         first_sums = sums
@@ -1320,6 +1322,8 @@ def main(args: Args) -> None:
         # ---- log ----
         if error:
             run.print(f"step {step}: {error}")
+        if args.kl_in == "reward":
+            first_sums["kl"] = sum(r.kl for r in rollouts)
         metrics = log_step(run, step, args, sampled, first_sums | {"rows": len(live)}, accumulated_reward, {
             "grad_norm": norm, "lr": optimizer.param_groups[0]["lr"], "questions_drawn": drawn,
             "tokens_per_batch": tokens_per_batch})
@@ -1339,7 +1343,7 @@ def main(args: Args) -> None:
                 "position": position, "accumulated_reward": accumulated_reward,
                 "tokens_per_batch": tokens_per_batch})
         if bad_steps >= 5:
-            raise ValueError(f"the gradient was not finite in {bad_steps} updates in a row; "
+            raise ValueError(f"the loss was not finite in {bad_steps} updates in a row; "
                              f"the state is in {run.path}: lower --lr")
 
     # ---- the end ----

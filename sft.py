@@ -14,7 +14,6 @@ token. Nothing is packed: rows are padded on the right, in micro-batches of simi
 import hashlib
 import itertools
 import math
-import tempfile
 from collections import deque
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
@@ -44,7 +43,7 @@ class Args:
     seed: int = 0
     """seed of data order, adapter initialisation and sampling noise"""
     max_steps: int = 0
-    """optimizer steps in all; 0: as many as --epochs takes"""
+    """optimizer steps in all"""
     save_every: int = 200
     """steps between checkpoints (one is always written at the end, and on SIGTERM or Ctrl-C)"""
     keep: int = 2
@@ -112,7 +111,7 @@ class Args:
     """passes over the data, where --max-steps is 0"""
     # ---- optimizer ----
     lr: float = 0.0
-    """AdamW's peak learning rate; 0: 1e-3 for the embedded model, 2e-4 for an adapter, 1e-5 with --full"""
+    """AdamW's peak learning rate; 0: by the kind of model and training (`resolve`), printed at the start"""
     warmup_steps: int = 20
     """steps of linear warm-up"""
     lr_schedule: Literal["constant", "linear", "cosine"] = "cosine"
@@ -895,7 +894,7 @@ def main(args: Args) -> None:
         args = replace(args, max_steps=math.ceil(args.epochs * len(train) / args.batch_size))
     asked = args
     if args.dry_run:
-        args = replace(args, out=f"{tempfile.mkdtemp()}/dry-run", max_steps=1, wandb=False, resume=False)
+        args = replace(args, max_steps=1, wandb=False, resume=False)
         train = sorted(train, key=lambda e: -lengths[e.id])[:args.batch_size]
     torch.manual_seed(args.seed)
     dtype = models.choose_dtype(args.dtype, device)

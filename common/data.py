@@ -434,6 +434,8 @@ def load_examples(data, split="train", *, level=None, limit=0, seed=0, filter=""
     if limit < 0:
         raise ValueError(f"limit {limit} is negative: use 0 for all rows")
     if data in GENERATED:
+        if filter:
+            raise ValueError(f"filter {filter!r} is for a run's samples.csv; {data} is generated")
         return _generate(data, split, level, limit, seed)
     examples, seen, number = [], set(), -1
     for number, (place, row) in enumerate(_rows(data, split)):

@@ -6,6 +6,7 @@
 Only rank 0 writes and prints; every rank may call everything here.
 """
 
+import atexit
 import csv
 import dataclasses
 import hashlib
@@ -18,6 +19,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from contextlib import contextmanager, nullcontext
 from importlib.metadata import PackageNotFoundError, version
@@ -65,27 +67,31 @@ def _defaults(Args, argv):
             raise ValueError(f"--out {value_of('--out')} --resume: there is no run in that directory")
     if not path:
         return Args()
+    import yaml
+
     try:
-        text = Path(path).read_text()
+        values = yaml.safe_load(Path(path).read_text())  # JSON is YAML
     except OSError as error:
         raise ValueError(f"--config {path}: {error.strerror}") from None
-    if path.endswith((".yaml", ".yml")):
-        import yaml
-
-        values = yaml.safe_load(text)
-    else:
-        values = json.loads(text)
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"--config {path}: not valid YAML or JSON ({' '.join(str(error).split())[:150]})") from None
+    if not isinstance(values, dict):
+        raise ValueError(f"--config {path}: not a list of arguments with values, such as 'lr: 0.001'")
     values = {key.replace("-", "_"): value for key, value in values.get("args", values).items()}
     fields = {field.name: field for field in dataclasses.fields(Args)}
     if unknown := set(values) - set(fields):
         raise ValueError(f"--config {path}: unknown {', '.join(sorted(unknown))}; known: {', '.join(fields)}")
+    try:  # YAML reads 1e-4 as text
+        values = {key: float(value) if fields[key].type is float else value for key, value in values.items()}
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"--config {path}: {error}") from None
     return Args(**{key: tuple(value) if isinstance(value, list) else value for key, value in values.items()})
 
 
 def check_out(args) -> None:
     """Refuse an `--out` that holds something or cannot be written. Errors: ValueError. Writes nothing."""
     path = Path(args.out or "runs")
-    if args.resume:
+    if args.resume or args.dry_run:
         return
     if args.out and path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise ValueError(f"--out {path} exists and is not empty; "
@@ -126,11 +132,14 @@ class Run:
         name = "-".join([self.name, *map(str, tags), f"s{args.seed}", digest, time.strftime("%m%d-%H%M%S")])
         path = Path(args.out or f"runs/{name}")
         try:
-            if args.resume:
+            if args.dry_run:
+                path = Path(tempfile.mkdtemp(prefix="unrolled-"))
+                atexit.register(shutil.rmtree, path, ignore_errors=True)
+            elif args.resume:
                 if not (path / "config.json").exists():
                     raise ValueError(f"--out {path} --resume: there is no run in that directory")
                 return str(path)
-            while not args.out and path.exists():  # two runs started in the same second
+            while not (args.out or args.dry_run) and path.exists():  # two runs started in the same second
                 path = path.with_name(path.name + "x")
             (path / "checkpoints").mkdir(parents=True, exist_ok=True)
             shutil.copy(script, path / Path(script).name)
@@ -348,12 +357,10 @@ class Run:
                    f"95% [{low:+.3f}, {high:+.3f}], n = {n}")
 
     def dry_run_report(self, metrics, steps) -> None:
-        """Print what the one step of a dry run measured, and throw its directory away."""
+        """Print what the one step of a dry run measured; its directory goes when the process ends."""
         self.print(f"dry run: peak memory {metrics['memory_gb']:.2f} GB; one step at the largest sizes took "
                    f"{metrics['seconds']:.1f} s, so {steps} steps take at most "
                    f"{_clock(metrics['seconds'] * steps)} (h:mm:ss), evaluation apart; nothing was kept")
-        if dist.is_main():
-            shutil.rmtree(self.path.parent)
 
     def finish(self) -> None:
         self.print(f"done in {_clock(time.time() - self._started)}: {self.path}")

@@ -60,7 +60,6 @@ def complaints(fields):
     return found
 
 
-@pytest.mark.xfail(strict=True, reason="the texts of max_steps and lr differ between grpo.py and sft.py")
 def test_scripts_agree():
     assert len(SCRIPTS) >= 2 and complaints(FIELDS) == []
 

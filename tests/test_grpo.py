@@ -646,7 +646,7 @@ def inside(rho, A, low, high):
 
 
 # d loss / d logprob of a token, from the papers, times the number of rows: A the row's advantage, rho the
-# token's ratio, w their geometric mean, L the row's length, M the mean one, K max_new_tokens, d = logprob - ref.
+# token's ratio, w their geometric mean, L the row's length, M the mean, K max_new_tokens, d = logprob - ref.
 PAPERS = {
     "GRPO": lambda A, rho, w, L, M, K, d: (0.04 * (1 - math.exp(-d)) - inside(rho, A, .2, .2) * rho * A) / L,
     "Dr. GRPO": lambda A, rho, w, L, M, K, d: -inside(rho, A, .2, .2) * rho * A / K,
@@ -682,8 +682,6 @@ def test_the_switches_of_a_method_are_its_mathematics(method, theta):
     assert (cut > 0) == (method not in ("GRPO", "CISPO"))  # whose tokens all keep some gradient
 
 
-@pytest.mark.xfail("--aggregation constant" not in SWITCHES["RLOO"], strict=True,
-                   reason="README.md's RLOO divides a row by its length; the paper sums over its tokens")
 def test_rloo_is_reinforce_with_a_leave_one_out_baseline(theta):
     """arXiv 2402.14740: the mean of (R - mean of the others) grad log p(whole answer), over a constant."""
     args = replace(readme_switches("RLOO"), max_new_tokens=8)
@@ -702,10 +700,7 @@ def test_rloo_is_reinforce_with_a_leave_one_out_baseline(theta):
     assert_close(found, expected.flatten())
 
 
-@pytest.mark.parametrize("method", [
-    pytest.param(name, marks=pytest.mark.xfail(
-        "--recompute-old -" in flags, strict=True, raises=SystemExit,
-        reason="the command line wants --recompute-old True")) for name, flags in SWITCHES.items()])
+@pytest.mark.parametrize("method", SWITCHES)
 def test_the_switches_of_the_table_are_accepted(method):
     args = grpo.resolve(readme_switches(method), CPU)
     assert args.recompute_old == (args.ratio == "sequence" or args.sampler_correction != "none")
