@@ -1313,7 +1313,8 @@ def main(args: Args) -> None:
                         bad_steps = 0
                     else:
                         bad_steps += 1
-                        run.print(f"step {step}: not finite; the update is skipped "
+                        what = "gradient" if finite else "model"
+                        run.print(f"step {step}: the {what} is not finite; the update is skipped "
                                   f"({bad_steps} in a row)")
                     if update == 0:
                         first_sums = sums

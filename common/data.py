@@ -111,7 +111,9 @@ def _levels(level):
     return levels
 
 
-def _generate(data, split, level, limit, seed):
+def _generate(data, split, level, limit, seed, filter):
+    if filter:
+        raise ValueError(f"filter {filter!r} is for a run's samples.csv; {data} is generated")
     make, highest, default = GENERATED[data]
     if split not in SPLITS:
         raise ValueError(f"{data} has no split {split!r}: use train, validation or test")
@@ -434,9 +436,7 @@ def load_examples(data, split="train", *, level=None, limit=0, seed=0, filter=""
     if limit < 0:
         raise ValueError(f"limit {limit} is negative: use 0 for all rows")
     if data in GENERATED:
-        if filter:
-            raise ValueError(f"filter {filter!r} is for a run's samples.csv; {data} is generated")
-        return _generate(data, split, level, limit, seed)
+        return _generate(data, split, level, limit, seed, filter)
     examples, seen, number = [], set(), -1
     for number, (place, row) in enumerate(_rows(data, split)):
         if filter and not _read(_is_correct, place, row):
@@ -486,7 +486,7 @@ def train_validation(data, *, n_train=0, n_validation=0, level=None, seed=0, fil
     if str(data) not in GENERATED:
         rows = load_examples(data, "train", level=level, filter=filter)
         return carve(rows, n_train=n_train, n_validation=n_validation, seed=seed, name=data)
-    train = load_examples(data, "train", level=level, limit=n_train, seed=seed)
+    train = load_examples(data, "train", level=level, limit=n_train, seed=seed, filter=filter)
     if n_validation == 0:
         return train, []
     return train, load_examples(data, "validation", level=level, limit=n_validation, seed=seed)

@@ -74,7 +74,8 @@ def _defaults(Args, argv):
     except OSError as error:
         raise ValueError(f"--config {path}: {error.strerror}") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"--config {path}: not valid YAML or JSON ({' '.join(str(error).split())[:150]})") from None
+        reason = " ".join(str(error).split())[:150]
+        raise ValueError(f"--config {path}: not valid YAML or JSON ({reason})") from None
     if not isinstance(values, dict):
         raise ValueError(f"--config {path}: not a list of arguments with values, such as 'lr: 0.001'")
     values = {key.replace("-", "_"): value for key, value in values.get("args", values).items()}

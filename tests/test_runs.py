@@ -741,6 +741,8 @@ def bad(tmp_path_factory, tiny):
     (folder / "rewards.py").write_text("def f(prompts, responses, answers):\n    return [0] * len(prompts)\n")
     (folder / "unknown.yaml").write_text("learning_rate: 1\n")
     (folder / "broken.yaml").write_text("lr: [1\n")
+    (folder / "many.yaml").write_text("save_every: many\n")
+    (folder / "text.yaml").write_text("lora_targets: q_proj\n")
     (folder / "list.yaml").write_text("- lr\n")
     (folder / "broken.json").write_text("{")
     return folder
@@ -796,6 +798,8 @@ BAD_FOR_GRPO = [
     ("--config {bad}/broken.yaml", "broken.yaml"),
     ("--config {bad}/broken.json", "broken.json"),
     ("--config {bad}/list.yaml", "list.yaml"),
+    ("--config {bad}/many.yaml", "many.yaml; save_every"),
+    ("--config {bad}/text.yaml", "text.yaml; lora_targets"),
 ]
 BAD_FOR_SFT = [
     ("--model {bad}/nowhere", "{bad}/nowhere; no such folder"),
@@ -809,10 +813,16 @@ BAD_FOR_SFT = [
     ("--batch-size 0", "--batch-size 0"),
     ("--out {bad}/taken", "{bad}/taken; not empty; --resume"),
 ]
+BROKEN = {
+    "--config {bad}/many.yaml": "types are not checked: a TypeError later",
+    "--config {bad}/text.yaml": "types are not checked: a text is taken apart into letters",
+    "--data arithmetic --filter correct": "train_validation does not hand the filter on for generated data",
+}
 
 
 @pytest.mark.parametrize("script, wrong, said", [
-    pytest.param(script, wrong, said, id=f"{script} {wrong}")
+    pytest.param(script, wrong, said, id=f"{script} {wrong}",
+                 marks=pytest.mark.xfail(strict=True, reason=BROKEN[wrong]) if wrong in BROKEN else ())
     for script, cases in (("grpo.py", BAD_FOR_GRPO), ("sft.py", BAD_FOR_SFT)) for wrong, said in cases])
 def test_bad_input_is_one_line(go, bad, tmp_path, script, wrong, said):
     if "/proc" in wrong and not Path("/proc").is_dir():
@@ -941,7 +951,7 @@ cli(grpo.main, grpo.Args)
 def test_one_nan_loss_is_skipped(go, tmp_path):
     (tmp_path / "nan.py").write_text(NOT_A_NUMBER)
     process = go("run", script=tmp_path / "nan.py", env={"NAN_CALLS": "2-2"}, max_steps=4, beta=0.01)
-    assert process.out.count("not finite") == 1 and "step 2: the gradient is not finite" in process.out
+    assert [line[:7] for line in process.out.splitlines() if "not finite" in line] == ["step 2:"]
     assert [line["grad_norm"] is None for line in train_lines(process.folder)] == [False, True, False, False]
     assert all(tensor.isfinite().all() for tensor in weights(process.folder).values())
     saved = torch.load(process.folder / "checkpoints/step-4/training.pt", weights_only=True)
