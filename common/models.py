@@ -65,7 +65,8 @@ def load_tokenizer(name: str):
     name = resolve(name)
     if Path(name).is_dir() and not any(Path(name, file).exists()
                                        for file in ("tokenizer.json", "tokenizer.model", "vocab.json")):
-        raise ValueError(f"--model {name}: no tokenizer in that folder (tokenizer.json, tokenizer.model or vocab.json)")
+        raise ValueError(f"--model {name}: no tokenizer in that folder (tokenizer.json, tokenizer.model or "
+                         "vocab.json)")
     tokenizer = _reach("tokenizer", name, lambda: AutoTokenizer.from_pretrained(name))
     if tokenizer.eos_token_id is None:
         raise ValueError(f"--model {name}: its tokenizer has no eos_token; set one in tokenizer_config.json")

@@ -21,6 +21,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import typing
 from contextlib import contextmanager, nullcontext
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -82,11 +83,17 @@ def _defaults(Args, argv):
     fields = {field.name: field for field in dataclasses.fields(Args)}
     if unknown := set(values) - set(fields):
         raise ValueError(f"--config {path}: unknown {', '.join(sorted(unknown))}; known: {', '.join(fields)}")
-    try:  # YAML reads 1e-4 as text
-        values = {key: float(value) if fields[key].type is float else value for key, value in values.items()}
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"--config {path}: {error}") from None
-    return Args(**{key: tuple(value) if isinstance(value, list) else value for key, value in values.items()})
+    for key, value in values.items():
+        kind = fields[key].type
+        many = typing.get_origin(kind) is tuple
+        if many != isinstance(value, list | tuple) or (kind in (int, bool) and type(value) is not kind):
+            wanted = "a list" if many else f"one value ({getattr(kind, '__name__', kind)})"
+            raise ValueError(f"--config {path}: {key} is {value!r}, but takes {wanted}")
+        try:  # YAML reads 1e-4 as text, and a level of 3 as a number
+            values[key] = tuple(value) if many else kind(value) if kind in (float, str) else value
+        except (TypeError, ValueError):
+            raise ValueError(f"--config {path}: {key} is {value!r}, but takes a number") from None
+    return Args(**values)
 
 
 def check_out(args) -> None:

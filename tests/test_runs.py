@@ -813,16 +813,10 @@ BAD_FOR_SFT = [
     ("--batch-size 0", "--batch-size 0"),
     ("--out {bad}/taken", "{bad}/taken; not empty; --resume"),
 ]
-BROKEN = {
-    "--config {bad}/many.yaml": "types are not checked: a TypeError later",
-    "--config {bad}/text.yaml": "types are not checked: a text is taken apart into letters",
-    "--data arithmetic --filter correct": "train_validation does not hand the filter on for generated data",
-}
 
 
 @pytest.mark.parametrize("script, wrong, said", [
-    pytest.param(script, wrong, said, id=f"{script} {wrong}",
-                 marks=pytest.mark.xfail(strict=True, reason=BROKEN[wrong]) if wrong in BROKEN else ())
+    pytest.param(script, wrong, said, id=f"{script} {wrong}")
     for script, cases in (("grpo.py", BAD_FOR_GRPO), ("sft.py", BAD_FOR_SFT)) for wrong, said in cases])
 def test_bad_input_is_one_line(go, bad, tmp_path, script, wrong, said):
     if "/proc" in wrong and not Path("/proc").is_dir():
