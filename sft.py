@@ -412,20 +412,17 @@ def draw(logits, temperature, u):
     if temperature == 0:
         best, tokens = logits.max(-1)
         return tokens, best - logits.logsumexp(-1)
-    logits.div_(temperature)
-    logits.sub_(logits.amax(-1, keepdim=True)).exp_()
-    width = math.gcd(logits.shape[1], 512)
-    weights = logits.view(len(logits), -1, width)  # [B, V / width, width]
-    blocks = weights.sum(-1).cumsum(-1)
-    total = blocks[:, -1:]
-    target = u[:, None] * total
-    block = (blocks <= target).sum(-1, keepdim=True).clamp(max=blocks.shape[1] - 1)  # [B, 1]
-    before = torch.where(block > 0, blocks.gather(1, (block - 1).clamp(min=0)), 0)
-    inside = weights.gather(1, block[:, :, None].expand(-1, -1, width)).squeeze(1).cumsum(-1)
+    probs = torch.softmax(logits.div_(temperature) if temperature != 1 else logits, -1, out=logits)
+    width = math.gcd(probs.shape[1], 128)
+    probs = probs.view(len(probs), -1, width)  # [B, V / width, width]
+    edges = F.pad(probs.sum(-1).cumsum(-1), (1, 0))  # [B, V / width + 1]: the sum before each block, and all
+    target = u[:, None] * edges[:, -1:]
+    block = torch.searchsorted(edges, target, right=True).sub_(1).clamp_(max=probs.shape[1] - 1)  # [B, 1]
+    inside = probs.gather(1, block[:, :, None].expand(-1, -1, width)).squeeze(1).cumsum(-1)  # [B, width]
     # rounding may leave the rest at or above the block's sum: stay below it, on a token that has probability
-    rest = torch.minimum(target - before, inside[:, -1:] * (1 - 1e-6))
-    tokens = block * width + (inside <= rest).sum(-1, keepdim=True)
-    return tokens.squeeze(1), (logits.gather(1, tokens) / total).log().squeeze(1)
+    rest = torch.minimum(target - edges.gather(1, block), inside[:, -1:] * (1 - 1e-6))
+    tokens = torch.searchsorted(inside, rest, right=True).add_(block, alpha=width)
+    return tokens.squeeze(1), logits.gather(1, tokens).log().squeeze(1)
 
 
 # Copied from grpo.py::FusedLinear
@@ -539,10 +536,10 @@ def attention(q, k, v, bias, scale, softcap):
     """Softmax attention. Shapes: q [B, H, Q, K]; k, v [B, H, S, K]; bias [.., S] on scores, 0 or -inf."""
     if q.is_cuda and not softcap:
         return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=scale)
-    scores = (q @ k.transpose(-1, -2)) * scale  # CPU: two plain products beat the fused kernel at this size
+    scores = (q * scale) @ k.transpose(-1, -2)  # CPU: two plain products beat the fused kernel at this size
     if softcap:
         scores = softcap * torch.tanh(scores / softcap)
-    return (scores + bias).softmax(-1, dtype=torch.float32).to(q.dtype) @ v
+    return scores.add_(bias).softmax(-1, dtype=torch.float32).to(q.dtype) @ v
 
 
 # Copied from grpo.py::Sampler
@@ -563,7 +560,7 @@ class Sampler:
         on_gpu = self.device.type == "cuda"
         self.sync_every = sync_every or (8 if on_gpu else 1)
         self.use_graphs = on_gpu if graphs is None else graphs
-        self.block, self.row_block = (256, 32) if on_gpu else (32, 1)
+        self.block, self.row_block = (256, 32) if on_gpu else (16, 1)
         self.layers = [SamplerLayer(layer, self.dtype) for layer in model.base_model.layers]
         self.head = FusedLinear([model.get_output_embeddings()], self.dtype)
         self.softcap = getattr(model.config, "final_logit_softcapping", None)
@@ -580,7 +577,8 @@ class Sampler:
         length = -(-length // self.block) * self.block
         self.cache = new(len(self.layers), 2, slots, layer.kv_heads, length, layer.head_dim, dtype=self.dtype)
         self.graphs, self.rows = {}, torch.arange(slots, device=self.device)
-        self.tokens, self.positions, self.keys = (new(slots, dtype=torch.int64) for _ in range(3))
+        self.tokens, self.positions = (new(slots, dtype=torch.int64) for _ in range(2))
+        self.noise = new(slots, length)
         self.drawn = new(self.sync_every, slots, dtype=torch.int64), new(self.sync_every, slots)
         self.count = new(1, dtype=torch.int64)
         self.columns = torch.arange(length, device=self.device)
@@ -637,7 +635,8 @@ class Sampler:
 
             x = layer(x, cos, sin, attend)
         positions += 1
-        tokens, logprobs = draw(self._logits(x), temperature, uniform(self.keys[:n], positions))
+        tokens, logprobs = draw(self._logits(x), temperature,
+                                self.noise[:n].gather(1, positions[:, None]).squeeze(1))
         self.tokens[:n] = tokens
         self.drawn[0][:, :n].index_copy_(0, self.count, tokens[None])
         self.drawn[1][:, :n].index_copy_(0, self.count, logprobs[None])
@@ -660,7 +659,7 @@ class Sampler:
                     self._decode(n, length, temperature)
         return self.drawn[0][:, :n].tolist(), self.drawn[1][:, :n].tolist()
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def sample(self, prompts, keys, max_new_tokens, temperature=1.0, progress=None):
         """Sample len(keys[p]) completions of each prompt p, of at most `max_new_tokens` tokens.
 
@@ -701,7 +700,7 @@ class Sampler:
                     p, g = live[last]
                     filled = len(prompts[p]) + len(done[p][g].ids)
                     self.cache[:, :, slot, :, :filled] = self.cache[:, :, last, :, :filled]
-                    for buffer in (self.tokens, self.positions, self.keys):
+                    for buffer in (self.tokens, self.positions, self.noise):
                         buffer[slot] = buffer[last]
                     live[slot] = live[last]
                 live.pop()
@@ -724,10 +723,12 @@ class Sampler:
                 self.cache[:, :, first:first + n, :, :kept.shape[-2]] = kept[:, :, None]
                 first += n
             slot = slice(len(live), first)
-            self.keys[slot] = torch.tensor([keys[p][g] for p, g in new], device=self.device)
+            row_keys = torch.tensor([keys[p][g] for p, g in new], device=self.device)
+            self.noise[slot] = uniform(row_keys[:, None], self.columns)
             self.positions[slot] = torch.tensor([len(prompts[p]) for p, _ in new], device=self.device)
             logits = torch.stack([prefilled[p][1] for p, _ in new])
-            tokens, logprobs = draw(logits, temperature, uniform(self.keys[slot], self.positions[slot]))
+            u = self.noise[slot].gather(1, self.positions[slot, None]).squeeze(1)
+            tokens, logprobs = draw(logits, temperature, u)
             self.tokens[slot] = tokens
             ended = [len(live) + j for j in record(new, tokens.tolist(), logprobs.tolist())]
             live.extend(new)
