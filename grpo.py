@@ -20,6 +20,7 @@ The loss is near 0 at every step, by construction: watch the reward.
 import copy
 import hashlib
 import itertools
+import json
 import math
 from collections import deque
 from contextlib import contextmanager, nullcontext
@@ -276,8 +277,8 @@ def adapter_tensors(model, name: str) -> dict[str, tuple[nn.Parameter, nn.Parame
 @torch.no_grad()
 def merged_state_dict(model) -> dict[str, torch.Tensor]:
     """The weights of a plain model, the active adapter added in float32; the base itself is untouched."""
-    state = {key: value for key, value in model.state_dict().items() if ".A." not in key and ".B." not in key}
-    state = {key.replace(".base.", "."): value.clone() for key, value in state.items()}
+    state = {key.replace(".base.", "."): value for key, value in model.state_dict().items()
+             if ".A." not in key and ".B." not in key}
     for path, module in lora_modules(model).items():
         if module.active is not None:
             delta = module.scale[module.active] * module.B[module.active] @ module.A[module.active]
@@ -339,15 +340,15 @@ def chunk_logprobs(logits, targets, temperature, softcap, with_slope):
         logits.div_(softcap).tanh_()
         cap_slope = 1 - logits**2 if with_slope else None
         logits.mul_(softcap)
-    logits.div_(temperature)
-    chosen, top = logits.gather(1, targets[:, None]), logits.amax(1, keepdim=True)
-    total = logits.sub_(top).exp_().sum(1, keepdim=True)
+    if temperature != 1:
+        logits.div_(temperature)
+    chosen = torch.log_softmax(logits, 1, out=logits).gather(1, targets[:, None])
     if with_slope:
-        logits.div_(-temperature * total).scatter_add_(
-            1, targets[:, None], torch.full_like(total, 1 / temperature))
+        logits.exp_().div_(-temperature).scatter_add_(
+            1, targets[:, None], torch.full_like(chosen, 1 / temperature))
         if softcap:
             logits.mul_(cap_slope)
-    return (chosen - top - total.log()).squeeze(1)
+    return chosen.squeeze(1)
 
 
 def token_logprobs(model, input_ids, completion_mask, temperature=1.0, attention_mask=None, chunk_tokens=0):
@@ -415,7 +416,7 @@ def draw(logits, temperature, u):
     inside = probs.gather(1, block[:, :, None].expand(-1, -1, width)).squeeze(1).cumsum(-1)  # [B, width]
     # rounding may leave the rest at or above the block's sum: stay below it, on a token that has probability
     rest = torch.minimum(target - edges.gather(1, block), inside[:, -1:] * (1 - 1e-6))
-    tokens = torch.searchsorted(inside, rest, right=True).add_(block, alpha=width)
+    tokens = torch.searchsorted(inside, rest, right=True).clamp_(max=width - 1).add_(block, alpha=width)
     return tokens.squeeze(1), logits.gather(1, tokens).log().squeeze(1)
 
 
@@ -485,11 +486,11 @@ class SamplerLayer:
         self.gate_up = FusedLinear([mlp.gate_proj, mlp.up_proj], dtype)
         self.down = FusedLinear([mlp.down_proj], dtype)
         self.act = mlp.act_fn
-        names = ("input_layernorm", "post_attention_layernorm",
-                 "pre_feedforward_layernorm", "post_feedforward_layernorm")
-        norms = [getattr(layer, name) for name in names if hasattr(layer, name)]
-        self.attn_norm, self.attn_out_norm, self.mlp_norm, self.mlp_out_norm = (
-            norms if len(norms) == 4 else (norms[0], None, norms[1], None))  # four: Gemma 2
+        gemma2 = hasattr(layer, "pre_feedforward_layernorm")
+        after, self.attn_norm = layer.post_attention_layernorm, layer.input_layernorm
+        self.attn_out_norm = after if gemma2 else None
+        self.mlp_norm = layer.pre_feedforward_layernorm if gemma2 else after
+        self.mlp_out_norm = layer.post_feedforward_layernorm if gemma2 else None
         self.q_norm, self.k_norm = getattr(attn, "q_norm", None), getattr(attn, "k_norm", None)
         self.head_dim = attn.head_dim
         self.heads = attn.q_proj.out_features // self.head_dim
@@ -519,7 +520,7 @@ def rms_norm(x, module):
     """A layer's RMS norm as one fused call; Gemma stores weight - 1."""
     weight = module.weight + 1 if "Gemma" in type(module).__name__ else module.weight
     eps = module.eps if hasattr(module, "eps") else module.variance_epsilon
-    return F.rms_norm(x, weight.shape, weight.to(x.dtype), eps)
+    return F.rms_norm(x, weight.shape, weight.to(x.dtype), eps).to(x.dtype)  # autocast makes it float32
 
 
 def attention(q, k, v, bias, scale, softcap):
@@ -554,7 +555,6 @@ class Sampler:
         self.head = FusedLinear([model.get_output_embeddings()], self.dtype)
         self.softcap = getattr(model.config, "final_logit_softcapping", None)
         self.cache = None
-        self.tokens_generated = 0  # over the sampler's life; the caller takes differences
 
     def _allocate(self, slots, length):
         """Make the cache [L, 2, slots, Hkv, length, K] and the buffers of a step large enough."""
@@ -635,17 +635,14 @@ class Sampler:
         """`sync_every` steps; returns their tokens and log-probs as lists [steps][n]."""
         self.count.zero_()
         key = (n, length, temperature)
-        if key in self.graphs:
-            for _ in range(self.sync_every):
-                self.graphs[key].replay()
-        else:
-            for _ in range(self.sync_every):
+        graph = self.graphs.get(key)
+        for _ in range(self.sync_every):
+            graph.replay() if graph else self._decode(n, length, temperature)
+        if self.use_graphs and not graph:  # the steps just run were the warm-up
+            self.pool = self.pool or torch.cuda.graph_pool_handle()
+            self.graphs[key] = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self.graphs[key], pool=self.pool):
                 self._decode(n, length, temperature)
-            if self.use_graphs:  # the steps just run were the warm-up
-                self.pool = self.pool or torch.cuda.graph_pool_handle()
-                self.graphs[key] = torch.cuda.CUDAGraph()
-                with torch.cuda.graph(self.graphs[key], pool=self.pool):
-                    self._decode(n, length, temperature)
         return self.drawn[0][:, :n].tolist(), self.drawn[1][:, :n].tolist()
 
     @torch.inference_mode()
@@ -693,7 +690,6 @@ class Sampler:
                         buffer[slot] = buffer[last]
                     live[slot] = live[last]
                 live.pop()
-                self.positions[last] = 0  # a free slot inside the row block still steps: keep it in bounds
             if progress and ended:
                 progress(total - len(waiting) - len(live), total)
 
@@ -732,13 +728,13 @@ class Sampler:
             if not live:
                 continue
             n = min(slots, -(-len(live) // self.row_block) * self.row_block)
+            self.positions[len(live):n] = 0  # a free slot inside the row block still steps: keep it in bounds
             longest = max(len(prompts[p]) + len(done[p][g].ids) for p, g in live) + self.sync_every
             length = min(self.cache.shape[4], -(-longest // self.block) * self.block)
             ended = set()
             for tokens, logprobs in zip(*self._run(n, length, temperature)):
                 ended.update(record(live, tokens, logprobs))
             leave(ended)
-        self.tokens_generated += sum(len(row.ids) for rows in done for row in rows)
         return done
 
 
@@ -750,30 +746,20 @@ def group_advantages(rewards, groups, scaling):
     arXiv 2402.03300 sec. 4.1.2; "none" R - m, Dr. GRPO, arXiv 2503.20783; "loo" R - mean of the others, RLOO,
     arXiv 2402.14740. A group of equal rewards gets exactly 0, whatever rounding makes of its mean.
     """
-    rewards, known = rewards.double().nan_to_num(0.0), ~rewards.isnan()
-    _, group = groups.unique(return_inverse=True)
-    size = int(group.max()) + 1 if len(group) else 0
-
-    def total(values):
-        return torch.zeros(size, dtype=torch.float64).index_add_(0, group, torch.where(known, values, 0.0))
-
-    count = total(torch.ones_like(rewards))
-    centred = rewards - (total(rewards) / count)[group]
-    largest = torch.full((size,), -torch.inf, dtype=torch.float64)
-    largest.scatter_reduce_(0, group, torch.where(known, rewards, -torch.inf), "amax")
-    smallest = torch.full_like(largest, torch.inf)
-    smallest.scatter_reduce_(0, group, torch.where(known, rewards, torch.inf), "amin")
-    if scaling == "std":
-        deviation = (total(centred**2) / (count - 1).clamp(min=1)).sqrt()
-        centred = centred / (deviation[group] + 1e-4)
-    elif scaling == "loo":
-        centred = centred * (count / (count - 1).clamp(min=1))[group]
-    return torch.where(known & (largest > smallest)[group], centred, 0.0)
+    advantages = torch.zeros(len(rewards), dtype=torch.float64)
+    for group in groups.unique():
+        rows = (groups == group) & ~rewards.isnan()
+        R = rewards[rows].double()
+        if len(R) and R.max() > R.min():
+            centred = R - R.mean()
+            advantages[rows] = {"std": centred / (R.std() + 1e-4), "none": centred,
+                                "loo": centred * len(R) / (len(R) - 1)}[scaling]
+    return advantages
 
 
 def policy_loss(logprobs, old_logprobs, advantages, mask, *, ratio, clip, clip_eps_low, clip_eps_high,
                 dual_clip=0.0):
-    """The clipped policy-gradient loss of each token, and where the lower and upper clip cut the gradient.
+    """The clipped policy-gradient loss of each token, and where the lower and upper clip acts.
 
     Shapes: logprobs, old_logprobs, mask [B, T], advantages [B] -> loss [B, T], low [B, T], high [B, T]; 0
     outside the mask, whatever stands there. With rho = exp(logprob - old):
@@ -782,15 +768,15 @@ def policy_loss(logprobs, old_logprobs, advantages, mask, *, ratio, clip, clip_e
     clip "min": -min(rho A, clip(rho) A), and with dual_clip c > 0 at most -c A for A < 0 (arXiv 1912.09729);
     "detach": -sg(min(rho, 1 + high)) A logprob (CISPO, arXiv 2506.13585 eq. 4).
     """
-    logprobs = torch.where(mask, logprobs, 0.0)
-    log_ratio = torch.where(mask, logprobs - torch.where(mask, old_logprobs, 0.0), 0.0)
+    logprobs, old_logprobs = (torch.where(mask, x, 0.0) for x in (logprobs, old_logprobs))
+    log_ratio = logprobs - old_logprobs
     if ratio == "sequence":
         log_ratio = (log_ratio.sum(1) / mask.sum(1).clamp(min=1))[:, None].expand_as(log_ratio)
     A, rho = advantages[:, None], log_ratio.exp()
     low, high = mask & (A < 0) & (rho < 1 - clip_eps_low), mask & (A > 0) & (rho > 1 + clip_eps_high)
     if clip == "detach":
         return (-torch.where(mask, rho.detach().clamp(max=1 + clip_eps_high) * A * logprobs, 0.0),
-                low & False, high)
+                torch.zeros_like(low), high)
     objective = torch.minimum(rho * A, rho.clamp(1 - clip_eps_low, 1 + clip_eps_high) * A)
     if dual_clip:
         objective = torch.where(A < 0, torch.maximum(objective, dual_clip * A), objective)
@@ -810,7 +796,7 @@ def kl_estimate(logprobs, ref_logprobs, kind):
 
 
 def row_weights(aggregation, lengths, n_sequences, n_tokens, max_new_tokens):
-    """Weight [B] of each row's sum of token losses; the weighted sum over all micro-batches and ranks is
+    """Weight [B] of each row's sum of token losses; what the weighted sum over micro-batches and ranks is:
 
     "sequence": the mean over rows of the mean over their tokens (GRPO); "token": the mean over all tokens
     (DAPO, arXiv 2503.14476 eq. 8); "constant": the sum over n_sequences * max_new_tokens (Dr. GRPO).
@@ -919,9 +905,8 @@ def pad_logprobs(values, mask):
 
 def accumulate_gradients(model, rollouts, args, n_sequences, n_tokens, tokens_per_batch, device):
     """Add the gradient of the step's loss over this rank's rollouts; returns token sums for the metrics."""
-    sums = dict.fromkeys(("loss", "kl", "clip_low", "clip_high", "gap", "tokens"),
+    sums = dict.fromkeys(("loss", "kl", "clip_low", "clip_high", "gap", "gap_max", "tokens"),
                          torch.zeros((), device=device))
-    largest_gap = torch.zeros((), device=device)
     for rows in pack([len(r) for r in rollouts], tokens_per_batch):
         batch = [rollouts[i] for i in rows]
         input_ids, cpu_mask = make_batch(
@@ -935,22 +920,22 @@ def accumulate_gradients(model, rollouts, args, n_sequences, n_tokens, tokens_pe
         loss, low, high = policy_loss(
             logprobs, old, advantages, mask, ratio=args.ratio, clip=args.clip, clip_eps_low=args.clip_eps_low,
             clip_eps_high=args.clip_eps_high, dual_clip=args.dual_clip)
-        if args.sampler_correction != "none":
-            loss = loss * sampler_weights(
-                old, sampled, mask, args.sampler_correction, args.sampler_correction_cap)
         if args.beta and args.kl_in == "loss":
             ref = pad_logprobs([r.ref_logprobs for r in batch], cpu_mask).to(device)
             kl = torch.where(mask, kl_estimate(logprobs, ref, args.kl_estimator), 0.0)
             loss, sums["kl"] = loss + args.beta * kl, sums["kl"] + kl.detach().sum()
+        if args.sampler_correction != "none":
+            loss = loss * sampler_weights(
+                old, sampled, mask, args.sampler_correction, args.sampler_correction_cap)
         weights = row_weights(args.aggregation, lengths, n_sequences, n_tokens, args.max_new_tokens)
         loss = (loss.sum(1) * weights).sum()
         loss.backward()
         gap = torch.where(mask, (logprobs.detach() - sampled).abs(), 0.0)
-        largest_gap = torch.maximum(largest_gap, gap.max())
+        sums["gap_max"] = torch.maximum(sums["gap_max"], gap.max())
         for name, value in (("loss", loss.detach()), ("clip_low", low.sum()), ("clip_high", high.sum()),
                             ("gap", gap.sum()), ("tokens", mask.sum())):
             sums[name] = sums[name] + value
-    return {name: value.item() for name, value in sums.items()} | {"gap_max": largest_gap.item()}
+    return {name: value.item() for name, value in sums.items()}
 
 
 def sampler_weights(old_logprobs, sampled_logprobs, mask, kind, cap):
@@ -968,7 +953,8 @@ def score_rollouts(rollouts, reward_functions, args, tokenizer):
     for r in rollouts:
         ids = r.completion.ids
         r.response = tokenizer.decode(ids[:-1] if r.completion.finished else ids, skip_special_tokens=True)
-    columns = {"tasks": [r.example.task for r in rollouts], "metas": [r.example.meta for r in rollouts]}
+    columns = {"ids": [r.example.id for r in rollouts], "tasks": [r.example.task for r in rollouts],
+               "metas": [r.example.meta for r in rollouts]}
     scored = rewards.score(reward_functions, [data.prompt_text(r.example.prompt) for r in rollouts],
                            [r.response for r in rollouts], [r.example.answer for r in rollouts], columns,
                            args.reward_timeout)
@@ -1006,8 +992,9 @@ def sample_rollouts(sampler, questions, prompt_ids, args, step, run):
 def collect(sampler, questions, prompt_ids, reward_functions, args, step, position, tokenizer, run):
     """This rank's scored rollouts, the groups (of all ranks) to train on, questions drawn, a reward's error.
 
-    With dynamic sampling further questions are drawn until enough groups have rewards that differ; the first
-    prompts_per_step such groups are trained on, in the order of the questions whatever the number of ranks.
+    With dynamic sampling further questions are drawn until enough groups hold right and wrong samples (without
+    the reward `correctness`: rewards that differ); the first prompts_per_step such groups are trained on, in
+    the order of the questions whatever the number of ranks.
     """
     rollouts, groups, drawn, error = [], [], 0, ""
     while True:
@@ -1021,8 +1008,9 @@ def collect(sampler, questions, prompt_ids, reward_functions, args, step, positi
         rollouts += fresh
         if not args.dynamic_sampling:
             return rollouts, set(range(drawn)), drawn, error
-        mixed = [g for g, _ in mine
-                 if len({r.reward for r in fresh if r.group == g and not math.isnan(r.reward)}) > 1]
+        scores = {g: {r.rewards.get("correctness", r.reward) for r in fresh
+                      if r.group == g and not math.isnan(r.reward)} for g, _ in mine}
+        mixed = [g for g in scores if len(scores[g]) > 1]
         groups += sorted(itertools.chain(*dist.gather(mixed)))
         if len(groups) >= args.prompts_per_step or drawn > args.max_refills * args.prompts_per_step:
             return rollouts, set(groups[:args.prompts_per_step]), drawn, error
@@ -1034,7 +1022,8 @@ def csv_row(r, step):
             "answer": r.example.answer, "extracted": rewards.extract_answer(r.response) or "",
             "correct": int(r.correct), "reward": r.reward, **{f"reward/{k}": v for k, v in r.rewards.items()},
             "advantage": r.advantage, "logprob": sum(r.completion.logprobs), "tokens": len(r.completion.ids),
-            "finished": int(r.completion.finished), "level": r.example.level}
+            "finished": int(r.completion.finished), "level": r.example.level, "task": r.example.task,
+            "meta": json.dumps(r.example.meta)}
 
 
 def evaluate(sampler, questions, prompt_ids, args, step, tokenizer, run):
@@ -1048,7 +1037,7 @@ def evaluate(sampler, questions, prompt_ids, args, step, tokenizer, run):
         keys = [[noise_key(args.seed, -1, e.id, g) for g in range(n)] for e in mine]
         completions = sample_all(sampler, [prompt_ids[e.id] for e in mine], keys, args.max_new_tokens,
                                  temperature, run, "evaluation")
-        rollouts = [Rollout(e, i, g, [], completion) for i, (e, row) in enumerate(zip(mine, completions))
+        rollouts = [Rollout(e, e.id, g, [], completion) for e, row in zip(mine, completions)
                     for g, completion in enumerate(row)]
         score_rollouts(rollouts, [], args, tokenizer)
         rows += [csv_row(r, step) | {"sample": r.sample + (temperature > 0), "temperature": temperature}
@@ -1076,11 +1065,14 @@ def mean(values):
 
 def log_step(run, step, args, sampled, sums, accumulated_reward, more):
     """Metrics of a step over all ranks, its rollouts to samples.csv, and now and then one to the terminal."""
-    every = list(itertools.chain(*dist.gather([
-        (r.reward, r.correct, r.rewards, len(r.completion.ids), r.completion.finished,
-         sum(r.completion.logprobs)) for r in sampled])))
-    known = [row[0] for row in every if not math.isnan(row[0])]
-    n_tokens = sum(row[3] for row in every)
+    rows = sorted(itertools.chain(*dist.gather([csv_row(r, step) for r in sampled])),
+                  key=lambda row: (row["group"], row["sample"]))
+    run.write_rows(rows)
+
+    def column(name):
+        return [row[name] for row in rows if not math.isnan(row[name])]
+
+    known, n_tokens = column("reward"), sum(column("tokens"))
     sums = dist.sum_dict({k: v for k, v in sums.items() if k != "gap_max"}, run.device) | {
         "gap_max": max(dist.gather(sums["gap_max"]))}
     live_tokens = max(1, sums["tokens"])
@@ -1088,25 +1080,21 @@ def log_step(run, step, args, sampled, sums, accumulated_reward, more):
     metrics = {
         "reward": average, "reward/std": mean([(x - average) ** 2 for x in known]) ** 0.5,
         "reward/min": min(known, default=0.0), "reward/max": max(known, default=0.0),
-        **{f"reward/{name}": mean([row[2][name] for row in every if not math.isnan(row[2][name])])
-           for name in every[0][2]},
+        **{name: mean(column(name)) for name in rows[0] if name.startswith("reward/")},
         "accumulated_reward": accumulated_reward + sum(known),
-        "correct": mean([row[1] for row in every]), "tokens": n_tokens / len(every),
-        "tokens/max": max(r[3] for r in every), "truncated": mean([1 - row[4] for row in every]),
-        "entropy": -sum(row[5] for row in every) / n_tokens, "reward_failed": len(every) - len(known),
-        "loss": sums["loss"], "kl": sums["kl"] / (live_tokens if args.kl_in == "loss" else n_tokens),
+        "correct": mean(column("correct")), "tokens": n_tokens / len(rows),
+        "tokens/max": max(column("tokens")), "truncated": 1 - mean(column("finished")),
+        "entropy": -sum(row["logprob"] for row in rows) / n_tokens, "reward_failed": len(rows) - len(known),
+        "loss": sums["loss"], "kl": sums["kl"] / live_tokens,
         "clip_low": sums["clip_low"] / live_tokens,
         "clip_high": sums["clip_high"] / live_tokens, "sampler_gap": sums["gap"] / live_tokens,
         "sampler_gap/max": sums["gap_max"], "tokens_trained": sums["tokens"],
         "rows_trained": sums["rows"], **more}
-    rows = sorted(itertools.chain(*dist.gather([csv_row(r, step) for r in sampled])),
-                  key=lambda row: (row["group"], row["sample"]))
-    run.write_rows(rows)
     metrics = run.log(step, metrics, args.max_steps,
                       show=("reward", "correct", "tokens", "kl", "sampler_gap", "grad_norm"))
     if metrics["truncated"] > 0.5:
         run.print(f"  {metrics['truncated']:.0%} of the answers hit --max-new-tokens {args.max_new_tokens}")
-    if step % args.show_every == 0 and rows:
+    if step % args.show_every == 0:
         row = rows[0]
         parts = ", ".join(f"{key[7:]} {value:.2g}" for key, value in row.items() if key.startswith("reward/"))
         run.print(f"  Q: {row['prompt']}\n  A: {row['completion']}\n"
@@ -1159,6 +1147,8 @@ def resolve(args, device):
                  "save_every", "keep", "eval_questions", "eval_every", "show_every"):
         if getattr(args, name) < 1:
             raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be 1 or more")
+    if args.max_grad_norm <= 0:
+        raise ValueError(f"--max-grad-norm {args.max_grad_norm}: must be more than 0 (inf: no clipping)")
     if args.temperature <= 0:
         raise ValueError(f"--temperature {args.temperature}: training needs samples that differ; "
                          "use more than 0")
@@ -1201,6 +1191,8 @@ def main(args: Args) -> None:
             raise ValueError(f"--max-prompt-tokens {args.max_prompt_tokens} leaves {len(train)} questions "
                              f"to train on and {len(held_out)} held out")
     longest = max(len(prompt_ids[e.id]) for e in train + held_out)
+    if args.dry_run:
+        train = sorted(train, key=lambda e: -len(prompt_ids[e.id]))[:args.prompts_per_step]
     torch.manual_seed(args.seed)
     dtype = models.choose_dtype(args.dtype, device)
     model = models.load_model(args.model, torch.float32 if args.full else dtype, device,
@@ -1226,9 +1218,9 @@ def main(args: Args) -> None:
     run.print(f"data: {args.data}, {len(train)} questions to train on, {len(held_out)} held out, prompts "
               f"up to {longest} tokens; {args.prompts_per_step} x {args.num_generations} samples a step")
 
-    def save_weights(folder):
-        if args.full:
-            models.save_plain(model, tokenizer, folder, model.state_dict())
+    def save_weights(folder, merge=False):
+        if args.full or merge:
+            models.save_plain(model, tokenizer, folder, merged_state_dict(model))
         else:
             models.save_adapter(folder, adapter_tensors(model, "policy"), args.lora_alpha,
                                 models.absolute(args.model), model)
@@ -1249,10 +1241,11 @@ def main(args: Args) -> None:
     with compute():
         run.self_check(self_check(model, params, sampler, [prompt_ids[e.id] for e in train[:3]], args,
                                   args.temperature, device))
-    if step == 0 and not args.dry_run:
-        evaluate(sampler, held_out, prompt_ids, args, step, tokenizer, run)
+        if step == 0 and not args.dry_run:
+            evaluate(sampler, held_out, prompt_ids, args, step, tokenizer, run)
 
-    while step < args.max_steps and not dist.any_rank(run.stop, device):
+    stop = False
+    while step < args.max_steps and not stop:
         step += 1
         with run.profile(step), compute():
             # ---- sample and reward ----
@@ -1264,10 +1257,12 @@ def main(args: Args) -> None:
             # ---- old and reference log-probs, advantage ----
             with run.phase("logprobs"):
                 def logprobs_under(network):
+                    nonlocal tokens_per_batch
                     ids = [r.prompt_ids for r in rollouts], [r.completion.ids for r in rollouts]
-                    return retry_smaller(
+                    values, tokens_per_batch = retry_smaller(
                         lambda size: completion_logprobs(network, *ids, args.temperature, size, device),
-                        tokens_per_batch, device, longest + args.max_new_tokens, "tokens per batch")[0]
+                        tokens_per_batch, device, longest + args.max_new_tokens, "tokens per batch")
+                    return values
 
                 old = (logprobs_under(model) if args.recompute_old
                        else [torch.tensor(r.completion.logprobs) for r in rollouts])
@@ -1289,10 +1284,11 @@ def main(args: Args) -> None:
 
             # ---- update ----
             # Rows that cannot move the weights are skipped but stay in the denominators: no number changes.
-            counted = [r for r in rollouts
-                       if not math.isnan(r.reward) and (r.completion.finished or not args.mask_truncated)]
-            pulls = args.beta and args.kl_in == "loss"
-            live = [r for r in counted if r.advantage or pulls]
+            # (A dry run's rows all run to full length and earn about the same: it trains on every one.)
+            counted = [r for r in rollouts if args.dry_run or not math.isnan(r.reward)
+                       and (r.completion.finished or not args.mask_truncated)]
+            moves_all = args.dry_run or args.beta and args.kl_in == "loss"
+            live = [r for r in counted if r.advantage or moves_all]
             counts = dist.sum_dict({"sequences": len(counted),
                                     "tokens": sum(len(r.completion.ids) for r in counted)}, device)
             finite = not dist.any_rank(any(math.isnan(sum(r.completion.logprobs)) for r in sampled), device)
@@ -1324,8 +1320,8 @@ def main(args: Args) -> None:
         # ---- log ----
         if error:
             run.print(f"step {step}: {error}")
-        if args.kl_in == "reward":
-            first_sums["kl"] = sum(r.kl for r in rollouts)
+        if args.kl_in == "reward":  # in the unit of the others: over the tokens trained on
+            first_sums["kl"] = sum(r.kl for r in live)
         metrics = log_step(run, step, args, sampled, first_sums | {"rows": len(live)}, accumulated_reward, {
             "grad_norm": norm, "lr": optimizer.param_groups[0]["lr"], "questions_drawn": drawn,
             "tokens_per_batch": tokens_per_batch})
@@ -1335,7 +1331,8 @@ def main(args: Args) -> None:
 
         # ---- evaluate ----
         if step % args.eval_every == 0 or step == args.max_steps:
-            evaluate(sampler, held_out, prompt_ids, args, step, tokenizer, run)
+            with compute():
+                evaluate(sampler, held_out, prompt_ids, args, step, tokenizer, run)
 
         # ---- save ----
         stop = bad_steps >= 5 or dist.any_rank(run.stop, device)
@@ -1353,11 +1350,7 @@ def main(args: Args) -> None:
         run.dry_run_report(metrics, asked.max_steps)
         return
     if step == args.max_steps:
-        if dist.is_main():
-            if args.merge:
-                models.save_plain(model, tokenizer, run.path / "final", merged_state_dict(model))
-            else:
-                save_weights(run.path / "final")
+        run.save_final(partial(save_weights, merge=args.merge))
         run.before_after()
     run.finish()
 

@@ -232,8 +232,8 @@ def adapter_tensors(model, name: str) -> dict[str, tuple[nn.Parameter, nn.Parame
 @torch.no_grad()
 def merged_state_dict(model) -> dict[str, torch.Tensor]:
     """The weights of a plain model, the active adapter added in float32; the base itself is untouched."""
-    state = {key: value for key, value in model.state_dict().items() if ".A." not in key and ".B." not in key}
-    state = {key.replace(".base.", "."): value.clone() for key, value in state.items()}
+    state = {key.replace(".base.", "."): value for key, value in model.state_dict().items()
+             if ".A." not in key and ".B." not in key}
     for path, module in lora_modules(model).items():
         if module.active is not None:
             delta = module.scale[module.active] * module.B[module.active] @ module.A[module.active]
@@ -297,15 +297,15 @@ def chunk_logprobs(logits, targets, temperature, softcap, with_slope):
         logits.div_(softcap).tanh_()
         cap_slope = 1 - logits**2 if with_slope else None
         logits.mul_(softcap)
-    logits.div_(temperature)
-    chosen, top = logits.gather(1, targets[:, None]), logits.amax(1, keepdim=True)
-    total = logits.sub_(top).exp_().sum(1, keepdim=True)
+    if temperature != 1:
+        logits.div_(temperature)
+    chosen = torch.log_softmax(logits, 1, out=logits).gather(1, targets[:, None])
     if with_slope:
-        logits.div_(-temperature * total).scatter_add_(
-            1, targets[:, None], torch.full_like(total, 1 / temperature))
+        logits.exp_().div_(-temperature).scatter_add_(
+            1, targets[:, None], torch.full_like(chosen, 1 / temperature))
         if softcap:
             logits.mul_(cap_slope)
-    return (chosen - top - total.log()).squeeze(1)
+    return chosen.squeeze(1)
 
 
 # Copied from grpo.py::token_logprobs
@@ -421,7 +421,7 @@ def draw(logits, temperature, u):
     inside = probs.gather(1, block[:, :, None].expand(-1, -1, width)).squeeze(1).cumsum(-1)  # [B, width]
     # rounding may leave the rest at or above the block's sum: stay below it, on a token that has probability
     rest = torch.minimum(target - edges.gather(1, block), inside[:, -1:] * (1 - 1e-6))
-    tokens = torch.searchsorted(inside, rest, right=True).add_(block, alpha=width)
+    tokens = torch.searchsorted(inside, rest, right=True).clamp_(max=width - 1).add_(block, alpha=width)
     return tokens.squeeze(1), logits.gather(1, tokens).log().squeeze(1)
 
 
@@ -493,11 +493,11 @@ class SamplerLayer:
         self.gate_up = FusedLinear([mlp.gate_proj, mlp.up_proj], dtype)
         self.down = FusedLinear([mlp.down_proj], dtype)
         self.act = mlp.act_fn
-        names = ("input_layernorm", "post_attention_layernorm",
-                 "pre_feedforward_layernorm", "post_feedforward_layernorm")
-        norms = [getattr(layer, name) for name in names if hasattr(layer, name)]
-        self.attn_norm, self.attn_out_norm, self.mlp_norm, self.mlp_out_norm = (
-            norms if len(norms) == 4 else (norms[0], None, norms[1], None))  # four: Gemma 2
+        gemma2 = hasattr(layer, "pre_feedforward_layernorm")
+        after, self.attn_norm = layer.post_attention_layernorm, layer.input_layernorm
+        self.attn_out_norm = after if gemma2 else None
+        self.mlp_norm = layer.pre_feedforward_layernorm if gemma2 else after
+        self.mlp_out_norm = layer.post_feedforward_layernorm if gemma2 else None
         self.q_norm, self.k_norm = getattr(attn, "q_norm", None), getattr(attn, "k_norm", None)
         self.head_dim = attn.head_dim
         self.heads = attn.q_proj.out_features // self.head_dim
@@ -528,7 +528,7 @@ def rms_norm(x, module):
     """A layer's RMS norm as one fused call; Gemma stores weight - 1."""
     weight = module.weight + 1 if "Gemma" in type(module).__name__ else module.weight
     eps = module.eps if hasattr(module, "eps") else module.variance_epsilon
-    return F.rms_norm(x, weight.shape, weight.to(x.dtype), eps)
+    return F.rms_norm(x, weight.shape, weight.to(x.dtype), eps).to(x.dtype)  # autocast makes it float32
 
 
 # Copied from grpo.py::attention
@@ -565,7 +565,6 @@ class Sampler:
         self.head = FusedLinear([model.get_output_embeddings()], self.dtype)
         self.softcap = getattr(model.config, "final_logit_softcapping", None)
         self.cache = None
-        self.tokens_generated = 0  # over the sampler's life; the caller takes differences
 
     def _allocate(self, slots, length):
         """Make the cache [L, 2, slots, Hkv, length, K] and the buffers of a step large enough."""
@@ -646,17 +645,14 @@ class Sampler:
         """`sync_every` steps; returns their tokens and log-probs as lists [steps][n]."""
         self.count.zero_()
         key = (n, length, temperature)
-        if key in self.graphs:
-            for _ in range(self.sync_every):
-                self.graphs[key].replay()
-        else:
-            for _ in range(self.sync_every):
+        graph = self.graphs.get(key)
+        for _ in range(self.sync_every):
+            graph.replay() if graph else self._decode(n, length, temperature)
+        if self.use_graphs and not graph:  # the steps just run were the warm-up
+            self.pool = self.pool or torch.cuda.graph_pool_handle()
+            self.graphs[key] = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self.graphs[key], pool=self.pool):
                 self._decode(n, length, temperature)
-            if self.use_graphs:  # the steps just run were the warm-up
-                self.pool = self.pool or torch.cuda.graph_pool_handle()
-                self.graphs[key] = torch.cuda.CUDAGraph()
-                with torch.cuda.graph(self.graphs[key], pool=self.pool):
-                    self._decode(n, length, temperature)
         return self.drawn[0][:, :n].tolist(), self.drawn[1][:, :n].tolist()
 
     @torch.inference_mode()
@@ -704,7 +700,6 @@ class Sampler:
                         buffer[slot] = buffer[last]
                     live[slot] = live[last]
                 live.pop()
-                self.positions[last] = 0  # a free slot inside the row block still steps: keep it in bounds
             if progress and ended:
                 progress(total - len(waiting) - len(live), total)
 
@@ -743,13 +738,13 @@ class Sampler:
             if not live:
                 continue
             n = min(slots, -(-len(live) // self.row_block) * self.row_block)
+            self.positions[len(live):n] = 0  # a free slot inside the row block still steps: keep it in bounds
             longest = max(len(prompts[p]) + len(done[p][g].ids) for p, g in live) + self.sync_every
             length = min(self.cache.shape[4], -(-longest // self.block) * self.block)
             ended = set()
             for tokens, logprobs in zip(*self._run(n, length, temperature)):
                 ended.update(record(live, tokens, logprobs))
             leave(ended)
-        self.tokens_generated += sum(len(row.ids) for rows in done for row in rows)
         return done
 
 
@@ -822,12 +817,13 @@ def accumulate_gradients(model, rows, n_tokens, tokens_per_batch, device):
     return loss_sum.item()
 
 
-def evaluate(model, sampler, questions, encoded, args, step, tokenizer, run):
+def evaluate(model, sampler, questions, encoded, args, step, tokens_per_batch, tokenizer, run):
     """Held-out loss per token, and greedy pass@1 where questions have an answer; all go to eval.csv."""
     mine = dist.share(questions)
     targets = [encoded[e.id] for e in mine]
-    logprobs = completion_logprobs(model, [p for p, _ in targets], [c for _, c in targets], 1.0,
-                                   args.tokens_per_batch, run.device) if targets else []
+    ids = [p for p, _ in targets], [c for _, c in targets]
+    logprobs, _ = retry_smaller(lambda size: completion_logprobs(model, *ids, 1.0, size, run.device),
+                                tokens_per_batch, run.device, 1, "tokens per batch")
     sums = dist.sum_dict({"nll": -sum(row.sum().item() for row in logprobs),
                           "tokens": sum(len(c) for _, c in targets)}, run.device)
     metrics = {"eval/loss": sums["nll"] / max(1, sums["tokens"])}
@@ -861,6 +857,8 @@ def resolve(args, device):
                  "eval_every"):
         if getattr(args, name) < 1:
             raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be 1 or more")
+    if args.max_grad_norm <= 0:
+        raise ValueError(f"--max-grad-norm {args.max_grad_norm}: must be more than 0 (inf: no clipping)")
     if args.epochs <= 0 and not args.max_steps:
         raise ValueError(f"--epochs {args.epochs}: must be more than 0")
     full = args.full or args.from_scratch
@@ -922,9 +920,9 @@ def main(args: Args) -> None:
               f"no completion, or too long), {len(held_out)} held out, "
               f"up to {longest} tokens; {args.batch_size} rows a step")
 
-    def save_weights(folder):
-        if args.full:
-            models.save_plain(model, tokenizer, folder, model.state_dict())
+    def save_weights(folder, merge=False):
+        if args.full or merge:
+            models.save_plain(model, tokenizer, folder, merged_state_dict(model))
         else:
             models.save_adapter(folder, adapter_tensors(model, "policy"), args.lora_alpha,
                                 models.absolute(args.model), model)
@@ -944,10 +942,11 @@ def main(args: Args) -> None:
     with compute():
         run.self_check(self_check(model, params, sampler, [encoded[e.id][0] for e in train[:3]], args, 1.0,
                                   device))
-    if step == 0 and not args.dry_run:
-        evaluate(model, sampler, held_out, encoded, args, step, tokenizer, run)
+        if step == 0 and not args.dry_run:
+            evaluate(model, sampler, held_out, encoded, args, step, tokens_per_batch, tokenizer, run)
 
-    while step < args.max_steps and not dist.any_rank(run.stop, device):
+    stop = False
+    while step < args.max_steps and not stop:
         step += 1
         position = 0 if args.single_batch else (step - 1) * args.batch_size
         rows = [encoded[train[i].id]
@@ -986,7 +985,8 @@ def main(args: Args) -> None:
 
         # ---- evaluate ----
         if step % args.eval_every == 0 or step == args.max_steps:
-            evaluate(model, sampler, held_out, encoded, args, step, tokenizer, run)
+            with compute():
+                evaluate(model, sampler, held_out, encoded, args, step, tokens_per_batch, tokenizer, run)
 
         # ---- save ----
         stop = bad_steps >= 5 or dist.any_rank(run.stop, device)
@@ -1003,11 +1003,7 @@ def main(args: Args) -> None:
         run.dry_run_report(metrics, asked.max_steps)
         return
     if step == args.max_steps:
-        if dist.is_main():
-            if args.merge:
-                models.save_plain(model, tokenizer, run.path / "final", merged_state_dict(model))
-            else:
-                save_weights(run.path / "final")
+        run.save_final(partial(save_weights, merge=args.merge))
         run.before_after()
     run.finish()
 

@@ -63,14 +63,6 @@ def share(items):
     return items[rank()::world_size()]
 
 
-def unshare(gathered):
-    """Undo `share`: from the ranks' lists (as `gather` returns them) back to the one list in its order."""
-    merged = [None] * sum(len(part) for part in gathered)
-    for r, part in enumerate(gathered):
-        merged[r::len(gathered)] = part
-    return merged
-
-
 def gather(value):
     """The list of every rank's `value` (any JSON-like Python object), on all ranks, in the order of ranks."""
     if not dist.is_initialized():

@@ -86,6 +86,9 @@ def _defaults(Args, argv):
     for key, value in values.items():
         kind = fields[key].type
         many = typing.get_origin(kind) is tuple
+        allowed = typing.get_args(kind) if typing.get_origin(kind) is typing.Literal else (value,)
+        if value not in allowed:
+            raise ValueError(f"--config {path}: {key} is {value!r}, but takes {', '.join(allowed)}")
         if many != isinstance(value, list | tuple) or (kind in (int, bool) and type(value) is not kind):
             wanted = "a list" if many else f"one value ({getattr(kind, '__name__', kind)})"
             raise ValueError(f"--config {path}: {key} is {value!r}, but takes {wanted}")
@@ -120,6 +123,7 @@ class Run:
     def __init__(self, args, script, device, *, tags=()):
         self.args, self.device, self.name = args, device, Path(script).stem
         self.seconds, self.stop, self._wandb, self._table = {}, False, None, []
+        self._profiled = 0
         self._started, self._first_step, self._line = time.time(), None, 0
         self.path = Path(dist.broadcast(self._make_directory(script, tags) if dist.is_main() else None))
         for name in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
@@ -180,7 +184,9 @@ class Run:
         if self.stop:  # a second Ctrl-C means it
             raise KeyboardInterrupt
         self.stop = True
-        self.print(f"{signal.Signals(number).name}: saving after this step (again to leave at once)")
+        if dist.is_main():  # not print: the signal may have come inside another
+            name = signal.Signals(number).name
+            os.write(2, f"\n{name}: saving after this step (again to leave at once)\n".encode())
 
     # ---- terminal ----
 
@@ -242,7 +248,7 @@ class Run:
         if last_step is not None:
             self._first_step = self._first_step or (step, time.time() - metrics["seconds"])
             rate = (time.time() - self._first_step[1]) / (step - self._first_step[0] + 1)
-            values = "  ".join(f"{name} {_short(metrics[name])}" for name in show if name in metrics)
+            values = "  ".join(f"{name} {metrics[name]:.3g}" for name in show if name in metrics)
             self.print(f"step {step:{len(str(last_step))}d}/{last_step}  {values}  "
                        f"{metrics['seconds']:.2f} s  ETA {_clock(rate * (last_step - step))}")
         return metrics
@@ -258,7 +264,8 @@ class Run:
     def _memory(self):
         if self.device.type == "cuda":
             return {"memory_gb": torch.cuda.max_memory_allocated() / 2**30}
-        return {"memory_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20}
+        unit = 2**30 if sys.platform == "darwin" else 2**20  # bytes there, kilobytes here
+        return {"memory_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit}
 
     def write_rows(self, rows, file_name="samples.csv") -> None:
         """Append rows (dicts with the same keys, in order) to a CSV of the run; only rank 0's are written."""
@@ -289,21 +296,31 @@ class Run:
 
         write_weights(folder) writes the model's part; `training`: tensors and plain values, the rest.
         """
+        def write(folder):
+            write_weights(folder)
+            torch.save(training, folder / "training.pt")
+            (folder / "state.json").write_text(json.dumps({"step": step, "complete": True}))
+
+        self._write_whole(self.path / f"checkpoints/step-{step}", write)
         if dist.is_main():
-            folder = self.path / f"checkpoints/step-{step}"
-            aside = folder.with_name(f".tmp-step-{step}")
+            for old in self._checkpoints()[:-self.args.keep]:
+                shutil.rmtree(old, ignore_errors=True)
+
+    def save_final(self, write_weights) -> None:
+        """Write final/, whole or not at all: the trained model, for others to load."""
+        self._write_whole(self.path / "final", write_weights)
+
+    def _write_whole(self, folder, write):
+        if dist.is_main():
+            aside = folder.with_name(f".tmp-{folder.name}")
             shutil.rmtree(aside, ignore_errors=True)
             aside.mkdir(parents=True)
-            write_weights(aside)
-            torch.save(training, aside / "training.pt")
-            (aside / "state.json").write_text(json.dumps({"step": step, "complete": True}))
+            write(aside)
             for file in aside.iterdir():  # on disk before the rename makes it the newest
                 with open(file, "rb") as handle:
                     os.fsync(handle.fileno())
             shutil.rmtree(folder, ignore_errors=True)
             aside.rename(folder)
-            for old in self._checkpoints()[:-self.args.keep]:
-                shutil.rmtree(old, ignore_errors=True)
         dist.barrier()
 
     def _checkpoints(self):
@@ -343,19 +360,19 @@ class Run:
 
     def profile(self, step):
         """A context: the first `args.profile` steps of this process write trace-STEP.json, for Perfetto."""
-        self._profiled = getattr(self, "_profiled", 0) + 1
+        self._profiled += 1
         if self._profiled > self.args.profile or not dist.is_main():
             return nullcontext()
         target = str(self.path / f"trace-{step}.json")
         return torch.profiler.profile(on_trace_ready=lambda trace: trace.export_chrome_trace(target))
 
-    def before_after(self, metric="correct") -> None:
+    def before_after(self) -> None:
         """Print held-out accuracy at the first and the last evaluation, paired by question, from eval.csv."""
         rows = [row for row in self.read_rows("eval.csv") if row["sample"] == "0"]
         steps = sorted({int(row["step"]) for row in rows})
         if len(steps) < 2:
             return
-        first, last = ({row["id"]: float(row[metric]) for row in rows if int(row["step"]) == step}
+        first, last = ({row["id"]: float(row["correct"]) for row in rows if int(row["step"]) == step}
                        for step in (steps[0], steps[-1]))
         before, after = ([scores[i] for i in first if i in last] for scores in (first, last))
         low, high = paired_interval(before, after)
@@ -385,11 +402,6 @@ def paired_interval(before, after):
     return mean - 1.96 * error, mean + 1.96 * error
 
 
-def is_out_of_memory(error: BaseException) -> bool:
-    """True for CUDA's out-of-memory error and for the CPU allocator's."""
-    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
-
-
 def retry_smaller(attempt, size, device, smallest, note):
     """attempt(size), halving `size` on all ranks when one of them runs out of memory. Returns (result, size).
 
@@ -400,10 +412,10 @@ def retry_smaller(attempt, size, device, smallest, note):
         result, failed = None, False
         try:
             result = attempt(size)
-        except (torch.OutOfMemoryError, RuntimeError) as error:
-            if not is_out_of_memory(error):
+        except RuntimeError as error:  # CUDA's own kind, or what the CPU's allocator says
+            failed = isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+            if not failed:
                 raise
-            failed = True
         if not dist.any_rank(failed, device):
             return result, size
         if size <= smallest:
@@ -421,10 +433,6 @@ def _version(package):
         return version(package)
     except PackageNotFoundError:
         return "not installed"
-
-
-def _short(value):
-    return f"{value:.3g}" if isinstance(value, float) else str(value)
 
 
 def _clock(seconds):

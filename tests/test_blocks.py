@@ -533,7 +533,6 @@ def test_progress_counts_and_empty_calls():
     seen, sampler = [], Sampler(model, range(0, 384, 16), 4)
     samples = sampler.sample(PROMPTS, KEYS, 8, progress=lambda done, total: seen.append((done, total)))
     assert [done for done, _ in seen] == sorted(done for done, _ in seen) and seen[-1] == (21, 21)
-    assert sampler.tokens_generated == sum(len(c.ids) for row in samples for c in row)
     assert sampler.sample(PROMPTS[:2], [[], []], 8) == [[], []] and sampler.sample([], [], 8) == []
     with pytest.raises(ValueError, match="no tokens"):
         sampler.sample([[3], []], [[0], [0]], 8)

@@ -165,16 +165,16 @@ def loss_by_hand(logprobs, rollouts, args, n_sequences, n_tokens):
                 if args.dual_clip and A < 0:
                     J = torch.maximum(J, torch.tensor(args.dual_clip * A, dtype=torch.float64))
                 f = -J
+            if args.beta and args.kl_in == "loss":
+                d = values[t] - r.ref_logprobs[t].item()
+                kl = {"k1": d, "k2": d * d / 2, "k3": (-d).exp() - 1 + d}[args.kl_estimator]
+                f, total_kl = f + args.beta * kl, total_kl + kl.item()
             weight = math.exp(r.old_logprobs[t].item() - r.completion.logprobs[t])
             cap = args.sampler_correction_cap
             if args.sampler_correction == "truncate":
                 f = f * min(weight, cap)
             elif args.sampler_correction == "mask":
                 f = f * (1 / cap <= weight <= cap)
-            if args.beta and args.kl_in == "loss":
-                d = values[t] - r.ref_logprobs[t].item()
-                kl = {"k1": d, "k2": d * d / 2, "k3": (-d).exp() - 1 + d}[args.kl_estimator]
-                f, total_kl = f + args.beta * kl, total_kl + kl.item()
             row = row + f
         total = total + row / {"sequence": n_sequences * L, "token": n_tokens,
                                "constant": n_sequences * args.max_new_tokens}[args.aggregation]
@@ -1010,12 +1010,18 @@ def test_identical_prompts_stay_groups_of_their_own(toy):
     ({1, 3, 4, 5, 7}, 6, {1, 3, 4}),  # more than asked for: the first, in the order of the questions
     ({2, 8}, 9, {2, 8}),  # the cap: 3 and two further draws of 3
     (set(), 9, set())])
-def test_dynamic_sampling_draws_until_groups_differ_or_the_cap(mixed, drawn, trained, toy, monkeypatch):
+@pytest.mark.parametrize("correctness", [False, True])
+def test_dynamic_sampling_draws_until_groups_differ_or_the_cap(mixed, drawn, trained, correctness, toy,
+                                                               monkeypatch):
+    """With a reward of that name, right and wrong count (0 < correct < G), not what else the rewards say."""
     sampler, examples, prompt_ids = toy
 
     def score(rollouts, functions, args, tokenizer):
         for r in rollouts:
-            r.reward = NAN if r.sample == 3 else float(r.group in mixed and r.sample)
+            r.reward = NAN if r.sample == 3 else float(r.group in mixed and r.sample > 0)
+            if correctness:
+                r.rewards = {"correctness": r.reward}
+                r.reward += 0.1 * r.sample
         return ""
 
     monkeypatch.setattr(grpo, "score_rollouts", score)
