@@ -992,9 +992,9 @@ def sample_rollouts(sampler, questions, prompt_ids, args, step, run):
 def collect(sampler, questions, prompt_ids, reward_functions, args, step, position, tokenizer, run):
     """This rank's scored rollouts, the groups (of all ranks) to train on, questions drawn, a reward's error.
 
-    With dynamic sampling further questions are drawn until enough groups hold right and wrong samples (without
-    the reward `correctness`: rewards that differ); the first prompts_per_step such groups are trained on, in
-    the order of the questions whatever the number of ranks.
+    With dynamic sampling further questions are drawn until enough groups hold right and wrong samples (or,
+    without the reward `correctness`, rewards that differ); the first prompts_per_step such groups are trained
+    on, in the order of the questions whatever the number of ranks.
     """
     rollouts, groups, drawn, error = [], [], 0, ""
     while True:
@@ -1085,7 +1085,7 @@ def log_step(run, step, args, sampled, sums, accumulated_reward, more):
         "correct": mean(column("correct")), "tokens": n_tokens / len(rows),
         "tokens/max": max(column("tokens")), "truncated": 1 - mean(column("finished")),
         "entropy": -sum(row["logprob"] for row in rows) / n_tokens, "reward_failed": len(rows) - len(known),
-        "loss": sums["loss"], "kl": sums["kl"] / live_tokens,
+        "loss": sums["loss"], "kl": sums["kl"] / max(1, sums.get("kl_tokens", live_tokens)),
         "clip_low": sums["clip_low"] / live_tokens,
         "clip_high": sums["clip_high"] / live_tokens, "sampler_gap": sums["gap"] / live_tokens,
         "sampler_gap/max": sums["gap_max"], "tokens_trained": sums["tokens"],
@@ -1205,6 +1205,8 @@ def main(args: Args) -> None:
     else:
         params = add_lora(model, "policy", args.lora_r, args.lora_alpha, args.lora_targets,
                           models.layer_range(args.train_layers, model))
+    adapter = None if args.full else adapter_tensors(model, "policy")
+    save_weights = partial(models.save_trained, model, tokenizer, adapter, args)
     if args.gradient_checkpointing:
         enable_checkpointing(model)
     model.train()  # dropout is off (load_model); gradient checkpointing acts in this mode alone
@@ -1218,22 +1220,11 @@ def main(args: Args) -> None:
     run.print(f"data: {args.data}, {len(train)} questions to train on, {len(held_out)} held out, prompts "
               f"up to {longest} tokens; {args.prompts_per_step} x {args.num_generations} samples a step")
 
-    def save_weights(folder, merge=False):
-        if args.full or merge:
-            models.save_plain(model, tokenizer, folder, merged_state_dict(model))
-        else:
-            models.save_adapter(folder, adapter_tensors(model, "policy"), args.lora_alpha,
-                                models.absolute(args.model), model)
-            tokenizer.save_pretrained(folder)
-
     step, position, accumulated_reward, bad_steps, tokens_per_batch = 0, 0, 0.0, 0, args.tokens_per_batch
     if args.resume:
         folder, saved = run.load()
         if folder:
-            if args.full:
-                model.load_state_dict(models.load_weights(folder), strict=False)
-            else:
-                models.load_adapter(folder, adapter_tensors(model, "policy"))
+            models.load_trained(folder, model, adapter)
             optimizer.load_state_dict(saved["optimizer"])
             torch.set_rng_state(saved["rng"])
             step, position, accumulated_reward, tokens_per_batch = (
@@ -1320,8 +1311,9 @@ def main(args: Args) -> None:
         # ---- log ----
         if error:
             run.print(f"step {step}: {error}")
-        if args.kl_in == "reward":  # in the unit of the others: over the tokens trained on
-            first_sums["kl"] = sum(r.kl for r in live)
+        if args.kl_in == "reward":  # of rows that the loss leaves out, too
+            first_sums |= {"kl": sum(r.kl for r in rollouts),
+                           "kl_tokens": sum(len(r.completion.ids) for r in rollouts)}
         metrics = log_step(run, step, args, sampled, first_sums | {"rows": len(live)}, accumulated_reward, {
             "grad_norm": norm, "lr": optimizer.param_groups[0]["lr"], "questions_drawn": drawn,
             "tokens_per_batch": tokens_per_batch})
@@ -1347,10 +1339,11 @@ def main(args: Args) -> None:
 
     # ---- the end ----
     if args.dry_run:
-        run.dry_run_report(metrics, asked.max_steps)
+        run.dry_run_report(metrics, asked.max_steps, metrics["tokens_trained"])
         return
     if step == args.max_steps:
-        run.save_final(partial(save_weights, merge=args.merge))
+        run.save_final(partial(models.save_plain, model, tokenizer, merged_state_dict(model)) if args.merge
+                       else save_weights)
         run.before_after()
     run.finish()
 

@@ -907,6 +907,8 @@ def main(args: Args) -> None:
     else:
         params = add_lora(model, "policy", args.lora_r, args.lora_alpha, args.lora_targets,
                           models.layer_range(args.train_layers, model))
+    adapter = None if args.full else adapter_tensors(model, "policy")
+    save_weights = partial(models.save_trained, model, tokenizer, adapter, args)
     if args.gradient_checkpointing:
         enable_checkpointing(model)
     model.train()  # dropout is off (load_model); gradient checkpointing acts in this mode alone
@@ -920,22 +922,11 @@ def main(args: Args) -> None:
               f"no completion, or too long), {len(held_out)} held out, "
               f"up to {longest} tokens; {args.batch_size} rows a step")
 
-    def save_weights(folder, merge=False):
-        if args.full or merge:
-            models.save_plain(model, tokenizer, folder, merged_state_dict(model))
-        else:
-            models.save_adapter(folder, adapter_tensors(model, "policy"), args.lora_alpha,
-                                models.absolute(args.model), model)
-            tokenizer.save_pretrained(folder)
-
     step, bad_steps, tokens_per_batch = 0, 0, args.tokens_per_batch
     if args.resume:
         folder, saved = run.load()
         if folder:
-            if args.full:
-                model.load_state_dict(models.load_weights(folder), strict=False)
-            else:
-                models.load_adapter(folder, adapter_tensors(model, "policy"))
+            models.load_trained(folder, model, adapter)
             optimizer.load_state_dict(saved["optimizer"])
             torch.set_rng_state(saved["rng"])
             step, tokens_per_batch = saved["step"], saved["tokens_per_batch"]
@@ -1000,10 +991,11 @@ def main(args: Args) -> None:
 
     # ---- the end ----
     if args.dry_run:
-        run.dry_run_report(metrics, asked.max_steps)
+        run.dry_run_report(metrics, asked.max_steps, metrics["tokens"])
         return
     if step == args.max_steps:
-        run.save_final(partial(save_weights, merge=args.merge))
+        run.save_final(partial(models.save_plain, model, tokenizer, merged_state_dict(model)) if args.merge
+                       else save_weights)
         run.before_after()
     run.finish()
 

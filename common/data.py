@@ -21,6 +21,8 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 
+from common.rewards import last_boxed
+
 TASKS = ("arithmetic", "countdown", "gsm8k", "math", "choice", "text")
 
 
@@ -316,22 +318,10 @@ def _gsm8k(row):
     return dict(prompt=_text(row, "question"), answer=answer, completion=completion, task="gsm8k")
 
 
-def _last_boxed(text):
-    r"""The content of the last \boxed{...} with balanced braces (or \fbox{...}, \boxed 2), else ""."""
-    for match in reversed(list(re.finditer(r"\\(?:boxed|fbox)\s*", text))):
-        rest, depth = text[match.end() :], 0
-        if not rest.startswith("{"):
-            return re.match(r"[^$\s]*", rest)[0]
-        for brace in re.finditer(r"\\.|[{}]", rest):  # a brace after a backslash is text
-            depth += {"{": 1, "}": -1}.get(brace[0], 0)
-            if depth == 0:
-                return rest[1 : brace.start()].strip()
-    return ""
-
-
 def _math(row):
     solution = _text(row, "solution")
-    answer = _text(row, "answer") or _last_boxed(solution)
+    bare = re.findall(r"\\(?:boxed|fbox) +([^\s${}]+)", solution)[-1:]  # \boxed 2
+    answer = _text(row, "answer") or last_boxed(solution) or "".join(bare)
     if not answer:
         raise ValueError(r"no answer: neither in a column answer nor as \boxed{...} in the solution")
     return dict(prompt=_text(row, "problem"), answer=answer, completion=solution, task="math")

@@ -264,13 +264,7 @@ def choose_dtype(name: str, device: torch.device) -> torch.dtype:
     return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]
 
 
-def load_weights(folder) -> dict[str, torch.Tensor]:
-    """All tensors of a folder written by `save_plain`."""
-    return {key: value for path in sorted(Path(folder).glob("*.safetensors"))
-            for key, value in load_file(path).items()}
-
-
-def save_plain(model, tokenizer, folder, state: dict[str, torch.Tensor]) -> None:
+def save_plain(model, tokenizer, state: dict[str, torch.Tensor], folder) -> None:
     """Write a plain Hugging Face model (safetensors, config, tokenizer): transformers, PEFT, vLLM load it."""
     if model.config.tie_word_embeddings:
         state = {key: value for key, value in state.items() if key != "lm_head.weight"}
@@ -280,3 +274,20 @@ def save_plain(model, tokenizer, folder, state: dict[str, torch.Tensor]) -> None
     model.config.save_pretrained(folder)
     model.generation_config.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+
+
+def save_trained(model, tokenizer, adapter, args, folder) -> None:
+    """Write what a run trains: `adapter` (as `save_adapter` takes it), the whole model where it is None."""
+    if adapter is None:
+        save_plain(model, tokenizer, model.state_dict(), folder)
+    else:
+        save_adapter(folder, adapter, args.lora_alpha, absolute(args.model), model)
+        tokenizer.save_pretrained(folder)
+
+
+def load_trained(folder, model, adapter) -> None:
+    """Read back what `save_trained` wrote."""
+    if adapter is None:
+        model.load_state_dict(load_file(f"{folder}/model.safetensors"), strict=False)
+    else:
+        load_adapter(folder, adapter)

@@ -53,7 +53,7 @@ _DRESSING = (
 
 
 def _undress(text):
-    text = _last_boxed(text) or text
+    text = last_boxed(text) or text
     for pattern, replacement in _DRESSING:
         text = re.sub(pattern, replacement, text)
     return re.sub(r"[.,;]$", "", text.strip(" \t\r\n*")).rstrip()
@@ -145,15 +145,15 @@ _STATED = re.compile(
 )
 
 
-def _last_boxed(text):
-    """Content of the last balanced, non-empty \\boxed{...}, in one pass over the braces."""
+def last_boxed(text):
+    """Content of the last balanced, non-empty \\boxed{...} or \\fbox{...}, in one pass over the braces."""
     opened, last = [], None  # opened: for each open brace, where a box's content starts, or None
-    for match in re.finditer(r"\\f?boxed\s{0,4}\{|\\[{}]|[{}]", text):
+    for match in re.finditer(r"\\(?:boxed|fbox)\s{0,4}\{|\\[{}]|[{}]", text):
         if match[0] == "}" and opened:
             start = opened.pop()
             last = (text[start : match.start()].strip() if start else None) or last
-        elif match[0] == "{" or "boxed" in match[0]:
-            opened.append(match.end() if "boxed" in match[0] else None)
+        elif match[0] == "{" or "box" in match[0]:
+            opened.append(match.end() if "box" in match[0] else None)
     return last
 
 
@@ -161,8 +161,8 @@ def _marked(text):
     """Content of the last <answer>...</answer>, else of the last box."""
     _, opened, inside = text.rpartition("</answer>")[0].rpartition("<answer>")
     if opened and inside.strip():  # "<answer>The answer is \boxed{5}.</answer>" happens
-        return _last_boxed(inside) or _stated(inside) or inside.strip()
-    return _last_boxed(text)
+        return last_boxed(inside) or _stated(inside) or inside.strip()
+    return last_boxed(text)
 
 
 def _stated(text):

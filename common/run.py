@@ -381,10 +381,10 @@ class Run:
                    f"(step {steps[-1]}): {sum(after) / n - sum(before) / n:+.3f}, "
                    f"95% [{low:+.3f}, {high:+.3f}], n = {n}")
 
-    def dry_run_report(self, metrics, steps) -> None:
+    def dry_run_report(self, metrics, steps, tokens) -> None:
         """Print what the one step of a dry run measured; its directory goes when the process ends."""
         self.print(f"dry run: peak memory {metrics['memory_gb']:.2f} GB; one step at the largest sizes took "
-                   f"{metrics['seconds']:.1f} s, so {steps} steps take at most "
+                   f"{metrics['seconds']:.1f} s ({tokens:.0f} tokens trained), so {steps} steps take at most "
                    f"{_clock(metrics['seconds'] * steps)} (h:mm:ss), evaluation apart; nothing was kept")
 
     def finish(self) -> None:

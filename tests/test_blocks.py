@@ -372,6 +372,8 @@ def test_draw_takes_only_tokens_that_have_probability():
             tokens, logprobs = draw(logits.clone(), 1.0, ends)
             assert tokens[0] == min(possible) or torch.softmax(logits[0], -1)[min(possible)] < 1e-6
             assert tokens[1] in possible and logprobs.isfinite().all()
+    tokens, logprobs = draw(torch.full((2, 512), torch.nan), 1.0, ends)  # a broken model
+    assert (tokens < 512).all() and logprobs.isnan().all()
     token, logprob = draw(torch.tensor([[0.0, 2.0, 1.0]]), 0, torch.tensor([0.99]))
     assert token.item() == 1
     assert logprob.item() == pytest.approx(torch.tensor([0.0, 2.0, 1.0]).log_softmax(-1)[1].item(), abs=1e-6)
@@ -526,6 +528,20 @@ def test_the_stop_ids_are_the_tokenizers_and_the_generation_configs():
     for given, expected in ((7, [2, 7]), ([9, 2, 7], [2, 7, 9]), (None, [2])):
         model.generation_config.eos_token_id = given
         assert models.stop_ids(model, tokenizer) == expected
+
+
+def test_free_slots_of_a_row_block_stay_inside_the_cache():
+    """As on CUDA, free slots step with the live ones: here one for longer than a whole completion takes."""
+    prompts, keys = some_prompts([3] * 30), [[noise_key(7, p)] for p in range(30)]
+    model = tiny_model("qwen2")
+    unstopped = [row[0].ids for row in Sampler(model, ()).sample(prompts, keys, 24)]
+    stop = next(token for token in unstopped[0][3:12]  # ends row 0 early and no other
+                if token not in unstopped[0][:3] and not any(token in ids for ids in unstopped[1:]))
+    sampler = Sampler(model, [stop], 16)
+    sampler.row_block = 16  # 16 rows, of which one ends; the next 14 are admitted when the rest do
+    samples = [row[0] for row in sampler.sample(prompts, keys, 24)]
+    assert [c.finished for c in samples] == [True] + [False] * 29
+    assert [c.ids for c in samples[1:]] == unstopped[1:]
 
 
 def test_progress_counts_and_empty_calls():
@@ -817,7 +833,7 @@ def test_checkpointing_recomputes_with_the_adapter_of_its_forward(kind):
 def saved_base(folder, kind="qwen2", **overrides):
     """A tiny model and the tiny tokenizer in a folder; returns the model."""
     model = tiny_model(kind, **overrides)
-    models.save_plain(model, tiny_tokenizer(), folder, model.state_dict())
+    models.save_plain(model, tiny_tokenizer(), model.state_dict(), folder)
     return model
 
 
@@ -942,12 +958,12 @@ def test_merged_and_saved_models_load_in_transformers(tmp_path):
     """`--merge`: a plain folder, whose tokenizer comes with it."""
     model, _ = adapted_model("qwen2")
     ids = torch.tensor(some_prompts((15,)))
-    models.save_plain(model, tiny_tokenizer(), tmp_path / "merged", merged_state_dict(model))
+    models.save_plain(model, tiny_tokenizer(), merged_state_dict(model), tmp_path / "merged")
     plain = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
     assert_close(plain(ids).logits, model(ids).logits, 1e-5)
     assert len(models.load_tokenizer(str(tmp_path / "merged"))) == 384
     assert_close(load(str(tmp_path / "merged"))(ids).logits, plain(ids).logits, 0)
-    saved = models.load_weights(tmp_path / "merged")
+    saved = load_file(tmp_path / "merged" / "model.safetensors")
     assert saved and all(torch.equal(value, merged_state_dict(model)[key]) for key, value in saved.items())
 
 

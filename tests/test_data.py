@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 import common.data
+from common.rewards import last_boxed
 from common.data import (
     Example,
     batch_indices,
@@ -231,7 +232,7 @@ def test_math():
     assert len(sample) == 140 and all(example.answer and 1 <= example.level <= 5 for example in sample)
     assert all(f"{{{e.answer}}}" in e.completion or f" {e.answer}" in e.completion for e in sample)
     # Where there is an answer column, the box in the solution says the same, up to how LaTeX is written.
-    boxed = [common.data._last_boxed(example.completion) for example in test]
+    boxed = [last_boxed(example.completion) for example in test]
     assert sum(box == example.answer for box, example in zip(boxed, test)) > 400 and all(boxed)
     hard = load_examples(DATA / "math500", "test", level="4-5")
     assert hard == [example for example in test if example.level >= 4] and 0 < len(hard) < 500
@@ -247,11 +248,10 @@ def test_math():
         (r"$\boxed 7$", "7"),
         (r"\fbox{x+1}", "x+1"),
         (r"\boxed{3}, not \boxed{4", "3"),
-        ("no box", ""),
     ],
 )
 def test_the_last_balanced_box(solution, answer):
-    assert common.data._last_boxed(solution) == answer
+    assert common.data._math({"problem": "?", "solution": solution})["answer"] == answer
 
 
 @needs_data

@@ -4,6 +4,7 @@ closed forms, invariances to micro-batches, ranks and skipped rows, and toy task
 Most gradients are taken on a policy that is a table of logits: what is expected of it can be written down.
 """
 
+import csv
 import itertools
 import json
 import math
@@ -25,7 +26,7 @@ import tyro
 from torch import nn
 
 import grpo
-from common import data, dist, models
+from common import data, dist, models, rewards
 from grpo import (
     Args,
     Completion,
@@ -34,6 +35,7 @@ from grpo import (
     accumulate_gradients,
     add_lora,
     collect,
+    csv_row,
     group_advantages,
     kl_estimate,
     learning_rate,
@@ -45,6 +47,7 @@ from grpo import (
     row_weights,
     sample_rollouts,
     sampler_weights,
+    score_rollouts,
 )
 from tests.tiny_models import SIZES, tiny_model
 
@@ -1034,6 +1037,27 @@ def test_dynamic_sampling_draws_until_groups_differ_or_the_cap(mixed, drawn, tra
     args = replace(args, dynamic_sampling=False)
     rollouts, groups, n_drawn, _ = collect(sampler, examples, prompt_ids, [], args, 1, 6, None, RUN)
     assert (len(rollouts), groups, n_drawn) == (12, {0, 1, 2}, 3)
+
+
+def test_samples_csv_keeps_what_the_answer_check_needs(tmp_path):
+    """A countdown row read back is a countdown example: its expression is checked, not its text."""
+    (example, *_) = data.load_examples("countdown", limit=1)
+    row = csv_row(Rollout(example, 0, 0, [], Completion([1], [0.0], True), response=example.completion), 1)
+    with open(tmp_path / "samples.csv", "w", newline="") as file:
+        writer = csv.DictWriter(file, row)
+        writer.writeheader()
+        writer.writerow(row)
+    (again,) = data.load_examples(tmp_path / "samples.csv")
+    assert (again.task, again.meta, again.level) == (example.task, example.meta, example.level)
+    assert rewards.correctness([""], [again.completion], [again.answer], [again.task], [again.meta]) == [1.0]
+
+
+def test_rewards_are_given_the_ids():
+    seen = []
+    spy = rewards.RewardFunction("spy", 1.0, lambda *lists, ids, **_: seen.extend(ids) or [0.0] * len(ids))
+    rollouts = [Rollout(data.Example(7 + i, "?"), i, 0, [], Completion([], [], False)) for i in range(3)]
+    score_rollouts(rollouts, [spy], Args(), SimpleNamespace(decode=lambda ids, **_: ""))
+    assert seen == [7, 8, 9]
 
 
 # ---- learning ----

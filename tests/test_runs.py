@@ -10,6 +10,7 @@ import itertools
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import socket
@@ -605,7 +606,7 @@ def test_sigterm_saves_a_checkpoint(go, tmp_path, rewards_py):
     stopped = go("stopped", **flags, env={"PAUSE_AFTER": "1"}, wait=False)
     wait_for(lambda: n_calls(tmp_path) == 2, lambda: stopped.out + stopped.err)
     os.kill(stopped.pid, signal.SIGTERM)  # inside step 2
-    wait_for(lambda: "SIGTERM" in stopped.out)
+    wait_for(lambda: "SIGTERM" in stopped.err)
     (tmp_path / "pause").unlink()
     assert stopped.wait().code == 0
     assert [path.name for path in (stopped.folder / "checkpoints").iterdir()] == ["step-2"]
@@ -1230,7 +1231,7 @@ def test_wandb(go, tmp_path):
 
 @pytest.mark.parametrize("case", [
     "grpo.py", "sft.py", "two ranks", "a mistake"])
-def test_dry_run_leaves_nothing(go, tmp_path, case):
+def test_dry_run_leaves_nothing(go, tiny, tmp_path, case):
     """A4.13: neither in the working directory, nor in --out, nor among the temporary files."""
     for name in ("here", "temporary"):
         (tmp_path / name).mkdir()
@@ -1242,6 +1243,10 @@ def test_dry_run_leaves_nothing(go, tmp_path, case):
         script, ranks = ("grpo.py", 2) if case == "two ranks" else (case, 1)
         process = go("run", script=script, ranks=ranks, **flags)
         assert "dry run: peak memory" in process.out and "100 steps" in process.out
+        trained = int(re.search(r"\((\d+) tokens trained\)", process.out)[1])
+        of = small(tiny)
+        assert trained > 0 if script == "sft.py" else (  # every row, at its longest
+            trained == of["prompts_per_step"] * of["num_generations"] * of["max_new_tokens"])
     assert listing(tmp_path) == ["here", "temporary"]
 
 
