@@ -661,7 +661,8 @@ class Sampler:
 
         prompts: lists of token ids. keys: for each prompt one `noise_key` per sample; equal keys give equal
         samples of equal prompts, whatever else is sampled beside them. Returns lists of Completion shaped
-        like `keys`. progress(rows done, rows in all) is called as rows end. Errors: ValueError: empty prompt.
+        like `keys`. progress(rows done, rows in all, [(p, g, Completion) of those that just ended]) is called
+        as rows end. Errors: ValueError: a prompt without tokens.
         """
         if not all(prompts):
             raise ValueError("a prompt has no tokens; there is nothing to continue")
@@ -690,6 +691,7 @@ class Sampler:
             return ended
 
         def leave(ended):
+            rows = [(p, g, done[p][g]) for p, g in (live[slot] for slot in ended)]
             for slot in sorted(ended, reverse=True):
                 last = len(live) - 1
                 if slot != last:
@@ -700,8 +702,8 @@ class Sampler:
                         buffer[slot] = buffer[last]
                     live[slot] = live[last]
                 live.pop()
-            if progress and ended:
-                progress(total - len(waiting) - len(live), total)
+            if progress and rows:
+                progress(total - len(waiting) - len(live), total, rows)
 
         def admit():
             new = [waiting.popleft() for _ in range(min(slots - len(live), len(waiting)))]
@@ -801,7 +803,7 @@ def sample_all(sampler, prompt_ids, keys, max_new_tokens, temperature, run, doin
     def attempt(slots):
         sampler.slots = slots
         return sampler.sample(prompt_ids, keys, max_new_tokens, temperature,
-                              lambda done, total: run.progress(f"{doing}: sampled {done}/{total}"))
+                              lambda done, total, _: run.progress(f"{doing}: sampled {done}/{total}"))
 
     return retry_smaller(attempt, sampler.slots, run.device, 1, "slots")[0]
 
@@ -852,7 +854,7 @@ def evaluate(model, sampler, questions, encoded, args, step, tokens_per_batch, t
 
 def resolve(args, device):
     """Fill in the defaults that depend on others, and refuse what cannot work, before any load or write."""
-    embedded = not args.model
+    embedded = models.is_embedded(args.model)
     for name in ("batch_size", "max_new_tokens", "slots", "save_every", "keep", "eval_questions",
                  "eval_every"):
         if getattr(args, name) < 1:

@@ -28,7 +28,7 @@ from pathlib import Path
 
 import torch
 
-from common import dist
+from common import curves, dist
 
 
 def cli(main, Args) -> None:
@@ -250,7 +250,7 @@ class Run:
             rate = (time.time() - self._first_step[1]) / (step - self._first_step[0] + 1)
             values = "  ".join(f"{name} {metrics[name]:.3g}" for name in show if name in metrics)
             self.print(f"step {step:{len(str(last_step))}d}/{last_step}  {values}  "
-                       f"{metrics['seconds']:.2f} s  ETA {_clock(rate * (last_step - step))}")
+                       f"{metrics['seconds']:.2f} s  ETA {clock(rate * (last_step - step))}")
         return metrics
 
     def _write_metrics(self, line):
@@ -385,10 +385,16 @@ class Run:
         """Print what the one step of a dry run measured; its directory goes when the process ends."""
         self.print(f"dry run: peak memory {metrics['memory_gb']:.2f} GB; one step at the largest sizes took "
                    f"{metrics['seconds']:.1f} s ({tokens:.0f} tokens trained), so {steps} steps take at most "
-                   f"{_clock(metrics['seconds'] * steps)} (h:mm:ss), evaluation apart; nothing was kept")
+                   f"{clock(metrics['seconds'] * steps)} (h:mm:ss), evaluation apart; nothing was kept")
 
     def finish(self) -> None:
-        self.print(f"done in {_clock(time.time() - self._started)}: {self.path}")
+        """Draw curves.png, where matplotlib is installed, and say where the run lies."""
+        if dist.is_main() and len({line["step"] for line in curves.read_metrics(self.path)}) > 1:
+            try:
+                curves.draw([self.path], self.path / "curves.png")
+            except ValueError as error:
+                self.print(str(error))
+        self.print(f"done in {clock(time.time() - self._started)}: {self.path}")
         if self._wandb:
             self._wandb.finish()
 
@@ -435,6 +441,7 @@ def _version(package):
         return "not installed"
 
 
-def _clock(seconds):
+def clock(seconds) -> str:
+    """1:02:03, or 2:03 under an hour."""
     hours, rest = divmod(int(seconds), 3600)
     return f"{hours}:{rest // 60:02d}:{rest % 60:02d}" if hours else f"{rest // 60}:{rest % 60:02d}"

@@ -546,9 +546,15 @@ def test_free_slots_of_a_row_block_stay_inside_the_cache():
 
 def test_progress_counts_and_empty_calls():
     model = tiny_model("qwen2")
-    seen, sampler = [], Sampler(model, range(0, 384, 16), 4)
-    samples = sampler.sample(PROMPTS, KEYS, 8, progress=lambda done, total: seen.append((done, total)))
+    seen, rows, sampler = [], {}, Sampler(model, range(0, 384, 16), 4)
+
+    def progress(done, total, ended):
+        seen.append((done, total))
+        rows.update(((p, g), row.ids[:]) for p, g, row in ended)
+
+    samples = sampler.sample(PROMPTS, KEYS, 8, progress=progress)
     assert [done for done, _ in seen] == sorted(done for done, _ in seen) and seen[-1] == (21, 21)
+    assert rows == {(p, g): row.ids for p, of in enumerate(samples) for g, row in enumerate(of)}
     assert sampler.sample(PROMPTS[:2], [[], []], 8) == [[], []] and sampler.sample([], [], 8) == []
     with pytest.raises(ValueError, match="no tokens"):
         sampler.sample([[3], []], [[0], [0]], 8)

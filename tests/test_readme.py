@@ -22,6 +22,10 @@ SWITCHES = re.findall(r"^\| .*? \| `(--.*?)` \|$", README, re.MULTILINE)
 @pytest.mark.parametrize("words", SCRIPTS, ids=" ".join)
 def test_command_parses(words):
     at = next(i for i, word in enumerate(words) if word.endswith(".py"))
+    if words[at + 1] in ("compare", "plot", "show", "status"):
+        with pytest.raises(SystemExit, match="error: runs"):  # it was understood; there are no such runs
+            importlib.import_module("eval").command(words[at + 1:])
+        return
     Args = importlib.import_module(words[at].removesuffix(".py")).Args
     tyro.cli(Args, args=words[at + 1:])
 

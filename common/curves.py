@@ -1,0 +1,98 @@
+"""Curves of training runs as one picture: drawn at the end of every run, and by `eval.py plot`."""
+
+import json
+from pathlib import Path
+
+# (title, metrics that may carry it, unit of the y axis); the first of the metrics that a run has is drawn
+PANELS = (
+    ("reward", ("reward",), "mean reward"),
+    ("held-out pass@1", ("eval/pass@1", "pass@1"), "share of questions"),
+    ("loss", ("eval/loss", "loss"), "loss"),
+    ("KL to the start", ("kl",), "nats per token"),
+    ("entropy", ("entropy",), "nats per token"),
+    ("length", ("tokens",), "tokens"),
+    ("gradient norm", ("grad_norm",), "norm before clipping"),
+)
+COLOURS = ("#000000", "#d55e00", "#56b4e9", "#8f6a9f", "#b0b000", "#7f7f7f")  # they differ in grey, too
+STYLES = ("-", "--", "-.", ":")
+
+
+def read_metrics(path) -> list[dict]:
+    """The lines of a run's metrics.jsonl (a directory or the file); [] where there is none yet."""
+    path = Path(path)
+    path = path / "metrics.jsonl" if path.is_dir() or not path.suffix else path
+    lines = path.read_text().splitlines() if path.exists() else []
+    found = []
+    for line in lines:
+        try:
+            found.append(json.loads(line))
+        except json.JSONDecodeError:  # a kill can leave half a line
+            continue
+    return found
+
+
+def draw(paths, out, chance=None) -> None:
+    """Write a PNG with a panel for each metric that any of the runs has; runs overlaid, one line style each.
+
+    chance: accuracy of guessing, a line in the accuracy panel; a thin one is a run's first evaluation.
+    Errors: ValueError if a run has no metrics, or matplotlib is not installed.
+    """
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise ValueError("curves need matplotlib: pip install matplotlib") from None
+    runs = {}
+    for path in paths:
+        name = Path(path).parent.name if Path(path).name == "metrics.jsonl" else Path(path).name
+        runs[name if name not in runs else str(path)] = lines = read_metrics(path)
+        if not lines:
+            raise ValueError(f"{path}: no metrics.jsonl with anything in it")
+
+    def series(lines, metric):
+        points = [(line["step"], line[metric]) for line in lines if isinstance(line.get(metric), int | float)]
+        # what is 0 throughout was not computed (KL), or is rounding (GRPO's loss)
+        return tuple(zip(*sorted(points))) if any(abs(value) > 1e-6 for _, value in points) else None
+
+    panels = []
+    for title, metrics, unit in PANELS:
+        found = {name: next(filter(None, (series(lines, metric) for metric in metrics)), None)
+                 for name, lines in runs.items()}
+        if any(found.values()):
+            panels.append((title, unit, found))
+    phases = sorted({key for line in sum(runs.values(), []) for key in line if key.startswith("seconds/")})
+    n = len(panels) + bool(phases)
+    figure = Figure(figsize=(11, 2.7 * -(-n // 2)), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(-(-n // 2), 2, squeeze=False).flatten()
+    for ax, (title, unit, found) in zip(axes, panels):
+        for i, (name, points) in enumerate(found.items()):
+            if points:
+                look = {"color": COLOURS[i % len(COLOURS)], "linestyle": STYLES[i % len(STYLES)]}
+                ax.plot(*points, label=name, linewidth=1.4, marker="o" if len(points[0]) < 12 else None,
+                        markersize=3, **look)
+                if title.startswith("held-out"):
+                    ax.axhline(points[1][0], linewidth=0.8, alpha=0.6, **look)
+        if title.startswith("held-out"):
+            ax.set_ylim(0, 1)
+            if chance is not None:
+                ax.axhline(chance, color="#7f7f7f", linestyle=":", label="chance")
+        ax.set(title=title, xlabel="step", ylabel=unit)
+    if phases:
+        ax = axes[len(panels)]
+        for i, (name, lines) in enumerate(runs.items()):
+            for j, phase in enumerate(phases):
+                if points := series(lines, phase):
+                    label = phase[8:] if len(runs) == 1 else f"{name} {phase[8:]}"
+                    ax.plot(*points, label=label, linewidth=1.2, color=COLOURS[j % len(COLOURS)],
+                            linestyle=STYLES[i % len(STYLES)])
+        ax.set(title="time of a step", xlabel="step", ylabel="seconds")
+        ax.legend(fontsize=7, frameon=False)
+    for ax in axes[:n]:
+        ax.grid(alpha=0.25)
+        ax.spines[["top", "right"]].set_visible(False)
+    for ax in axes[n:]:
+        ax.set_visible(False)
+    if len(runs) > 1 or chance is not None:
+        axes[min(1, n - 1)].legend(fontsize=7, frameon=False)
+    figure.savefig(out, dpi=110)

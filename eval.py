@@ -1,0 +1,1140 @@
+"""Evaluation: how often a model is right, how sure that is, and whether a run made it better.
+
+    pass@1   share of right greedy answers; 95% interval by Wilson (1927), over questions
+    pass@k   chance that k samples hold a right one, unbiased (Codex, arXiv 2107.03374 eq. 1)
+    maj@n    share of questions whose most frequent answer among n samples is right (arXiv 2203.11171)
+
+    python eval.py                                                        # the embedded model
+    python eval.py --model runs/a --data gsm8k --k 1 5 10                 # greedy, and 10 samples for pass@k
+    python eval.py --model base runs/a/checkpoints/step-* runs/a          # a row each, one base in memory
+    python eval.py --model runs/a --preamble "" "Think logically."        # a row for each preamble
+    python eval.py --model runs/a --prompt "Compute 3+4-5."               # one answer and its rewards
+    python eval.py compare RUN RUN                                        # stored answers, paired; no model
+    python eval.py plot RUN RUN                                           # curves.png, runs overlaid
+    python eval.py show RUN --step 40 --row 3 --replay                    # one rollout, sampled once more
+    python eval.py status runs                                            # step, reward, ETA of every run
+"""
+
+import argparse
+import copy
+import csv
+import hashlib
+import importlib.util
+import itertools
+import json
+import math
+import random
+import sys
+import time
+from collections import Counter, deque
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from common import curves, data, dist, models, rewards
+from common.run import Run, check_out, cli, clock, retry_smaller
+
+# Shapes: B rows, V vocabulary, P prompts, D hidden size, H heads, K head size, R LoRA rank, N tokens in all.
+
+
+@dataclass
+class Args:
+    # ---- run ----
+    out: str = ""
+    """run directory; empty: one of its own under runs/"""
+    resume: bool = False
+    """go on with the evaluation in --out: what it has measured is not measured again"""
+    config: str = ""
+    """YAML or JSON file of arguments (a run's config.json too); the command line overrides it"""
+    seed: int = 0
+    """seed of the choice of questions and of sampling noise"""
+    wandb: bool = False
+    """also log to Weights & Biases"""
+    dry_run: bool = False
+    """answer the longest few questions at full length, print the projected time, keep nothing"""
+    device: str = ""
+    """cuda, mps or cpu; empty: the best there is"""
+    # ---- data ----
+    data: str = ""
+    """data set name, hub id, or local .jsonl/.csv/.parquet; empty: arithmetic (embedded model), else gsm8k"""
+    split: str = "test"
+    """of a named data set or folder; a single file is taken whole"""
+    limit: int = 0
+    """questions, drawn with the seed; 0: all, of a generated task 500"""
+    level: str = ""
+    """difficulty of a generated task, such as 3 or 1-4; empty: the task's own default"""
+    few_shot: int = 0
+    """worked examples of the train split before each question, as turns of the chat"""
+    preamble: tuple[str, ...] = ("",)
+    """text in front of the question; a row of results for each"""
+    system: str = ""
+    """system message; empty: a request for the <think>/<answer> format, but none for the embedded model"""
+    prompt_template: str = "{prompt}"
+    """text around the question, {prompt} in it"""
+    prompt: str = ""
+    """answer this question alone, print its rewards and leave nothing behind"""
+    answer: str = ""
+    """gold answer of --prompt"""
+    # ---- model ----
+    model: tuple[str, ...] = ("",)
+    """hub ids, folders, runs or checkpoints, a row of results for each; base: the base of the others"""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """of the frozen weights and the computation; auto: bfloat16 on CUDA, else float32"""
+    # ---- sampling ----
+    max_new_tokens: int = 512
+    """longest completion; a longer one counts as truncated"""
+    k: tuple[int, ...] = (1,)
+    """report pass@k for these k, from --samples, and maj@n of all of them; 1 alone: the greedy answer only"""
+    samples: int = 0
+    """samples per question beside the greedy answer; 0: the largest --k, none if that is 1"""
+    slots: int = 256
+    """rows sampled at a time per rank; halved when memory runs out"""
+    # ---- method ----
+    rewards: tuple[str, ...] = ("correctness=1", "format=0.2")
+    """reward functions and weights: correctness, format, digit, mark, math, yours as file.py:name=weight"""
+    reward_timeout: float = 30.0
+    """seconds that a call of a reward of your own may take; its row is left out and counted"""
+    # ---- evaluation ----
+    eval_temperature: float = 0.5
+    """of those samples"""
+
+
+# Copied from grpo.py::LoRALinear
+class LoRALinear(nn.Module):
+    """A frozen nn.Linear with low-rank adapters, one or none of them active: y = W x + b + (alpha / r) B A x.
+
+    State: `A[name]` [R, in] and `B[name]` [out, R], float32 whatever the base's dtype (in bfloat16 AdamW's
+    small steps would round to nothing); B starts at zero, so that a fresh adapter changes no output. `active`
+    is the name of the adapter in use or None for the bare base; only `use_adapter` changes it.
+    Source: LoRA, arXiv 2106.09685 eq. 3.
+    """
+
+    def __init__(self, base: nn.Linear):
+        super().__init__()
+        self.base = base.requires_grad_(False)
+        self.A, self.B, self.scale = nn.ParameterDict(), nn.ParameterDict(), {}
+        self.in_features, self.out_features = base.in_features, base.out_features
+        self.active: str | None = None
+
+    def add(self, name: str, r: int, alpha: float) -> None:
+        device = self.base.weight.device
+        A = torch.empty(r, self.base.in_features)  # drawn on the CPU: the same start on every device
+        nn.init.kaiming_uniform_(A, a=5**0.5)
+        self.A[name] = nn.Parameter(A.to(device))
+        self.B[name] = nn.Parameter(torch.zeros(self.base.out_features, r, device=device))
+        self.scale[name] = alpha / r
+
+    def forward(self, x):
+        y = self.base(x)
+        if self.active is None:
+            return y
+        A, B = self.A[self.active].to(x.dtype), (self.scale[self.active] * self.B[self.active]).to(x.dtype)
+        rows = y.shape[:-1].numel()  # one fused product-and-sum on two-dimensional views
+        return torch.addmm(y.view(rows, -1), x.reshape(rows, -1) @ A.T, B.T).view_as(y)
+
+
+# Copied from grpo.py::add_lora
+def add_lora(model, name: str, r: int, alpha: float, targets, layers=None) -> list[nn.Parameter]:
+    """Put adapter `name` on the projections `targets` of the decoder layers (all, or those in `layers`).
+
+    Freezes every other parameter, activates the adapter, and returns its parameters in layer order.
+    Errors: ValueError if a target does not exist or r < 1.
+    """
+    if r < 1:
+        raise ValueError(f"--lora-r {r}: the rank must be 1 or more (or train all weights with --full)")
+    model.requires_grad_(False)
+    params, found = [], set()
+    for i, layer in enumerate(model.base_model.layers):
+        for path, module in list(layer.named_modules()):
+            leaf = path.rpartition(".")[2]
+            if leaf not in targets or not isinstance(module, nn.Linear | LoRALinear):
+                continue
+            found.add(leaf)
+            if layers is not None and i not in layers:
+                continue
+            if isinstance(module, nn.Linear):
+                module = LoRALinear(module)
+                layer.set_submodule(path, module)
+            module.add(name, r, alpha)
+            module.active = name
+            params += [module.A[name], module.B[name]]
+    if missing := set(targets) - found:
+        raise ValueError(f"--lora-targets {' '.join(sorted(missing))}: no such linear layer in this model "
+                         f"(it has {' '.join(sorted(found)) or 'none of those asked for'})")
+    return params
+
+
+# Copied from grpo.py::lora_modules
+def lora_modules(model) -> dict[str, LoRALinear]:
+    return {path: module for path, module in model.named_modules() if isinstance(module, LoRALinear)}
+
+
+# Copied from grpo.py::use_adapter
+@contextmanager
+def use_adapter(model, name: str | None):
+    """Within the block the model runs with adapter `name` (None: the bare base); afterwards as it was."""
+    modules = lora_modules(model).values()
+    before = [module.active for module in modules]
+    for module in modules:
+        module.active = name if name in module.A else None
+    try:
+        yield
+    finally:
+        for module, active in zip(modules, before):
+            module.active = active
+
+
+# Copied from grpo.py::adapter_tensors
+def adapter_tensors(model, name: str) -> dict[str, tuple[nn.Parameter, nn.Parameter]]:
+    """(A, B) of adapter `name` by its layer's path: what `models.save_adapter` and `load_adapter` take."""
+    return {path: (module.A[name], module.B[name])
+            for path, module in lora_modules(model).items() if name in module.A}
+
+
+# Copied from grpo.py::Completion
+@dataclass
+class Completion:
+    """A sampled answer: token ids (stop token included), their log-probs, whether it stopped by itself."""
+
+    ids: list[int]
+    logprobs: list[float]
+    finished: bool
+
+
+# Copied from grpo.py::noise_key
+def noise_key(*parts: int) -> int:
+    """A signed 64-bit key from integers like (seed, step, prompt id, sample): the same on every machine."""
+    digest = hashlib.blake2b(" ".join(map(str, parts)).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little", signed=True)
+
+
+# Copied from grpo.py::uniform
+def uniform(keys, positions):
+    """A number in (0, 1) per row from its key and position: a counter hash (splitmix64), no generator state.
+
+    So a token's noise depends on neither its slot nor the batch, the number of ranks or a captured graph.
+    """
+    x = keys + positions * -7046029254386353131  # 2^64 / golden ratio; int64 products wrap around
+    x = (x ^ (x >> 30 & (1 << 34) - 1)) * -4658895280553007687
+    x = (x ^ (x >> 27 & (1 << 37) - 1)) * -7723592293110705685
+    x = x ^ (x >> 31 & (1 << 33) - 1)
+    return ((x >> 41 & (1 << 23) - 1).float() + 0.5) / (1 << 23)  # 24 bits: exact in float32, never 0 or 1
+
+
+# Copied from grpo.py::draw
+def draw(logits, temperature, u):
+    """Invert the distribution function of softmax(logits / temperature) at u; temperature 0 takes the top.
+
+    Shapes: logits [B, V] float32, overwritten; u [B] -> tokens, log-probs [B] (at temperature 0: of 1).
+    The sum runs over blocks, then inside one: faster and more exact in float32 than one long cumulative sum.
+    """
+    if temperature == 0:
+        best, tokens = logits.max(-1)
+        return tokens, best - logits.logsumexp(-1)
+    probs = torch.softmax(logits.div_(temperature) if temperature != 1 else logits, -1, out=logits)
+    width = math.gcd(probs.shape[1], 128)
+    probs = probs.view(len(probs), -1, width)  # [B, V / width, width]
+    edges = F.pad(probs.sum(-1).cumsum(-1), (1, 0))  # [B, V / width + 1]: the sum before each block, and all
+    target = u[:, None] * edges[:, -1:]
+    block = torch.searchsorted(edges, target, right=True).sub_(1).clamp_(max=probs.shape[1] - 1)  # [B, 1]
+    inside = probs.gather(1, block[:, :, None].expand(-1, -1, width)).squeeze(1).cumsum(-1)  # [B, width]
+    # rounding may leave the rest at or above the block's sum: stay below it, on a token that has probability
+    rest = torch.minimum(target - edges.gather(1, block), inside[:, -1:] * (1 - 1e-6))
+    tokens = torch.searchsorted(inside, rest, right=True).clamp_(max=width - 1).add_(block, alpha=width)
+    return tokens.squeeze(1), logits.gather(1, tokens).log().squeeze(1)
+
+
+# Copied from grpo.py::FusedLinear
+class FusedLinear:
+    """Projections of one input as one product, for the sampler: `weight` [out, in] holds theirs stacked.
+
+    In float32 the active adapters are merged into it. In bfloat16 a merge would round small updates away, so
+    they stay apart, as A [n R, in] and block-diagonal B [out, n R], and `weight` becomes the storage of the
+    modules' own weights: no second copy. `refresh` writes in place: a captured graph sees the new values.
+    """
+
+    def __init__(self, parts, dtype):
+        self.parts, self.bases = parts, [getattr(part, "base", part) for part in parts]
+        adapted = [part for part in parts if isinstance(part, LoRALinear)]
+        self.merge = bool(adapted) and dtype == torch.float32
+        self.shared = not self.merge and all(base.weight.dtype == dtype for base in self.bases)
+        weights = [base.weight.detach() for base in self.bases]
+        self.weight = weights[0] if self.shared and len(parts) == 1 else torch.cat(weights).to(dtype)
+        self.rows = self.weight.split([base.out_features for base in self.bases])  # each part's own, views
+        if self.shared:
+            for base, rows in zip(self.bases, self.rows):
+                base.weight.data = rows
+        biased = self.bases[0].bias is not None
+        self.bias = torch.cat([base.bias.detach() for base in self.bases]).to(dtype) if biased else None
+        self.A = self.B = None
+        if adapted and not self.merge:
+            rank = sum(max(len(A) for A in part.A.values()) for part in adapted)  # of any adapter made active
+            self.A = self.weight.new_zeros(rank, self.weight.shape[1])
+            self.B = self.weight.new_zeros(self.weight.shape[0], rank)
+
+    @torch.no_grad()
+    def refresh(self):
+        """Take over the present weights, biases and active adapters of the modules."""
+        if self.bias is not None:
+            self.bias.copy_(torch.cat([base.bias for base in self.bases]))
+        if self.B is not None:
+            self.B.zero_()
+        out = rank = 0
+        for part, base, rows in zip(self.parts, self.bases, self.rows):
+            if not self.shared:
+                rows.copy_(base.weight)
+            if isinstance(part, LoRALinear) and part.active:
+                A, B, scale = part.A[part.active], part.B[part.active], part.scale[part.active]
+                if self.merge:
+                    rows.addmm_(B, A, alpha=scale)
+                else:
+                    self.A[rank:rank + len(A)] = A
+                    self.B[out:out + len(B), rank:rank + len(A)] = scale * B
+                    rank += len(A)
+            out += len(rows)
+
+    def __call__(self, x):
+        y = F.linear(x, self.weight, self.bias)
+        return y if self.A is None else torch.addmm(y, x @ self.A.T, self.B.T)
+
+
+# Copied from grpo.py::SamplerLayer
+class SamplerLayer:
+    """One decoder layer of the Llama family, written out: x [N, D] -> [N, D], for any N tokens of any rows.
+
+    Covers grouped-query attention, q/k norms (Qwen3), norms around blocks and (1 + weight) norms (Gemma).
+    """
+
+    def __init__(self, layer, dtype):
+        attn, mlp = layer.self_attn, layer.mlp
+        self.qkv = FusedLinear([attn.q_proj, attn.k_proj, attn.v_proj], dtype)
+        self.out = FusedLinear([attn.o_proj], dtype)
+        self.gate_up = FusedLinear([mlp.gate_proj, mlp.up_proj], dtype)
+        self.down = FusedLinear([mlp.down_proj], dtype)
+        self.act = mlp.act_fn
+        gemma2 = hasattr(layer, "pre_feedforward_layernorm")
+        after, self.attn_norm = layer.post_attention_layernorm, layer.input_layernorm
+        self.attn_out_norm = after if gemma2 else None
+        self.mlp_norm = layer.pre_feedforward_layernorm if gemma2 else after
+        self.mlp_out_norm = layer.post_feedforward_layernorm if gemma2 else None
+        self.q_norm, self.k_norm = getattr(attn, "q_norm", None), getattr(attn, "k_norm", None)
+        self.head_dim = attn.head_dim
+        self.heads = attn.q_proj.out_features // self.head_dim
+        self.kv_heads = attn.k_proj.out_features // self.head_dim
+        self.scale, self.softcap = attn.scaling, getattr(attn, "attn_logit_softcapping", None)
+
+    def refresh(self):
+        for part in (self.qkv, self.out, self.gate_up, self.down):
+            part.refresh()
+
+    def __call__(self, x, cos, sin, attend):
+        """cos, sin [N, 1, K], sine signed as the rotated half; attend(q, k, v) -> [N, H K] keeps k and v."""
+        qkv = self.qkv(rms_norm(x, self.attn_norm)).view(len(x), -1, self.head_dim)  # [N, H + 2 Hkv, K]
+        qk, v = qkv.split([self.heads + self.kv_heads, self.kv_heads], dim=1)
+        if self.q_norm:
+            qk = torch.cat([rms_norm(qk[:, :self.heads], self.q_norm),
+                            rms_norm(qk[:, self.heads:], self.k_norm)], dim=1)
+        qk = torch.addcmul(qk * cos, qk.roll(self.head_dim // 2, -1), sin)
+        y = self.out(attend(qk[:, :self.heads], qk[:, self.heads:], v))
+        x = x + (rms_norm(y, self.attn_out_norm) if self.attn_out_norm else y)
+        gate, up = self.gate_up(rms_norm(x, self.mlp_norm)).chunk(2, -1)
+        y = self.down(self.act(gate) * up)
+        return x + (rms_norm(y, self.mlp_out_norm) if self.mlp_out_norm else y)
+
+
+# Copied from grpo.py::rms_norm
+def rms_norm(x, module):
+    """A layer's RMS norm as one fused call; Gemma stores weight - 1."""
+    weight = module.weight + 1 if "Gemma" in type(module).__name__ else module.weight
+    eps = module.eps if hasattr(module, "eps") else module.variance_epsilon
+    return F.rms_norm(x, weight.shape, weight.to(x.dtype), eps).to(x.dtype)  # autocast makes it float32
+
+
+# Copied from grpo.py::attention
+def attention(q, k, v, bias, scale, softcap):
+    """Softmax attention. Shapes: q [B, H, Q, K]; k, v [B, H, S, K]; bias [.., S] on scores, 0 or -inf."""
+    if q.is_cuda and not softcap:
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=scale)
+    scores = (q * scale) @ k.transpose(-1, -2)  # CPU: two plain products beat the fused kernel at this size
+    if softcap:
+        scores = softcap * torch.tanh(scores / softcap)
+    return scores.add_(bias).softmax(-1, dtype=torch.float32).to(q.dtype) @ v
+
+
+# Copied from grpo.py::Sampler
+class Sampler:
+    """Samples completions by continuous batching in a static KV cache of `slots` rows, one token a step each.
+
+    A row that ends leaves at once: the last live row moves into its slot, so that the live ones are always
+    the first, and the next waiting row is admitted behind them. A prompt is prefilled once for all its
+    samples. Attention reads the cache only up to the longest live row, in blocks. On CUDA a step is a
+    captured graph for each (rows, length) block and the host looks at the tokens only every `sync_every`
+    steps; what a row drew past its end is thrown away.
+    """
+
+    def __init__(self, model, stop_ids, slots=256, dtype=None, sync_every=None, graphs=None):
+        self.model, self.stop_ids, self.slots = model, set(stop_ids), slots
+        self.device = model.get_input_embeddings().weight.device
+        self.dtype = dtype or model.get_input_embeddings().weight.dtype
+        on_gpu = self.device.type == "cuda"
+        self.sync_every = sync_every or (8 if on_gpu else 1)
+        self.use_graphs = on_gpu if graphs is None else graphs
+        self.block, self.row_block = (256, 32) if on_gpu else (16, 1)
+        self.layers = [SamplerLayer(layer, self.dtype) for layer in model.base_model.layers]
+        self.head = FusedLinear([model.get_output_embeddings()], self.dtype)
+        self.softcap = getattr(model.config, "final_logit_softcapping", None)
+        self.cache = None
+
+    def _allocate(self, slots, length):
+        """Make the cache [L, 2, slots, Hkv, length, K] and the buffers of a step large enough."""
+        if (self.cache is not None and slots <= self.cache.shape[2] <= self.slots
+                and length <= self.cache.shape[4]):
+            return
+        self.cache = self.graphs = self.pool = None  # free the old ones before the new are made
+        layer, new = self.layers[0], partial(torch.zeros, device=self.device)
+        length = -(-length // self.block) * self.block
+        self.cache = new(len(self.layers), 2, slots, layer.kv_heads, length, layer.head_dim, dtype=self.dtype)
+        self.graphs, self.rows = {}, torch.arange(slots, device=self.device)
+        self.tokens, self.positions = (new(slots, dtype=torch.int64) for _ in range(2))
+        self.noise = new(slots, length)
+        self.drawn = new(self.sync_every, slots, dtype=torch.int64), new(self.sync_every, slots)
+        self.count = new(1, dtype=torch.int64)
+        self.columns = torch.arange(length, device=self.device)
+        cos, sin = self.model.base_model.rotary_emb(  # [1, length, K]
+            new(1, dtype=self.dtype), self.columns[None])
+        half = cos.shape[-1] // 2
+        self.cos = cos[0, :, None]
+        self.sin = torch.cat([-sin[0, :, :half], sin[0, :, half:]], -1)[:, None]
+
+    def _logits(self, x):
+        logits = self.head(rms_norm(x, self.model.base_model.norm)).float()
+        return self.softcap * torch.tanh(logits / self.softcap) if self.softcap else logits
+
+    def _prefill(self, prompts):
+        """Keys and values of right-padded prompts [L, 2, P, Hkv, T, K], and the logits after each [P, V]."""
+        lengths = torch.tensor([len(prompt) for prompt in prompts])
+        P, T = len(prompts), int(lengths.max())
+        ids = torch.zeros(P, T, dtype=torch.int64)
+        for row, prompt in zip(ids, prompts):
+            row[:len(prompt)] = torch.tensor(prompt)
+        x = self.model.get_input_embeddings()(ids.to(self.device)).to(self.dtype).flatten(0, 1)  # [P T, D]
+        cos, sin = self.cos[:T].repeat(P, 1, 1), self.sin[:T].repeat(P, 1, 1)
+        kept = x.new_empty(len(self.layers), 2, P, self.layers[0].kv_heads, T, self.layers[0].head_dim)
+        ahead = self.columns[:T] > self.columns[:T, None]
+        bias = torch.zeros(T, T, dtype=self.dtype, device=self.device).masked_fill(ahead, -torch.inf)
+        for i, layer in enumerate(self.layers):
+
+            def attend(q, k, v):
+                q, k, v = (t.view(P, T, -1, t.shape[-1]).transpose(1, 2) for t in (q, k, v))
+                kept[i, 0], kept[i, 1] = k, v
+                group = layer.heads // layer.kv_heads
+                k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
+                return attention(q, k, v, bias, layer.scale, layer.softcap).transpose(1, 2).reshape(P * T, -1)
+
+            x = layer(x, cos, sin, attend)
+        last = torch.arange(P) * T + lengths - 1
+        return kept, self._logits(x[last.to(self.device)])
+
+    def _decode(self, n, length, temperature):
+        """One token for each of the first n slots, reading `length` cache columns; in place: graph-safe."""
+        positions, rows = self.positions[:n], self.rows[:n]
+        x = self.model.get_input_embeddings()(self.tokens[:n]).to(self.dtype)  # [n, D]
+        cos, sin = self.cos[positions], self.sin[positions]
+        ahead = self.columns[:length] > positions[:, None]
+        bias = torch.zeros(n, length, dtype=self.dtype, device=self.device).masked_fill(
+            ahead, -torch.inf)[:, None, None]
+        for layer, (keys, values) in zip(self.layers, self.cache):
+
+            def attend(q, k, v):
+                keys[rows, :, positions], values[rows, :, positions] = k, v
+                q = q.reshape(n, layer.kv_heads, -1, layer.head_dim)  # heads of one key: as if a query each
+                return attention(q, keys[:n, :, :length], values[:n, :, :length], bias, layer.scale,
+                                 layer.softcap).reshape(n, -1)
+
+            x = layer(x, cos, sin, attend)
+        positions += 1
+        tokens, logprobs = draw(self._logits(x), temperature,
+                                self.noise[:n].gather(1, positions[:, None]).squeeze(1))
+        self.tokens[:n] = tokens
+        self.drawn[0][:, :n].index_copy_(0, self.count, tokens[None])
+        self.drawn[1][:, :n].index_copy_(0, self.count, logprobs[None])
+        self.count += 1
+
+    def _run(self, n, length, temperature):
+        """`sync_every` steps; returns their tokens and log-probs as lists [steps][n]."""
+        self.count.zero_()
+        key = (n, length, temperature)
+        graph = self.graphs.get(key)
+        for _ in range(self.sync_every):
+            graph.replay() if graph else self._decode(n, length, temperature)
+        if self.use_graphs and not graph:  # the steps just run were the warm-up
+            self.pool = self.pool or torch.cuda.graph_pool_handle()
+            self.graphs[key] = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self.graphs[key], pool=self.pool):
+                self._decode(n, length, temperature)
+        return self.drawn[0][:, :n].tolist(), self.drawn[1][:, :n].tolist()
+
+    @torch.inference_mode()
+    def sample(self, prompts, keys, max_new_tokens, temperature=1.0, progress=None):
+        """Sample len(keys[p]) completions of each prompt p, of at most `max_new_tokens` tokens.
+
+        prompts: lists of token ids. keys: for each prompt one `noise_key` per sample; equal keys give equal
+        samples of equal prompts, whatever else is sampled beside them. Returns lists of Completion shaped
+        like `keys`. progress(rows done, rows in all, [(p, g, Completion) of those that just ended]) is called
+        as rows end. Errors: ValueError: a prompt without tokens.
+        """
+        if not all(prompts):
+            raise ValueError("a prompt has no tokens; there is nothing to continue")
+        done = [[Completion([], [], False) for _ in row] for row in keys]
+        waiting = deque((p, g) for p, row in enumerate(keys) for g in range(len(row)))
+        if not waiting:
+            return done
+        total, live, prefilled = len(waiting), [], {}
+        for part in (*self.layers, self.head):
+            part.refresh()
+        self._allocate(min(self.slots, total), max(map(len, prompts)) + max_new_tokens + self.sync_every)
+        slots = self.cache.shape[2]
+
+        def record(slot_rows, tokens, logprobs):
+            """Append one step's draws; returns the slots whose row has just ended."""
+            ended = []
+            for slot, ((p, g), token, logprob) in enumerate(zip(slot_rows, tokens, logprobs)):
+                row = done[p][g]
+                if row.finished or len(row.ids) == max_new_tokens:
+                    continue  # it ended earlier, between two looks
+                row.ids.append(token)
+                row.logprobs.append(logprob)
+                row.finished = token in self.stop_ids
+                if row.finished or len(row.ids) == max_new_tokens:
+                    ended.append(slot)
+            return ended
+
+        def leave(ended):
+            rows = [(p, g, done[p][g]) for p, g in (live[slot] for slot in ended)]
+            for slot in sorted(ended, reverse=True):
+                last = len(live) - 1
+                if slot != last:
+                    p, g = live[last]
+                    filled = len(prompts[p]) + len(done[p][g].ids)
+                    self.cache[:, :, slot, :, :filled] = self.cache[:, :, last, :, :filled]
+                    for buffer in (self.tokens, self.positions, self.noise):
+                        buffer[slot] = buffer[last]
+                    live[slot] = live[last]
+                live.pop()
+            if progress and rows:
+                progress(total - len(waiting) - len(live), total, rows)
+
+        def admit():
+            new = [waiting.popleft() for _ in range(min(slots - len(live), len(waiting)))]
+            fresh = [p for p in dict.fromkeys(p for p, _ in new) if p not in prefilled]
+            while fresh:  # a bounded number of prompt tokens at a time
+                size = max(1, 16384 // max(len(prompts[p]) for p in fresh))
+                part, fresh = fresh[:size], fresh[size:]
+                kept, logits = self._prefill([prompts[p] for p in part])
+                prefilled.update((p, (kept[:, :, j, :, :len(prompts[p])], logits[j]))
+                                 for j, p in enumerate(part))
+            first = len(live)
+            for p, samples in itertools.groupby(new, key=lambda row: row[0]):
+                n, kept = len(list(samples)), prefilled[p][0]
+                self.cache[:, :, first:first + n, :, :kept.shape[-2]] = kept[:, :, None]
+                first += n
+            slot = slice(len(live), first)
+            row_keys = torch.tensor([keys[p][g] for p, g in new], device=self.device)
+            self.noise[slot] = uniform(row_keys[:, None], self.columns)
+            self.positions[slot] = torch.tensor([len(prompts[p]) for p, _ in new], device=self.device)
+            logits = torch.stack([prefilled[p][1] for p, _ in new])
+            u = self.noise[slot].gather(1, self.positions[slot, None]).squeeze(1)
+            tokens, logprobs = draw(logits, temperature, u)
+            self.tokens[slot] = tokens
+            ended = [len(live) + j for j in record(new, tokens.tolist(), logprobs.tolist())]
+            live.extend(new)
+            still = {p for p, _ in waiting}
+            for p in [p for p in prefilled if p not in still]:
+                del prefilled[p]
+            leave(ended)
+
+        while waiting or live:
+            while waiting and slots - len(live) >= max(1, min(slots // 8, len(waiting))):
+                admit()
+            if not live:
+                continue
+            n = min(slots, -(-len(live) // self.row_block) * self.row_block)
+            self.positions[len(live):n] = 0  # a free slot inside the row block still steps: keep it in bounds
+            longest = max(len(prompts[p]) + len(done[p][g].ids) for p, g in live) + self.sync_every
+            length = min(self.cache.shape[4], -(-longest // self.block) * self.block)
+            ended = set()
+            for tokens, logprobs in zip(*self._run(n, length, temperature)):
+                ended.update(record(live, tokens, logprobs))
+            leave(ended)
+        return done
+
+
+# Copied from grpo.py::pass_at_k
+def pass_at_k(n, c, k):
+    """Unbiased chance that k of n samples, c of them right, hold a right one (Codex, arXiv 2107.03374 eq. 1).
+
+    Errors: ValueError if k > n.
+    """
+    if k > n:
+        raise ValueError(f"pass@{k} needs {k} samples, there are {n}")
+    return 1.0 - math.comb(n - c, k) / math.comb(n, k)
+
+
+def wilson(share, n):
+    """95% interval of a share of n questions (Wilson 1927, eq. 7 of Brown, Cai, DasGupta 2001): never empty.
+
+    For means of pass@k, whose spread over questions is at most that of a coin, it is wider than needed.
+    """
+    if n == 0:
+        return 0.0, 1.0
+    z = 1.959964
+    centre, spread = share + z * z / (2 * n), z * (share * (1 - share) / n + z * z / (4 * n * n)) ** 0.5
+    return max(0.0, (centre - spread) / (1 + z * z / n)), min(1.0, (centre + spread) / (1 + z * z / n))
+
+
+def majority(answers, correct):
+    """Is the most frequent answer right? answers: as extracted, "" for none; correct: of each; 1.0 or 0.0.
+
+    Answers count as one where `rewards.same_answer` says so ("1/2" and "0.5"); of equally frequent ones the
+    first that was sampled counts; a row without an answer has no vote.
+    """
+    votes = []  # [answer, votes, correct]
+    for answer, right in zip(answers, correct, strict=True):
+        for vote in votes:
+            if answer and rewards.same_answer(answer, vote[0]):
+                vote[1] += 1
+                break
+        else:
+            if answer:
+                votes.append([answer, 1, right])
+    return float(max(votes, key=lambda vote: vote[1])[2]) if votes else 0.0
+
+
+def repetition(ids, n=4):
+    """Share of the n-grams of a completion's tokens that stood in it before; near 1 in a circle."""
+    grams = list(zip(*(ids[i:] for i in range(n))))
+    return 1 - len(set(grams)) / len(grams) if grams else 0.0
+
+
+def mcnemar(wrong_to_right, right_to_wrong):
+    """Exact two-sided p of McNemar's test: chance of so uneven a split of the changes if both were alike."""
+    n = wrong_to_right + right_to_wrong
+    tail = sum(math.comb(n, i) for i in range(min(wrong_to_right, right_to_wrong) + 1))
+    return min(1.0, 2 * tail / 2**n)
+
+
+def bootstrap(differences, seed=0, draws=10_000):
+    """95% percentile interval of the mean of paired differences, resampled over questions."""
+    values, generator = np.asarray(differences, dtype=float), np.random.default_rng(seed)
+    means = [values[generator.integers(0, len(values), len(values))].mean() for _ in range(draws)]
+    return tuple(float(bound) for bound in np.percentile(means, (2.5, 97.5)))
+
+
+# ---- measuring ----
+
+
+def few_shot_messages(examples, question, preamble):
+    """The question, after worked examples as earlier turns of the chat; the preamble is in front of each."""
+
+    def ask(prompt):
+        turns = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else copy.deepcopy(prompt)
+        turns[-1]["content"] = "\n\n".join(filter(None, [preamble, turns[-1]["content"]]))
+        return turns
+
+    messages = []
+    for e in examples:
+        messages += [*ask(e.prompt), {"role": "assistant", "content": e.completion}]
+    messages += ask(question)
+    return messages if len(messages) > 1 else messages[0]["content"]
+
+
+def answer_all(sampler, questions, prompts, prompt_ids, reward_functions, args, tokenizer, run, label):
+    """Every question's greedy answer (sample 0) and --samples more: rows of samples.csv, those of all ranks.
+
+    prompts, prompt_ids: by question id, as text and as tokens. Noise is keyed by (seed, question, sample), so
+    that models, slots and ranks meet the same.
+    """
+    mine, rows = dist.share(questions), []
+    for temperature, n in [(0.0, 1)] + [(args.eval_temperature, args.samples)] * bool(args.samples):
+        keys = [[noise_key(args.seed, -1, e.id, g) for g in range(n)] for e in mine]
+        right, started = Counter(), time.monotonic()
+
+        def text_of(completion):
+            ids = completion.ids[:-1] if completion.finished else completion.ids
+            return tokenizer.decode(ids, skip_special_tokens=True)
+
+        def progress(done, total, ended):
+            for p, g, c in ended:
+                e = mine[p]
+                right[p, g] = rewards.correctness([""], [text_of(c)], [e.answer], [e.task], [e.meta])[0]
+            left = (time.monotonic() - started) / done * (total - done)
+            run.progress(f"{label} T={temperature:g}: {done}/{total} answers, "
+                         f"{sum(right.values()) / done:.1%} right, ETA {clock(left)}")
+
+        def attempt(slots):
+            sampler.slots = slots
+            return sampler.sample([prompt_ids[e.id] for e in mine], keys, args.max_new_tokens, temperature,
+                                  progress)
+
+        completions = retry_smaller(attempt, sampler.slots, run.device, 1, "slots")[0]
+        flat = [(e, g, c, text_of(c)) for e, row in zip(mine, completions) for g, c in enumerate(row)]
+        of = [e for e, *_ in flat]
+        columns = {"ids": [e.id for e in of], "tasks": [e.task for e in of], "metas": [e.meta for e in of]}
+        scored = rewards.score(reward_functions, [prompts[e.id] for e in of], [text for *_, text in flat],
+                               [e.answer for e in of], columns, args.reward_timeout)
+        if scored["error"]:
+            run.print(f"{label}: {scored['error']}")
+        by_latex = scored["rewards"].get("math", scored["correct"])  # NaN where it hung: not right
+        for i, (e, g, c, text) in enumerate(flat):
+            rows.append({
+                "id": e.id, "sample": g + (temperature > 0), "temperature": temperature,
+                "prompt": prompts[e.id], "completion": text, "answer": e.answer,
+                "extracted": rewards.extract_answer(text, choices=e.task == "choice") or "",
+                "correct": int((by_latex if e.task == "math" else scored["correct"])[i] == 1),
+                "reward": scored["total"][i],
+                **{f"reward/{name}": values[i] for name, values in scored["rewards"].items()},
+                "format": rewards.format([""], [text], [""])[0], "repetition": repetition(c.ids),
+                "logprob": sum(c.logprobs), "tokens": len(c.ids), "finished": int(c.finished),
+                "level": e.level, "task": e.task, "meta": json.dumps(e.meta), "seed": args.seed})
+    return sorted(itertools.chain(*dist.gather(rows)), key=lambda row: (row["id"], row["sample"]))
+
+
+def summarise(rows, ks, temperature, mixed=None):
+    """(metrics of one model's rows, ids of its mixed questions): those with right and with wrong samples.
+
+    Rows of sample 0 give pass@1, the others pass@k and maj@n. mixed: ids from an earlier model, to be kept.
+    """
+    first, samples = [row for row in rows if row["sample"] == 0], {}
+    for row in rows:
+        if row["sample"] > 0:
+            samples.setdefault(row["id"], []).append(row)
+
+    def mean(of, name):
+        return sum(row[name] for row in of) / max(1, len(of))
+
+    metrics = {"questions": len(first)}
+
+    def report(name, share):
+        metrics[name] = share
+        metrics[f"{name}/low"], metrics[f"{name}/high"] = wilson(share, len(first))
+
+    report("pass@1", mean(first, "correct"))
+    if samples:
+        right = {id: sum(row["correct"] for row in of) for id, of in samples.items()}
+        n = len(samples[first[0]["id"]])
+        for k in ks:
+            report(f"pass@{k} T={temperature:g}",
+                   sum(pass_at_k(n, c, k) for c in right.values()) / len(right))
+        report(f"maj@{n} T={temperature:g}", sum(
+            majority([r["extracted"] for r in of], [r["correct"] for r in of])
+            for of in samples.values()) / len(samples))
+        mixed = [id for id, c in right.items() if 0 < c < n] if mixed is None else mixed
+        metrics["acc_mixed"] = mean([row for row in first if row["id"] in set(mixed)], "correct")
+    metrics |= {"format": mean(rows, "format"), "truncated": 1 - mean(rows, "finished"),
+                "no_answer": sum(not row["extracted"] for row in rows) / max(1, len(rows)),
+                "repetition": mean(rows, "repetition"), "tokens": mean(rows, "tokens")}
+    return metrics, mixed
+
+
+def step_of(folder):
+    """The training step that a checkpoint, or the newest state of a run, holds; 0 for a plain model."""
+    folder = Path(folder)
+    state = folder / "state.json"
+    if state.exists():
+        return json.loads(state.read_text())["step"]
+    metrics = folder.parent / "metrics.jsonl"
+    steps = [line["step"] for line in curves.read_metrics(metrics)] if metrics.exists() else []
+    return max(steps, default=0)
+
+
+class OneBase:
+    """Models by name, of which those on the same base share its weights: only the adapter is exchanged."""
+
+    def __init__(self, names, dtype, device, slots):
+        bases = [models.base_of(name) for name in names if name != "base"]
+        if "base" in names and len(set(bases)) != 1:
+            raise ValueError("--model base: the base of which model? The others stand on "
+                             f"{len(set(bases))} different ones")
+        self.names = {name: bases[0] if name == "base" else name for name in names}
+        self.dtype, self.device, self.slots, self.base, self.model = dtype, device, slots, None, None
+
+    def sampler(self, name, tokenizer, max_tokens):
+        """A Sampler of the named model."""
+        folder = models.resolve(self.names[name])
+        config = Path(folder) / "adapter_config.json"
+        settings = json.loads(config.read_text()) if config.exists() else {}
+        base = models.absolute(settings["base_model_name_or_path"] if settings else folder)
+        if base != self.base:
+            self.model = None  # the old one goes before the next comes
+            self.model, self.base = models.load_model(base, self.dtype, self.device, max_tokens), base
+        for module in lora_modules(self.model).values():
+            module.A.clear()
+            module.B.clear()
+            module.active = None
+        if settings:
+            r, alpha = settings["r"], settings["lora_alpha"]
+            add_lora(self.model, "adapter", r, alpha * r**0.5 if settings.get("use_rslora") else alpha,
+                     settings["target_modules"], settings.get("layers_to_transform"))
+            models.load_adapter(folder, adapter_tensors(self.model, "adapter"))
+        models.check_token_ids(self.model, tokenizer)
+        return Sampler(self.model, models.stop_ids(self.model, tokenizer), self.slots, self.dtype)
+
+
+def resolve(args):
+    """Fill in the defaults that depend on others, and refuse what cannot work, before any load or write."""
+    embedded = all(models.is_embedded(name) for name in args.model if name != "base")
+    for name in ("max_new_tokens", "slots"):
+        if getattr(args, name) < 1:
+            raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be 1 or more")
+    if min(args.k, default=0) < 1:
+        raise ValueError(f"--k {' '.join(map(str, args.k))}: each k must be 1 or more")
+    samples = args.samples or (max(args.k) if max(args.k) > 1 else 0)
+    if max(args.k) > max(1, samples):
+        raise ValueError(f"--k {max(args.k)} needs --samples {max(args.k)} or more, not {samples}")
+    for name, twice in (("model", args.model), ("preamble", args.preamble)):
+        if len(set(twice)) < len(twice):
+            raise ValueError(f"--{name}: {Counter(twice).most_common(1)[0][0]!r} is there twice")
+    if samples and not args.eval_temperature > 0:
+        raise ValueError(f"--eval-temperature {args.eval_temperature}: samples must differ; use more than 0")
+    name = args.data or ("arithmetic" if embedded else "gsm8k")
+    return replace(args, data=name, samples=samples,
+                   system=args.system or ("" if embedded else data.THINK_ANSWER_SYSTEM))
+
+
+def choose_questions(args):
+    """(questions, worked examples for --few-shot, none of them a question)."""
+    if args.prompt:
+        return [data.Example(0, args.prompt, args.answer, task="math")], []
+    level = args.level or None
+    questions = data.load_examples(args.data, args.split, level=level, limit=args.limit, seed=args.seed)
+    if args.data in data.GENERATED and not args.limit:
+        questions = questions[:500]
+    if not args.few_shot:
+        return questions, []
+    asked = {data.prompt_text(e.prompt) for e in questions}
+    pool = [e for e in data.load_examples(args.data, "train", level=level, seed=args.seed)
+            if e.completion and data.prompt_text(e.prompt) not in asked]
+    if len(pool) < args.few_shot:
+        raise ValueError(f"--few-shot {args.few_shot}: {args.data} has {len(pool)} worked examples to show")
+    return questions, random.Random(args.seed).sample(pool, args.few_shot)
+
+
+def main(args: Args) -> None:
+    # ---- set up: whatever can be wrong is found here ----
+    device = dist.setup(args.device)
+    args = resolve(args)
+    if args.prompt:  # leave nothing behind
+        args = replace(args, dry_run=True)
+    if args.dry_run:
+        args = replace(args, wandb=False, resume=False)
+    check_out(args)
+    reward_functions = rewards.parse_rewards(args.rewards)
+    family = OneBase(args.model, models.choose_dtype(args.dtype, device), device, args.slots)
+    tokenizers = {name: models.load_tokenizer(family.names[name]) for name in args.model}
+    questions, examples = choose_questions(args)
+    if (any(e.task == "math" for e in questions) and importlib.util.find_spec("math_verify")
+            and not any(reward.name == "math" for reward in reward_functions)):
+        reward_functions += rewards.parse_rewards(["math=0"])  # LaTeX answers: judged by it, not rewarded
+    n_all, only_measure = len(questions), args.dry_run and not args.prompt
+    if only_measure:
+        questions = sorted(questions, key=lambda e: -len(data.prompt_text(e.prompt)))[:8 * dist.world_size()]
+    run = Run(args, __file__, device, tags=models.run_tags(replace(args, model=args.model[-1])))
+    results = curves.read_metrics(run.path) if args.resume else []
+    done, mixed, started = {(row["model"], row["preamble"]) for row in results}, None, time.monotonic()
+    if results and (run.path / "mixed.json").exists():
+        mixed = json.loads((run.path / "mixed.json").read_text())
+
+    for name, preamble in itertools.product(args.model, args.preamble):
+        if (name, preamble) in done:
+            continue
+        begun, tokenizer = time.monotonic(), tokenizers[name]
+        label = " ".join(filter(None, [name or "embedded", repr(preamble) if preamble else ""]))
+        messages = {e.id: few_shot_messages(examples, e.prompt, preamble) for e in questions}
+        prompts = {id: data.prompt_text(message) for id, message in messages.items()}
+        prompt_ids = {id: data.encode_prompt(tokenizer, message, args.system, args.prompt_template)
+                      for id, message in messages.items()}
+        sampler = family.sampler(name, tokenizer, max(map(len, prompt_ids.values())) + args.max_new_tokens)
+        if only_measure:
+            sampler.stop_ids = set()
+        rows = answer_all(
+            sampler, questions, prompts, prompt_ids, reward_functions, args, tokenizer, run, label)
+        if args.prompt:
+            for row in rows:
+                parts = ", ".join(f"{key[7:]} {row[key]:.3g}" for key in row if key.startswith("reward/"))
+                run.print(f"{label}, T={row['temperature']:g}: {row['completion']}\n"
+                          f"reward {row['reward']:.3g} ({parts}), extracted {row['extracted']!r}")
+            continue
+        step = step_of(models.resolve(family.names[name]))
+        run.write_rows([{"model": name, "step": step, "preamble": preamble} | row for row in rows])
+        metrics, mixed = summarise(rows, args.k, args.eval_temperature, mixed)
+        results.append({"step": step, "model": name, "preamble": preamble} | metrics
+                       | {"seconds": time.monotonic() - begun})
+        run.log(step, {key: value for key, value in results[-1].items() if key != "step"})
+        if mixed is not None and dist.is_main():
+            (run.path / "mixed.json").write_text(json.dumps(mixed))
+        run.print(f"{label}: " + "  ".join(f"{key} {value:.4g}" for key, value in metrics.items()))
+
+    # ---- the end ----
+    if only_measure:
+        seconds = time.monotonic() - started
+        run.print(f"dry run: {len(questions)} questions at full length took {seconds:.1f} s, so {n_all} take "
+                  f"at most {clock(seconds * n_all / len(questions))}; nothing was kept")
+    elif not args.prompt:
+        run.print("\n" + table([{k: v for k, v in row.items() if k != "time"} for row in results]))
+        run.finish()
+
+
+def table(rows):
+    """Dicts as a Markdown table: a column for each key, intervals beside their value, three decimals."""
+
+    def cell(row, name):
+        value, interval = row.get(name, ""), [row.get(f"{name}/{end}") for end in ("low", "high")]
+        text = f"{value:.3f}" if isinstance(value, float) else str(value)
+        return f"{text} [{interval[0]:.3f}, {interval[1]:.3f}]" if None not in interval else text
+
+    names = [name for name in dict.fromkeys(itertools.chain(*rows)) if not name.endswith(("/low", "/high"))]
+    lines = [names, ["---"] * len(names), *([cell(row, name) for name in names] for row in rows)]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+# ---- compare, show, status, plot: from what runs have stored ----
+
+
+@dataclass
+class Answers:
+    """Stored answers of one model: rows by question id (the greedy row first), and what making them took."""
+
+    label: str
+    rows: dict[str, list[dict]]
+    tokens: int
+    hours: float
+
+
+def read_csv(path):
+    with open(path, newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def stored_answers(name):
+    """The Answers in a run's directory, one for each model and preamble (eval.py) or each evaluated step.
+
+    name: the directory, or DIRECTORY@STEP. Errors: ValueError if it holds no answers (of that step).
+    """
+    name, _, step = str(name).partition("@")
+    path = Path(name)
+    of_eval = (path / "eval.csv").exists()  # a training run's; its samples.csv are rollouts
+    file = path / ("eval.csv" if of_eval else "samples.csv")
+    if not file.exists():
+        raise ValueError(f"{name}: no run with stored answers (neither eval.csv nor samples.csv)")
+    groups = {}
+    for row in read_csv(file):
+        if step in ("", row["step"]):
+            label = (f"{path.name}@{row['step']}" if of_eval else
+                     " ".join(filter(None, [path.name, row.get("model"), row.get("preamble")])))
+            groups.setdefault(label, {}).setdefault(row["id"], []).append(row)
+    if not groups:
+        raise ValueError(f"{name}@{step}: {file} holds no answers of that step")
+    spent = read_csv(path / "samples.csv") if (path / "samples.csv").exists() else []
+    hours = sum(line.get("seconds", 0.0) for line in curves.read_metrics(path)) / 3600
+    for by_id in groups.values():
+        for rows in by_id.values():
+            rows.sort(key=lambda row: int(row["sample"]))
+    return [Answers(label, by_id, sum(int(row["tokens"]) for row in spent), hours)
+            for label, by_id in groups.items()]
+
+
+OUTCOMES = ("right", "wrong", "wrong format", "no answer", "truncated")
+
+
+def outcome(row):
+    """One of OUTCOMES: right, or else what was wrong first."""
+    if int(row["correct"]):
+        return "right"
+    if not int(row["finished"]):
+        return "truncated"
+    if not row["extracted"]:
+        return "no answer"
+    return "wrong" if rewards.format([""], [row["completion"]], [""])[0] == 1 else "wrong format"
+
+
+def chosen_answers(names):
+    """The Answers to compare: of one training run its first and last evaluation, of one eval.py all it has.
+
+    Of several runs the last of each. Errors: ValueError if they did not answer the same questions.
+    """
+    found = [stored_answers(name) for name in names]
+    one = found[0] if len(found) == 1 else []
+    training = Path(names[0].partition("@")[0], "eval.csv").exists()
+    chosen = ([one[0], one[-1]] if training else one) if one else [group[-1] for group in found]
+    for other in chosen[1:]:
+        common = [id for id in chosen[0].rows if id in other.rows]
+        if not common or any(chosen[0].rows[id][0]["answer"] != other.rows[id][0]["answer"] for id in common):
+            raise ValueError(f"{chosen[0].label} and {other.label} answered different questions: "
+                             "evaluate both with the same --data, --split, --limit and --seed")
+    return chosen
+
+
+def compare(options):
+    """Accuracy of each, paired differences from the first with interval and p, what changed: as Markdown."""
+    chosen = chosen_answers(options.runs)
+    first = chosen[0]
+    ids = [id for id in first.rows if all(id in other.rows for other in chosen)]
+    left_out = max(len(answers.rows) for answers in chosen) - len(ids)
+    print(f"{len(ids)} questions in common, {left_out} left out\n")
+    hits = {id: [int(row["correct"]) for row in first.rows[id]] for id in ids}  # of all its samples
+    groups = {"always": [id for id in ids if all(hits[id])],
+              "sometimes": [id for id in ids if any(hits[id]) and not all(hits[id])],
+              "never": [id for id in ids if not any(hits[id])]}
+    lines, examples, right = [], {}, [{id: int(of.rows[id][0]["correct"]) for id in ids} for of in chosen]
+    for answers, scores in zip(chosen, right):
+        changes = [scores[id] - right[0][id] for id in ids]
+        better = [id for id, change in zip(ids, changes) if change > 0]
+        worse = [id for id, change in zip(ids, changes) if change < 0]
+        kinds = {id: outcome(answers.rows[id][0]) for id in ids}
+        share = sum(scores.values()) / len(ids)
+        line = {"run": answers.label, "pass@1": share}
+        line["pass@1/low"], line["pass@1/high"] = wilson(share, len(ids))
+        line["difference"] = sum(changes) / len(ids)
+        line["difference/low"], line["difference/high"] = bootstrap(changes)
+        line |= {"McNemar p": f"{mcnemar(len(better), len(worse)):.3g}", "wrong→right": len(better),
+                 "right→wrong": len(worse)}
+        line |= {kind: list(kinds.values()).count(kind) for kind in OUTCOMES}
+        for name, group in groups.items():
+            line[f"first {name} right ({len(group)})"] = (
+                sum(scores[id] for id in group) / len(group) if group else "-")
+        lines.append(line | {"tokens": answers.tokens, "hours": f"{answers.hours:.3g}"})
+        examples[answers.label] = {"wrong→right": better, "right→wrong": worse} | {
+            kind: [id for id in ids if kinds[id] == kind] for kind in OUTCOMES[2:]}
+    print(table(lines))
+    for answers in chosen[1:]:
+        for title, of in examples[answers.label].items():
+            for id in of[:options.examples]:
+                a, b = first.rows[id][0], answers.rows[id][0]
+                print(f"\n### {answers.label}: {title}, question {id} (gold {a['answer']})\n\n{a['prompt']}\n"
+                      f"\n- {first.label}: {a['completion']}\n- {answers.label}: {b['completion']}")
+
+
+def show(options):
+    """Print one rollout of a training run; with --replay also its tokens, sampled once more from its key."""
+    path = Path(options.run)
+    if not (path / "samples.csv").exists():
+        raise ValueError(f"{path}: no samples.csv in it")
+    rows = [row for row in read_csv(path / "samples.csv") if int(row["step"]) == options.step]
+    if not 0 <= options.row < len(rows):
+        raise ValueError(f"--row {options.row}: step {options.step} of {path} has {len(rows)} rows")
+    row = rows[options.row]
+    parts = ", ".join(f"{key[7:]} {float(row[key]):.3g}" for key in row if key.startswith("reward/"))
+    print(f"step {row['step']}, question {row['id']}, group {row.get('group', '-')}, sample {row['sample']}\n"
+          f"Q: {row['prompt']}\nA: {row['completion']}\n"
+          f"reward {float(row.get('reward') or 0):.4g} ({parts}), gold {row['answer']}, extracted "
+          f"{row['extracted']!r}, advantage {row.get('advantage', '-')}, {row['tokens']} tokens")
+    if options.replay:
+        replay(path, row)
+
+
+def replay(path, row):
+    """Sample a row of a GRPO run once more, from the weights of its step, and print it token by token.
+
+    ratio: the trainer's probability (transformers' forward pass) over the sampler's, at the sampled weights.
+    Errors: ValueError if no checkpoint holds those weights, or what comes out is not what was recorded.
+    """
+    config = json.loads((path / "config.json").read_text())
+    args, step = argparse.Namespace(**config["args"]), int(row["step"])
+    folder = args.model if step == 1 else str(path / f"checkpoints/step-{step - 1}")
+    if step > 1 and not Path(folder).is_dir():
+        kept = sorted(int(p.name[5:]) + 1 for p in path.glob("checkpoints/step-*"))
+        raise ValueError(f"step {step} was sampled from the weights of step {step - 1}, which were not kept; "
+                         f"--replay can show steps {', '.join(map(str, [1, *kept]))} (see --keep)")
+    device = dist.setup(config["device"].partition(":")[0])
+    dtype, tokenizer = models.choose_dtype(args.dtype, device), models.load_tokenizer(args.model)
+    train, _ = data.train_validation(
+        args.data, n_train=args.train_questions, n_validation=args.eval_questions, level=args.level or None,
+        seed=args.seed)
+    question = next(e for e in train if str(e.id) == row["id"])
+    prompt_ids = data.encode_prompt(tokenizer, question.prompt, args.system, args.prompt_template)
+    sampler = OneBase([folder], dtype, device, args.slots).sampler(folder, tokenizer, 0)
+    key = noise_key(args.seed, step, int(row["group"]), int(row["sample"]))
+    ((completion,),) = sampler.sample([prompt_ids], [[key]], args.max_new_tokens, args.temperature)
+    ids = torch.tensor([prompt_ids + completion.ids], device=device)
+    with torch.no_grad():
+        logits = sampler.model(ids).logits[0, len(prompt_ids) - 1:-1].float() / args.temperature
+    trainer = logits.log_softmax(-1).gather(1, ids[0, len(prompt_ids):, None])[:, 0].tolist()
+    print(f"\n{'token':>24}  log-prob     ratio   advantage {float(row['advantage']):.4g}")
+    for token, logprob, other in zip(completion.ids, completion.logprobs, trainer):
+        print(f"{tokenizer.decode([token])!r:>24}  {logprob:8.4f}  {math.exp(other - logprob):8.5f}")
+    total, recorded = sum(completion.logprobs), float(row["logprob"])
+    if len(completion.ids) != int(row["tokens"]) or abs(total - recorded) > 1e-3 * len(trainer):
+        raise ValueError(f"sampled again it has {len(completion.ids)} tokens and log-prob {total:.4f}, but "
+                         f"{row['tokens']} and {recorded:.4f} are recorded: other weights, data or machine")
+    print(f"equal to what was recorded: {row['tokens']} tokens, log-prob {total:.4f}")
+
+
+def status(options):
+    """One line per run under a folder: step, reward (or loss), time of its last sign of life, ETA."""
+    root, lines = Path(options.runs), []
+    for config in sorted([*root.glob("*/config.json"), *root.glob("config.json")]):
+        limit = json.loads(config.read_text())["args"].get("max_steps", 0)
+        steps = [line for line in curves.read_metrics(config.parent) if "seconds" in line]
+        first = steps[0] if steps else {"step": 0, "time": config.stat().st_mtime}
+        last = steps[-1] if steps else first
+        pace = (last["time"] - first["time"]) / max(1, last["step"] - first["step"])
+        shown = [name for name in ("reward", "loss", "pass@1") if last.get(name) is not None][:1]
+        eta = clock(pace * (limit - last["step"])) if pace else "?"
+        eta = "done" if (config.parent / "final").exists() else eta
+        lines.append({"run": config.parent.name, "step": f"{last['step']}/{limit or '-'}",
+                      "value": "".join(f"{name} {last[name]:.3g}" for name in shown), "ETA": eta,
+                      "last sign of life": f"{clock(time.time() - last['time'])} ago"})
+    if not lines:
+        raise ValueError(f"{root}: no runs there (a run is a folder with a config.json)")
+    print(table(lines))
+
+
+def plot(options):
+    """Curves of training runs, overlaid, as a PNG."""
+    curves.draw(options.runs, options.out, chance=options.chance)
+    print(options.out)
+
+
+def command(argv):
+    """eval.py's subcommands, on stored runs; a user's mistake ends as one line."""
+    parser = argparse.ArgumentParser(prog="eval.py", description="Look at stored runs; no model is needed.")
+    commands = parser.add_subparsers(required=True)
+
+    def add(function):
+        sub = commands.add_parser(function.__name__, help=function.__doc__, description=function.__doc__)
+        sub.set_defaults(function=function)
+        return sub.add_argument
+
+    argument = add(compare)
+    argument("runs", nargs="+", help="run directories or RUN@STEP; the others are compared with the first")
+    argument("--examples", type=int, default=1, help="rows to show of each kind of change")
+    argument = add(plot)
+    argument("runs", nargs="+", help="run directories or metrics.jsonl files")
+    argument("--out", default="curves.png", help="the picture to write")
+    argument("--chance", type=float, help="draw a line at this accuracy: what guessing gives")
+    argument = add(show)
+    argument("run", help="run directory")
+    argument("--step", type=int, required=True)
+    argument("--row", type=int, default=0, help="number of the row within the step, from 0")
+    argument("--replay", action="store_true", help="sample it once more from its key; print its tokens")
+    argument = add(status)
+    argument("runs", nargs="?", default="runs", help="folder of run directories")
+    options = parser.parse_args(argv)
+    try:
+        options.function(options)
+    except ValueError as error:
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] and sys.argv[1] in ("compare", "plot", "show", "status"):
+        command(sys.argv[1:])
+    else:
+        cli(main, Args)

@@ -1,0 +1,398 @@
+"""eval.py: estimators against their definitions, whole evaluations of small models, comparisons by hand."""
+
+import csv
+import itertools
+import json
+import os
+import random
+import re
+import shutil
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import eval
+from common import curves, data, models, rewards
+from eval import bootstrap, majority, mcnemar, pass_at_k, repetition, summarise, wilson
+
+ROOT = Path(__file__).resolve().parents[1]
+DATA = ROOT.parent / "shared" / "data"
+ENV = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
+SMALL = ["--level", "1", "--max-new-tokens", "24"]
+
+
+def run(*words, cwd, fails=False, script="eval.py", ranks=1):
+    start = [sys.executable] if ranks == 1 else [
+        sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(ranks), "--master-port",
+        str(random.randint(20000, 40000))]
+    done = subprocess.run([*start, str(ROOT / script), *map(str, words)], cwd=cwd, env=ENV,
+                          capture_output=True, text=True, timeout=300)
+    assert (done.returncode != 0) == fails, done.stdout + done.stderr
+    if fails:
+        assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1, done.stderr
+        return done.stderr
+    return done.stdout
+
+
+def read(path):
+    with open(path, newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+# ---- estimators ----
+
+
+@pytest.mark.parametrize("n", [1, 4, 7])
+def test_pass_at_k_is_the_mean_over_all_subsets(n):
+    for c, k in itertools.product(range(n + 1), range(1, n + 1)):
+        samples = [1] * c + [0] * (n - c)
+        subsets = [max(subset) for subset in itertools.combinations(samples, k)]
+        assert pass_at_k(n, c, k) == pytest.approx(statistics.mean(subsets), abs=1e-12)
+    with pytest.raises(ValueError, match="needs"):
+        pass_at_k(n, 0, n + 1)
+
+
+def test_golden_pass_at_k():
+    assert pass_at_k(10, 3, 5) == pytest.approx(0.916667, abs=1e-6)
+
+
+def test_mcnemar_and_wilson_agree_with_scipy():
+    stats = pytest.importorskip("scipy.stats")
+    for b, c in [(0, 0), (0, 5), (3, 9), (10, 10), (40, 17)]:
+        expected = stats.binomtest(b, b + c).pvalue if b + c else 1.0
+        assert mcnemar(b, c) == mcnemar(c, b) == pytest.approx(expected, abs=1e-12)
+    for c, n in [(0, 5), (3, 10), (500, 1000), (7, 7)]:
+        expected = stats.binomtest(c, n).proportion_ci(method="wilson")
+        assert wilson(c / n, n) == pytest.approx((expected.low, expected.high), abs=1e-6)
+
+
+def test_bootstrap_agrees_with_scipy():
+    """Two Monte Carlo estimates of a bound with spread 0.04: each is off by about 0.001."""
+    stats, np = pytest.importorskip("scipy.stats"), pytest.importorskip("numpy")
+    changes = [1] * 30 + [-1] * 12 + [0] * 158
+    expected = stats.bootstrap((changes,), np.mean, method="percentile", n_resamples=10_000, rng=1)
+    assert bootstrap(changes) == pytest.approx(tuple(expected.confidence_interval), abs=0.006)
+    assert bootstrap([0] * 20) == (0.0, 0.0)
+
+
+@pytest.mark.parametrize("answers, correct, expected", [
+    (["5", "5.0", "7"], [1, 1, 0], 1.0),
+    (["7", "5", "7"], [0, 1, 0], 0.0),
+    (["7", "5"], [0, 1], 0.0),  # as many: the first
+    (["1/2", "3", "0.5", "3", "\\frac{1}{2}"], [1, 0, 1, 0, 1], 1.0),
+    (["", "", "5"], [0, 0, 1], 1.0),  # no answer, no vote
+    (["", ""], [0, 0], 0.0)])
+def test_majority(answers, correct, expected):
+    assert majority(answers, correct) == expected
+
+
+def test_repetition_sees_circles_in_any_language():
+    """A1.11, in bytes: what a tokenizer without Yoruba makes of it."""
+    assert repetition(list(("ṣe " * 50).encode())) > 0.95
+    text = "Ìdáhùn náà ni pé omi máa ń hó ní ọgọ́rùn-ún ìwọ̀n, nítorí náà B ni ìdáhùn tí ó tọ̀nà jù lọ."
+    assert repetition(list(text.encode())) < 0.2  # words of two letters come again
+    assert repetition([]) == repetition([1, 2]) == 0
+
+
+def answer_rows(outcomes):
+    """Rows of samples.csv from {id: [correct of sample 0, 1, ...]}."""
+    return [{"id": id, "sample": g, "correct": c, "extracted": "5" if c else f"wrong {id} {g}", "format": 1.0,
+             "finished": 1, "repetition": 0.0, "tokens": 4}
+            for id, of in outcomes.items() for g, c in enumerate(of)]
+
+
+def test_summary_by_hand():
+    """Two questions mixed, one always right; the mixed set of the first model is kept for the second."""
+    rows = answer_rows({1: [1, 1, 1, 1], 2: [0, 1, 0, 1], 3: [1, 0, 0, 1]})
+    metrics, mixed = summarise(rows, (1, 2), 0.5)
+    assert mixed == [2, 3] and metrics["pass@1"] == pytest.approx(2 / 3)
+    assert metrics["pass@1 T=0.5"] == pytest.approx((1 + 2 / 3 + 1 / 3) / 3)
+    assert metrics["pass@2 T=0.5"] == pytest.approx((1 + 1 + 2 / 3) / 3)
+    assert metrics["maj@3 T=0.5"] == pytest.approx(2 / 3)  # of 3 the first counts
+    assert metrics["acc_mixed"] == 0.5
+    later, kept = summarise(answer_rows({1: [0, 0, 0, 0], 2: [1, 1, 1, 1], 3: [1, 1, 1, 1]}), (1,), 0.5, mixed)
+    assert kept == mixed and later["acc_mixed"] == 1.0
+    plain, none = summarise(answer_rows({1: [1], 2: [0]}), (1,), 0.5)
+    assert none is None and plain["pass@1"] == 0.5 and "acc_mixed" not in plain
+
+
+# ---- real data ----
+
+
+@pytest.mark.skipif(not DATA.exists(), reason="the shared data is not here")
+@pytest.mark.parametrize("path, split, n, chance", [
+    ("gsm8k", "test", 1319, None), ("math500", "test", 500, None), ("aqua_rat", "test", 254, 5),
+    ("mmlu", "test", 14_042, 4)])
+def test_published_data_and_guessing(path, split, n, chance):
+    """Gold answers are all right; letters drawn at random are right as often as chance, within 3 SE."""
+    questions = data.load_examples(DATA / path, split)
+    assert len(questions) == n
+
+    def right(texts):
+        return sum(rewards.correctness([""] * n, texts, [e.answer for e in questions],
+                                       [e.task for e in questions], [e.meta for e in questions])) / n
+
+    assert right([f"<answer>{e.answer}</answer>" for e in questions]) == 1.0
+    if chance:
+        rng, letters = random.Random(0), "ABCDE"[:chance]
+        p = 1 / chance
+        assert abs(right([f"The answer is {rng.choice(letters)}." for _ in questions]) - p) < 3 * (
+            p * (1 - p) / n) ** 0.5
+
+
+@pytest.mark.skipif(not DATA.exists(), reason="the shared data is not here")
+def test_non_latin_text_survives():
+    """Question to tokens to text, byte for byte, under Qwen2.5's tokenizer: Amharic, Igbo and a smile."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(DATA / "tokenizers" / "qwen2.5")
+    files = sorted((DATA / "mmlu_african").rglob("*.csv"))[:12]
+    texts = [row[0] for file in files for row in csv.reader(open(file, encoding="utf-8", newline=""))][:300]
+    for text in [*texts, "Ṣé omi máa ń hó? 😀\r\n\t«ọ̀»"]:
+        assert tokenizer.decode(tokenizer(text, add_special_tokens=False)["input_ids"]) == text
+
+
+# ---- whole evaluations ----
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A short GRPO run of the embedded model with a checkpoint after every step."""
+    cwd = tmp_path_factory.mktemp("trained")
+    run("--out", "grpo", "--max-steps", 3, "--save-every", 1, "--keep", 3, "--eval-questions", 20,
+        "--train-questions", 50, "--prompts-per-step", 4, "--num-generations", 4, "--warmup-steps", 0,
+        "--max-new-tokens", 24, "--level", 1, cwd=cwd, script="grpo.py")
+    return cwd
+
+
+@pytest.mark.parametrize("n, ranks", [(1, 1), (7, 1), (13, 1), (13, 2), (7, 3), (1, 3)])
+def test_every_question_is_counted_once(n, ranks, tmp_path):
+    """C-30: at any number of ranks, also more ranks than questions; the same answers as one rank gives."""
+    run("--limit", n, "--k", 1, 2, "--out", "e", *SMALL, cwd=tmp_path, ranks=ranks)
+    (line,), rows = curves.read_metrics(tmp_path / "e"), read(tmp_path / "e" / "samples.csv")
+    assert line["questions"] == n and len(rows) == 3 * n
+    assert len({row["id"] for row in rows}) == n
+    greedy = [row for row in rows if row["sample"] == "0"]
+    assert line["pass@1"] == pytest.approx(sum(int(row["correct"]) for row in greedy) / n)
+    assert {row["temperature"] for row in greedy} == {"0.0"}
+    if ranks > 1:
+        run("--limit", n, "--k", 1, 2, "--out", "one", *SMALL, cwd=tmp_path)
+        for one, row in zip(read(tmp_path / "one" / "samples.csv"), rows, strict=True):
+            assert float(one.pop("logprob")) == pytest.approx(float(row.pop("logprob")), abs=1e-4)
+            assert one == row  # float32 sums depend on the rows beside it, what is sampled does not
+
+
+def test_checkpoints_share_one_base(trained, monkeypatch):
+    """A row each with its step; the base's weights are read once; each row equals its model merged, alone."""
+    loads = []
+    load = models.load_model
+    monkeypatch.setattr(models, "load_model", lambda *args: loads.append(args[0]) or load(*args))
+    names = ["base", *(f"grpo/checkpoints/step-{n}" for n in (1, 2, 3)), "grpo"]
+    monkeypatch.chdir(trained)
+    eval.main(eval.Args(model=tuple(names), level="1", limit=12, max_new_tokens=24, out="all", device="cpu"))
+    lines = curves.read_metrics("all")
+    assert [(line["model"], line["step"]) for line in lines] == list(zip(names, (0, 1, 2, 3, 3)))
+    assert len(loads) == 1
+    rows = read("all/samples.csv")
+    by_model = {name: [row for row in rows if row["model"] == name] for name in names}
+    prompts = [e for e in data.load_examples("arithmetic", "test", level="1", limit=12)]
+    tokenizer = models.load_tokenizer("")
+    for name in ("base", "grpo"):
+        merged = load("" if name == "base" else name, torch.float32, torch.device("cpu"))
+        sampler = eval.Sampler(merged, models.stop_ids(merged, tokenizer), 12)
+        ids = [data.encode_prompt(tokenizer, e.prompt) for e in prompts]
+        for row, (c,) in zip(by_model[name], sampler.sample(ids, [[0]] * 12, 24, 0)):
+            assert len(c.ids) == int(row["tokens"]) and sum(c.logprobs) == pytest.approx(
+                float(row["logprob"]), abs=1e-3)
+    assert by_model["grpo"] == [row | {"model": "grpo"} for row in by_model["grpo/checkpoints/step-3"]]
+    assert (Path("all") / "curves.png").stat().st_size > 10_000
+
+
+def test_what_was_trained_from_the_embedded_model_is_asked_as_it_was(trained, tmp_path):
+    """No system message: also for its checkpoints, and for a plain model that a run of a run has written."""
+    for name in ("", trained / "grpo", trained / "grpo" / "final", trained / "grpo" / "checkpoints" / "step-1"):
+        assert models.is_embedded(str(name))
+    plain = tmp_path / "runs" / "b" / "final"
+    shutil.copytree(models.TINY, plain)
+    assert not models.is_embedded(str(plain))
+    (plain.parent / "metrics.jsonl").touch()
+    (plain.parent / "config.json").write_text(json.dumps({"args": {"model": str(trained / "grpo")}}))
+    assert models.is_embedded(str(plain)) and models.is_embedded(str(plain.parent))
+
+
+def test_preambles_few_shot_and_resume(trained):
+    preambles = ["", "Think logically.", "{braces} stay"]
+    words = ["--preamble", *preambles, "--limit", 5, "--few-shot", 2, "--out", "p", *SMALL]
+    run(*words, cwd=trained)
+    lines, rows = curves.read_metrics(trained / "p"), read(trained / "p" / "samples.csv")
+    assert [line["preamble"] for line in lines] == preambles
+    for row in rows:
+        assert row["preamble"] in row["prompt"] and row["prompt"].count("Compute") == 3
+    questions = {re.findall(r"Compute [^.]*\.", row["prompt"])[-1] for row in rows}
+    assert not questions & {q for row in rows for q in re.findall(r"Compute [^.]*\.", row["prompt"])[:-1]}
+    metrics = trained / "p" / "metrics.jsonl"
+    metrics.write_text("".join(metrics.read_text().splitlines(keepends=True)[:2]))
+    assert "runs" not in run("--out", "p", "--resume", cwd=trained)
+    assert [line["preamble"] for line in curves.read_metrics(trained / "p")] == preambles
+
+
+def test_one_prompt_and_dry_run_leave_nothing(tmp_path):
+    out = run("--prompt", "Compute 3+4.", "--answer", "7", "--max-new-tokens", 48, cwd=tmp_path)
+    assert "correctness" in out and "extracted" in out
+    out = run("--dry-run", *SMALL, cwd=tmp_path)
+    assert "so 33 take at most" in out and list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("words, parts", [
+    (["--k", 5, "--samples", 3], ["--k 5", "--samples 5"]),
+    (["--k", 0], ["--k 0"]),
+    (["--model", "nowhere"], ["nowhere", "no such folder"]),
+    (["--split", "dev"], ["'dev'", "validation"]),
+    (["--model", "base"], ["--model base"]),
+    (["--preamble", "a", "a"], ["--preamble", "'a'"]),
+    (["--few-shot", 9, "--data", "arithmetic", "--level", "9"], ["9"]),
+    (["compare", "nowhere"], ["nowhere"]),
+    (["plot", "nowhere"], ["nowhere"]),
+    (["show", "nowhere", "--step", 1], ["nowhere"]),
+    (["status", "nowhere"], ["nowhere"])])
+def test_mistakes_are_one_line(words, parts, tmp_path):
+    error = run(*words, cwd=tmp_path, fails=True)
+    assert all(part in error for part in parts) and list(tmp_path.iterdir()) == []
+
+
+def test_latex_answers_are_judged_by_math_verify(tmp_path, monkeypatch):
+    """Equal as mathematics though not as text; an answer that hangs costs its own row and no other."""
+    pytest.importorskip("math_verify")
+    texts = [r"\boxed{\frac{1}{2}}", r"\boxed{x^2 + 2x + 1}", r"\boxed{7}", r"\boxed{(1, 2)}"]
+    golds = [r"\dfrac12", "(x+1)^2", "8", "(1,2)"]
+    (tmp_path / "math.jsonl").write_text("".join(
+        json.dumps({"problem": f"{i}?", "solution": f"\\boxed{{{gold}}}", "answer": gold}) + "\n"
+        for i, gold in enumerate(golds)))
+
+    class Says:
+        slots = 4
+
+        def sample(self, prompts, keys, *_):
+            return [[eval.Completion([i], [0.0], False)] for i in range(len(prompts))]
+
+    monkeypatch.setattr(eval.OneBase, "sampler", lambda self, *_: Says())
+    tokenizer = models.load_tokenizer("")
+    monkeypatch.setattr(type(tokenizer), "decode", lambda self, ids, **_: texts[ids[0]])
+    monkeypatch.chdir(tmp_path)
+    eval.main(eval.Args(data="math.jsonl", out="e", device="cpu"))
+    assert [row["correct"] for row in read("e/samples.csv")] == ["1", "1", "0", "1"]
+
+
+# ---- stored runs ----
+
+
+def test_a_run_compared_with_itself_does_not_differ(trained):
+    run("--limit", 9, "--out", "self", *SMALL, cwd=trained)
+    out = run("compare", "self", "self", "--examples", 0, cwd=trained)
+    assert "9 questions in common, 0 left out" in out
+    same = out.splitlines()[-1]
+    assert "| 0.000 [0.000, 0.000] | 1 | 0 | 0 |" in same
+
+
+def write_answers(folder, rows):
+    folder.mkdir()
+    common = {"model": "m", "preamble": "", "step": 0, "sample": 0, "answer": "5", "prompt": "2+3?"}
+    with open(folder / "samples.csv", "w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(
+            file, [*common, "id", "correct", "completion", "extracted", "finished", "tokens"])
+        writer.writeheader()
+        writer.writerows([common | row for row in rows])
+
+
+def test_compare_by_hand(tmp_path):
+    """Right, then wrong format; wrong, then right; right twice; wrong, then without an answer."""
+    good = {"correct": 1, "completion": "<think>a</think><answer>5</answer>", "extracted": "5", "finished": 1,
+            "tokens": 10}
+    bad = good | {"correct": 0, "completion": "<think>b</think><answer>6</answer>", "extracted": "6"}
+    write_answers(tmp_path / "a", [good | {"id": 0}, bad | {"id": 1}, good | {"id": 2}, bad | {"id": 3}])
+    write_answers(tmp_path / "b", [bad | {"id": 0, "completion": "6?\n\"ọ̀\", maybe"}, good | {"id": 1},
+                                   good | {"id": 2}, bad | {"id": 3, "extracted": "", "completion": "hm"}])
+    out = run("compare", "a", "b", cwd=tmp_path)
+    header, _, first, second = [line.split(" | ") for line in out.splitlines() if line.startswith("|")]
+    cells = dict(zip([name.strip("| ") for name in header], [cell.strip("| ") for cell in second]))
+    assert cells["pass@1"].startswith("0.500") and cells["difference"].startswith("0.000")
+    assert (cells["wrong→right"], cells["right→wrong"], cells["McNemar p"]) == ("1", "1", "1")
+    assert (cells["right"], cells["wrong"], cells["wrong format"], cells["no answer"]) == ("2", "0", "1", "1")
+    assert cells["first always right (2)"] == cells["first never right (2)"] == "0.500"
+    assert cells["tokens"] == "40"
+    assert "### b m: right→wrong, question 0 (gold 5)" in out and "6?\n\"ọ̀\", maybe" in out
+    write_answers(tmp_path / "c", [good | {"id": 0, "answer": "8"}])
+    assert "different questions" in run("compare", "a", "c", cwd=tmp_path, fails=True)
+
+
+def test_training_runs_are_compared_by_step(trained):
+    out = run("compare", "grpo", "--examples", 0, cwd=trained)
+    assert "| grpo@0 |" in out and "| grpo@3 |" in out and "20 questions in common" in out
+    assert "| grpo@0 |" in run("compare", "grpo@0", "grpo@3", "--examples", 0, cwd=trained)
+
+
+@pytest.mark.parametrize("step, row", [(1, 0), (2, 7), (3, 15)])
+def test_a_rollout_sampled_again_is_what_was_recorded(trained, step, row):
+    out = run("show", "grpo", "--step", step, "--row", row, "--replay", cwd=trained)
+    recorded = [r for r in read(trained / "grpo" / "samples.csv") if r["step"] == str(step)][row]
+    assert recorded["completion"] in out and "equal to what was recorded" in out
+    tokens = [line for line in out.splitlines() if re.search(r"-?\d\.\d{4}\s+\d\.\d{5}$", line)]
+    ratios = [float(line.split()[-1]) for line in tokens]
+    assert len(ratios) == int(recorded["tokens"])
+    assert all(abs(ratio - 1) < 1e-4 for ratio in ratios)  # float32: the sampler's are the trainer's
+
+
+def test_steps_whose_weights_are_gone_are_named(trained, tmp_path):
+    shutil.copytree(trained / "grpo", tmp_path / "grpo")
+    shutil.rmtree(tmp_path / "grpo" / "checkpoints" / "step-1")
+    error = run("show", "grpo", "--step", 2, "--replay", cwd=tmp_path, fails=True)
+    assert "steps 1, 3, 4" in error
+
+
+def test_status(trained):
+    out = run("status", ".", cwd=trained)
+    line = next(line for line in out.splitlines() if "| grpo |" in line)
+    assert "| 3/3 |" in line and "reward" in line and "done" in line and "ago" in line
+
+
+def test_curves_show_what_the_metrics_hold(trained, tmp_path, monkeypatch):
+    """One panel per metric that is there, named axes, a legend for several runs, the line of guessing."""
+    figures = []
+    from matplotlib import figure
+
+    Figure = figure.Figure
+    monkeypatch.setattr(figure, "Figure", lambda **kwargs: figures.append(Figure(**kwargs)) or figures[-1])
+    curves.draw([trained / "grpo", trained / "grpo" / "metrics.jsonl"], tmp_path / "c.png", chance=0.25)
+    axes = {ax.get_title(): ax for ax in figures[0].axes if ax.get_visible()}
+    assert {"reward", "held-out pass@1", "entropy", "length", "gradient norm", "time of a step"} <= set(axes)
+    assert all(ax.get_xlabel() == "step" and ax.get_ylabel() for ax in axes.values())
+    lines = curves.read_metrics(trained / "grpo")
+    expected = [line["reward"] for line in lines if "reward" in line]
+    assert list(axes["reward"].lines[0].get_ydata()) == expected
+    assert 0.25 in [line.get_ydata()[0] for line in axes["held-out pass@1"].lines]
+    assert (trained / "grpo" / "curves.png").exists()  # the run drew its own
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match="no metrics"):
+        curves.draw([tmp_path / "empty"], tmp_path / "d.png")
+
+
+def test_samples_survive_a_spreadsheet(tmp_path):
+    """Newlines, quotes, separators, any Unicode: csv -> rows -> csv is identical."""
+    text = 'a\n"b", c;\td\r\n\'=1+1 ṣé 😀 \u2028 \x0b'
+    writer = SimpleNamespace(path=tmp_path, _wandb=None)
+    from common.run import Run
+
+    rows = [{"id": 1, "prompt": text, "completion": ""}, {"id": 2, "prompt": "", "completion": text}]
+    Run.write_rows(writer, rows)
+    once = (tmp_path / "samples.csv").read_bytes()
+    again = read(tmp_path / "samples.csv")
+    assert [row["prompt"] for row in again] == [text, ""]
+    (tmp_path / "samples.csv").unlink()
+    Run.write_rows(writer, again)
+    assert (tmp_path / "samples.csv").read_bytes() == once
+    assert json.loads(json.dumps(again)) == again
