@@ -51,8 +51,9 @@ def draw(paths, out, chance=None) -> None:
 
     def series(lines, metric):
         points = [(line["step"], line[metric]) for line in lines if isinstance(line.get(metric), int | float)]
-        # what is 0 throughout was not computed (KL), or is rounding (GRPO's loss)
-        return tuple(zip(*sorted(points))) if any(abs(value) > 1e-6 for _, value in points) else None
+        if metric in ("kl", "loss") and all(abs(value) < 1e-6 for _, value in points):
+            return None  # not computed; or GRPO's loss, which is rounding
+        return tuple(zip(*sorted(points))) if points else None
 
     panels = []
     for title, metrics, unit in PANELS:

@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 
 import common.data
-from common.rewards import last_boxed
 from common.data import (
     Example,
     batch_indices,
@@ -21,6 +20,7 @@ from common.data import (
     prompt_text,
     train_validation,
 )
+from common.rewards import last_boxed
 
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 needs_data = pytest.mark.skipif(not DATA.is_dir(), reason="the sample data is not beside the repository")

@@ -113,7 +113,7 @@ def test_summary_by_hand():
     assert mixed == [2, 3] and metrics["pass@1"] == pytest.approx(2 / 3)
     assert metrics["pass@1 T=0.5"] == pytest.approx((1 + 2 / 3 + 1 / 3) / 3)
     assert metrics["pass@2 T=0.5"] == pytest.approx((1 + 1 + 2 / 3) / 3)
-    assert metrics["maj@3 T=0.5"] == pytest.approx(2 / 3)  # of 3 the first counts
+    assert metrics["maj@3 T=0.5"] == pytest.approx(2 / 3)  # of 3 the first
     assert metrics["acc_mixed"] == 0.5
     later, kept = summarise(answer_rows({1: [0, 0, 0, 0], 2: [1, 1, 1, 1], 3: [1, 1, 1, 1]}), (1,), 0.5, mixed)
     assert kept == mixed and later["acc_mixed"] == 1.0
@@ -166,7 +166,7 @@ def trained(tmp_path_factory):
     cwd = tmp_path_factory.mktemp("trained")
     run("--out", "grpo", "--max-steps", 3, "--save-every", 1, "--keep", 3, "--eval-questions", 20,
         "--train-questions", 50, "--prompts-per-step", 4, "--num-generations", 4, "--warmup-steps", 0,
-        "--max-new-tokens", 24, "--level", 1, cwd=cwd, script="grpo.py")
+        "--max-new-tokens", 40, cwd=cwd, script="grpo.py")
     return cwd
 
 
@@ -194,19 +194,19 @@ def test_checkpoints_share_one_base(trained, monkeypatch):
     monkeypatch.setattr(models, "load_model", lambda *args: loads.append(args[0]) or load(*args))
     names = ["base", *(f"grpo/checkpoints/step-{n}" for n in (1, 2, 3)), "grpo"]
     monkeypatch.chdir(trained)
-    eval.main(eval.Args(model=tuple(names), level="1", limit=12, max_new_tokens=24, out="all", device="cpu"))
+    eval.main(eval.Args(model=tuple(names), limit=12, max_new_tokens=40, out="all", device="cpu"))
     lines = curves.read_metrics("all")
     assert [(line["model"], line["step"]) for line in lines] == list(zip(names, (0, 1, 2, 3, 3)))
     assert len(loads) == 1
     rows = read("all/samples.csv")
     by_model = {name: [row for row in rows if row["model"] == name] for name in names}
-    prompts = [e for e in data.load_examples("arithmetic", "test", level="1", limit=12)]
+    prompts = [e for e in data.load_examples("arithmetic", "test", limit=12)]
     tokenizer = models.load_tokenizer("")
     for name in ("base", "grpo"):
         merged = load("" if name == "base" else name, torch.float32, torch.device("cpu"))
         sampler = eval.Sampler(merged, models.stop_ids(merged, tokenizer), 12)
         ids = [data.encode_prompt(tokenizer, e.prompt) for e in prompts]
-        for row, (c,) in zip(by_model[name], sampler.sample(ids, [[0]] * 12, 24, 0)):
+        for row, (c,) in zip(by_model[name], sampler.sample(ids, [[0]] * 12, 40, 0)):
             assert len(c.ids) == int(row["tokens"]) and sum(c.logprobs) == pytest.approx(
                 float(row["logprob"]), abs=1e-3)
     assert by_model["grpo"] == [row | {"model": "grpo"} for row in by_model["grpo/checkpoints/step-3"]]
@@ -214,7 +214,7 @@ def test_checkpoints_share_one_base(trained, monkeypatch):
 
 
 def test_what_was_trained_from_the_embedded_model_is_asked_as_it_was(trained, tmp_path):
-    """No system message: also for its checkpoints, and for a plain model that a run of a run has written."""
+    """No system message: for its checkpoints, too, and for a plain model that a run of a run has written."""
     for name in ("", trained / "grpo", trained / "grpo" / "final", trained / "grpo" / "checkpoints" / "step-1"):
         assert models.is_embedded(str(name))
     plain = tmp_path / "runs" / "b" / "final"

@@ -43,7 +43,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 torch.optim.AdamW([torch.zeros(1, requires_grad=True)])  # imports half of torch
 AutoModelForCausalLM.from_pretrained(sys.argv[1]), AutoTokenizer.from_pretrained(sys.argv[1])  # fills caches
 assert "wandb" not in sys.modules
-sys.modules["matplotlib"] = None  # not installed, as far as these runs know: a picture takes longer than a run
+sys.modules["matplotlib"] = None  # as if not installed: a picture takes longer than a run
 gc.freeze()  # or each run's collections would walk through all of transformers
 print("ready", flush=True)
 for line in sys.stdin:
