@@ -1,12 +1,15 @@
 """eval.py: estimators against their definitions, whole evaluations of small models, comparisons by hand."""
 
+import contextlib
 import csv
+import io
 import itertools
 import json
 import os
 import random
 import re
 import shutil
+import signal
 import statistics
 import subprocess
 import sys
@@ -17,9 +20,12 @@ import pytest
 import torch
 
 import eval
+import grpo
 from common import curves, data, models, rewards
+from common.run import cli
 from eval import bootstrap, majority, mcnemar, pass_at_k, repetition, summarise, wilson
 
+torch.set_num_threads(1)
 ROOT = Path(__file__).resolve().parents[1]
 DATA = ROOT.parent / "shared" / "data"
 ENV = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
@@ -27,16 +33,36 @@ SMALL = ["--level", "1", "--max-new-tokens", "24"]
 
 
 def run(*words, cwd, fails=False, script="eval.py", ranks=1):
-    start = [sys.executable] if ranks == 1 else [
-        sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(ranks), "--master-port",
-        str(random.randint(20000, 40000))]
-    done = subprocess.run([*start, str(ROOT / script), *map(str, words)], cwd=cwd, env=ENV,
-                          capture_output=True, text=True, timeout=300)
-    assert (done.returncode != 0) == fails, done.stdout + done.stderr
-    if fails:
-        assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1, done.stderr
-        return done.stderr
-    return done.stdout
+    """What a command prints; the one line of a mistake if it `fails`. Several ranks are processes."""
+    words = [str(word) for word in words]
+    if ranks > 1:
+        port = str(random.randint(20000, 40000))
+        done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(ranks),
+                               "--master-port", port, str(ROOT / script), *words],
+                              cwd=cwd, env=ENV, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
+    module, out, error = {"eval.py": eval, "grpo.py": grpo}[script], io.StringIO(), ""
+    home, before = os.getcwd(), (sys.argv, {number: signal.getsignal(number)
+                                            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)})
+    sys.argv = [script, *words]
+    try:
+        os.chdir(cwd)
+        with contextlib.redirect_stdout(out):
+            if words and words[0] in ("compare", "plot", "show", "status"):
+                eval.command(words)
+            else:
+                cli(module.main, module.Args)
+    except SystemExit as end:
+        error = str(end.code)
+    finally:
+        os.chdir(home)
+        sys.argv = before[0]
+        for number, handler in before[1].items():
+            signal.signal(number, handler)
+    assert bool(error) == fails, out.getvalue() + error
+    assert not error or (error.startswith("error: ") and "\n" not in error)
+    return error or out.getvalue()
 
 
 def read(path):
@@ -113,9 +139,10 @@ def test_summary_by_hand():
     assert mixed == [2, 3] and metrics["pass@1"] == pytest.approx(2 / 3)
     assert metrics["pass@1 T=0.5"] == pytest.approx((1 + 2 / 3 + 1 / 3) / 3)
     assert metrics["pass@2 T=0.5"] == pytest.approx((1 + 1 + 2 / 3) / 3)
-    assert metrics["maj@3 T=0.5"] == pytest.approx(2 / 3)  # of 3 the first
+    assert metrics["maj@3 T=0.5"] == pytest.approx(2 / 3)
     assert metrics["acc_mixed"] == 0.5
-    later, kept = summarise(answer_rows({1: [0, 0, 0, 0], 2: [1, 1, 1, 1], 3: [1, 1, 1, 1]}), (1,), 0.5, mixed)
+    again = answer_rows({1: [0, 0, 0, 0], 2: [1, 1, 1, 1], 3: [1, 1, 1, 1]})
+    later, kept = summarise(again, (1,), 0.5, mixed)
     assert kept == mixed and later["acc_mixed"] == 1.0
     plain, none = summarise(answer_rows({1: [1], 2: [0]}), (1,), 0.5)
     assert none is None and plain["pass@1"] == 0.5 and "acc_mixed" not in plain
@@ -213,8 +240,8 @@ def test_checkpoints_share_one_base(trained, monkeypatch):
     assert (Path("all") / "curves.png").stat().st_size > 10_000
 
 
-def test_what_was_trained_from_the_embedded_model_is_asked_as_it_was(trained, tmp_path):
-    """No system message: for its checkpoints, too, and for a plain model that a run of a run has written."""
+def test_trained_from_the_embedded_model(trained, tmp_path):
+    """No system message: for its checkpoints, too, and for a plain model that a run of a run wrote."""
     for name in ("", trained / "grpo", trained / "grpo" / "final", trained / "grpo" / "checkpoints" / "step-1"):
         assert models.is_embedded(str(name))
     plain = tmp_path / "runs" / "b" / "final"
