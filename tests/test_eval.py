@@ -154,7 +154,8 @@ def test_summary_by_hand():
 @pytest.mark.skipif(not DATA.exists(), reason="the shared data is not here")
 @pytest.mark.parametrize("path, split, n, chance", [
     ("gsm8k", "test", 1319, None), ("math500", "test", 500, None), ("aqua_rat", "test", 254, 5),
-    ("mmlu", "test", 14_042, 4)])
+    ("mmlu", "test", 14_042, 4), ("mmlu_african/am", "test", 604, 4), ("mmlu_african/ig", "test", 604, 4),
+    ("mmlu_african/mmmlu_layout/mmlu_IG.csv", "test", 604, 4)])
 def test_published_data_and_guessing(path, split, n, chance):
     """Gold answers are all right; letters drawn at random are right as often as chance, within 3 SE."""
     questions = data.load_examples(DATA / path, split)
@@ -242,7 +243,7 @@ def test_checkpoints_share_one_base(trained, monkeypatch):
 
 def test_trained_from_the_embedded_model(trained, tmp_path):
     """No system message: for its checkpoints, too, and for a plain model that a run of a run wrote."""
-    for name in ("", trained / "grpo", trained / "grpo" / "final", trained / "grpo" / "checkpoints" / "step-1"):
+    for name in ("", *(trained / "grpo" / part for part in ("", "final", "checkpoints/step-1"))):
         assert models.is_embedded(str(name))
     plain = tmp_path / "runs" / "b" / "final"
     shutil.copytree(models.TINY, plain)

@@ -32,6 +32,7 @@ def rows_of(*names):
 
 
 def test_the_fixture_is_large_enough():
+    assert all(len(FIXTURE[family]) >= 40 for family in ("endings", "choices", "latex", "african"))
     assert len(FIXTURE["endings"]) >= 60 and len(FIXTURE["equal"]) + len(FIXTURE["unequal"]) >= 40
 
 
@@ -40,7 +41,14 @@ def test_extract_answer(case):
     assert extract_answer(case["text"]) == case["answer"]
 
 
-@pytest.mark.parametrize("case", FIXTURE["choices"], ids=lambda case: case["text"][:40])
+@pytest.mark.parametrize("case", FIXTURE["latex"], ids=lambda case: case["text"][:40])
+def test_latex_endings(case):
+    """As mathematics: by math_verify where the text differs."""
+    pytest.importorskip("math_verify")
+    assert rewards.math([""], [case["text"]], [case["gold"]]) == [case["right"]]
+
+
+@pytest.mark.parametrize("case", FIXTURE["choices"] + FIXTURE["african"], ids=lambda case: case["text"][:40])
 def test_extract_choice(case):
     assert extract_choice(case["text"]) == case["answer"]
     assert extract_answer(case["text"], choices=True) == case["answer"]
