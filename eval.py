@@ -17,7 +17,6 @@
 
 import argparse
 import copy
-import csv
 import hashlib
 import importlib.util
 import itertools
@@ -39,7 +38,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from common import curves, data, dist, models, rewards
-from common.run import Run, check_out, cli, clock, retry_smaller
+from common.run import Run, check_out, cli, clock, read_csv, retry_smaller
 
 # Shapes: B rows, V vocabulary, P prompts, D hidden size, H heads, K head size, R LoRA rank, N tokens in all.
 
@@ -671,45 +670,56 @@ def answer_all(sampler, questions, prompts, prompt_ids, reward_functions, args, 
             return tokenizer.decode(ids, skip_special_tokens=True)
 
         def progress(done, total, ended):
-            for p, g, c in ended:
+            if run.stop:
+                raise SystemExit("stopped: --resume goes on with what is not measured yet")
+            if not sys.stderr.isatty():
+                return
+            for p, _, c in ended:
                 e = mine[p]
-                right[p, g] = rewards.correctness([""], [text_of(c)], [e.answer], [e.task], [e.meta])[0]
+                right["n"] += rewards.correctness([""], [text_of(c)], [e.answer], [e.task], [e.meta])[0]
             left = (time.monotonic() - started) / done * (total - done)
-            run.progress(f"{label} T={temperature:g}: {done}/{total} answers, "
-                         f"{sum(right.values()) / done:.1%} right, ETA {clock(left)}")
+            run.progress(f"{label} T={temperature:g}: {done}/{total} answers, {right['n'] / done:.1%} right, "
+                         f"ETA {clock(left)}")
 
         def attempt(slots):
             sampler.slots = slots
+            right.clear()
             return sampler.sample([prompt_ids[e.id] for e in mine], keys, args.max_new_tokens, temperature,
                                   progress)
 
         completions = retry_smaller(attempt, sampler.slots, run.device, 1, "slots")[0]
         flat = [(e, g, c, text_of(c)) for e, row in zip(mine, completions) for g, c in enumerate(row)]
-        of = [e for e, *_ in flat]
-        columns = {"ids": [e.id for e in of], "tasks": [e.task for e in of], "metas": [e.meta for e in of]}
-        scored = rewards.score(reward_functions, [prompts[e.id] for e in of], [text for *_, text in flat],
-                               [e.answer for e in of], columns, args.reward_timeout)
-        if scored["error"]:
-            run.print(f"{label}: {scored['error']}")
-        by_latex = scored["rewards"].get("math", scored["correct"])  # NaN where it hung: not right
-        for i, (e, g, c, text) in enumerate(flat):
-            rows.append({
-                "id": e.id, "sample": g + (temperature > 0), "temperature": temperature,
-                "prompt": prompts[e.id], "completion": text, "answer": e.answer,
-                "extracted": rewards.extract_answer(text, choices=e.task == "choice") or "",
-                "correct": int((by_latex if e.task == "math" else scored["correct"])[i] == 1),
-                "reward": scored["total"][i],
-                **{f"reward/{name}": values[i] for name, values in scored["rewards"].items()},
-                "format": rewards.format([""], [text], [""])[0], "repetition": repetition(c.ids),
-                "logprob": sum(c.logprobs), "tokens": len(c.ids), "finished": int(c.finished),
-                "level": e.level, "task": e.task, "meta": json.dumps(e.meta), "seed": args.seed})
+        for part in range(0, len(flat), 100):  # so that a reward that hangs has few rows to try one by one
+            rows += scored_rows(flat[part:part + 100], prompts, reward_functions, args, temperature, run)
     return sorted(itertools.chain(*dist.gather(rows)), key=lambda row: (row["id"], row["sample"]))
+
+
+def scored_rows(flat, prompts, reward_functions, args, temperature, run):
+    """Rows of samples.csv from (question, sample, Completion, text) of one temperature."""
+    of, texts = [e for e, *_ in flat], [text for *_, text in flat]
+    columns = {"ids": [e.id for e in of], "tasks": [e.task for e in of], "metas": [e.meta for e in of]}
+    scored = rewards.score(reward_functions, [prompts[e.id] for e in of], texts, [e.answer for e in of],
+                           columns, args.reward_timeout)
+    if scored["error"]:
+        run.print(scored["error"])
+    by_latex = scored["rewards"].get("math", scored["correct"])  # NaN where it hung: not right
+    return [{
+        "id": e.id, "sample": g + (temperature > 0), "temperature": temperature, "prompt": prompts[e.id],
+        "completion": text, "answer": e.answer,
+        "extracted": rewards.extract_answer(text, choices=e.task == "choice") or "",
+        "correct": int((by_latex if e.task == "math" else scored["correct"])[i] == 1),
+        "reward": scored["total"][i], **{f"reward/{name}": of[i] for name, of in scored["rewards"].items()},
+        "format": rewards.format([""], [text], [""])[0], "repetition": repetition(c.ids),
+        "logprob": sum(c.logprobs), "tokens": len(c.ids), "finished": int(c.finished), "level": e.level,
+        "task": e.task, "meta": json.dumps(e.meta), "seed": args.seed}
+        for i, (e, g, c, text) in enumerate(flat)]
 
 
 def summarise(rows, ks, temperature, mixed=None):
     """(metrics of one model's rows, ids of its mixed questions): those with right and with wrong samples.
 
-    Rows of sample 0 give pass@1, the others pass@k and maj@n. mixed: ids from an earlier model, to be kept.
+    Rows of sample 0, greedy, give pass@1 and all but pass@k and maj@n, which the others give. mixed: ids from
+    an earlier model, to be kept.
     """
     first, samples = [row for row in rows if row["sample"] == 0], {}
     for row in rows:
@@ -737,9 +747,13 @@ def summarise(rows, ks, temperature, mixed=None):
             for of in samples.values()) / len(samples))
         mixed = [id for id, c in right.items() if 0 < c < n] if mixed is None else mixed
         metrics["acc_mixed"] = mean([row for row in first if row["id"] in set(mixed)], "correct")
-    metrics |= {"format": mean(rows, "format"), "truncated": 1 - mean(rows, "finished"),
-                "no_answer": sum(not row["extracted"] for row in rows) / max(1, len(rows)),
-                "repetition": mean(rows, "repetition"), "tokens": mean(rows, "tokens")}
+    n = max(1, len(first))
+    metrics |= {"format": sum(row["format"] == 1 for row in first) / n,
+                "truncated": sum(not row["finished"] for row in first) / n,
+                "no_answer": sum(not row["extracted"] for row in first) / n,
+                "repetition": mean(first, "repetition"), "tokens": mean(first, "tokens"),
+                "reward_failed": sum(math.isnan(value) for row in rows for name, value in row.items()
+                                     if name.startswith("reward/"))}
     return metrics, mixed
 
 
@@ -758,7 +772,7 @@ class OneBase:
     """Models by name, of which those on the same base share its weights: only the adapter is exchanged."""
 
     def __init__(self, names, dtype, device, slots):
-        bases = [models.base_of(name) for name in names if name != "base"]
+        bases = [models.absolute(models.base_of(name)) for name in names if name != "base"]
         if "base" in names and len(set(bases)) != 1:
             raise ValueError("--model base: the base of which model? The others stand on "
                              f"{len(set(bases))} different ones")
@@ -774,10 +788,8 @@ class OneBase:
         if base != self.base:
             self.model = None  # the old one goes before the next comes
             self.model, self.base = models.load_model(base, self.dtype, self.device, max_tokens), base
-        for module in lora_modules(self.model).values():
-            module.A.clear()
-            module.B.clear()
-            module.active = None
+        for path, module in lora_modules(self.model).items():  # off with the last one's adapter
+            self.model.set_submodule(path, module.base)
         if settings:
             r, alpha = settings["r"], settings["lora_alpha"]
             add_lora(self.model, "adapter", r, alpha * r**0.5 if settings.get("use_rslora") else alpha,
@@ -789,7 +801,9 @@ class OneBase:
 
 def resolve(args):
     """Fill in the defaults that depend on others, and refuse what cannot work, before any load or write."""
-    embedded = all(models.is_embedded(name) for name in args.model if name != "base")
+    named = [name for name in args.model if name != "base"]
+    embedded = all(models.is_embedded(name) for name in named)
+    of_run = next(filter(None, map(models.run_arguments, named)), {})  # asked as it was trained
     for name in ("max_new_tokens", "slots"):
         if getattr(args, name) < 1:
             raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be 1 or more")
@@ -803,9 +817,14 @@ def resolve(args):
             raise ValueError(f"--{name}: {Counter(twice).most_common(1)[0][0]!r} is there twice")
     if samples and not args.eval_temperature > 0:
         raise ValueError(f"--eval-temperature {args.eval_temperature}: samples must differ; use more than 0")
-    name = args.data or ("arithmetic" if embedded else "gsm8k")
-    return replace(args, data=name, samples=samples,
-                   system=args.system or ("" if embedded else data.THINK_ANSWER_SYSTEM))
+    trained_on = of_run.get("data", "")
+    trained_on = "" if Path(trained_on).exists() else trained_on  # a file is no test split
+    template = args.prompt_template
+    return replace(
+        args, samples=samples, data=args.data or trained_on or ("arithmetic" if embedded else "gsm8k"),
+        system=args.system or of_run.get("system", "" if embedded else data.THINK_ANSWER_SYSTEM),
+        level=args.level or ("" if args.data else of_run.get("level", "")),
+        prompt_template=of_run.get("prompt_template", template) if template == "{prompt}" else template)
 
 
 def choose_questions(args):
@@ -819,11 +838,25 @@ def choose_questions(args):
     if not args.few_shot:
         return questions, []
     asked = {data.prompt_text(e.prompt) for e in questions}
-    pool = [e for e in data.load_examples(args.data, "train", level=level, seed=args.seed)
-            if e.completion and data.prompt_text(e.prompt) not in asked]
+    try:
+        pool = data.load_examples(args.data, "train", level=level, seed=args.seed)
+    except ValueError:  # MMLU keeps its examples to show apart
+        pool = data.load_examples(args.data, "dev", level=level, seed=args.seed)
+    pool = [replace(e, completion=e.completion or f"Answer: {e.answer}") for e in pool
+            if (e.completion or e.answer) and data.prompt_text(e.prompt) not in asked]
     if len(pool) < args.few_shot:
         raise ValueError(f"--few-shot {args.few_shot}: {args.data} has {len(pool)} worked examples to show")
     return questions, random.Random(args.seed).sample(pool, args.few_shot)
+
+
+def forget_unfinished(run, results, done):
+    """Leave in metrics.jsonl and samples.csv what belongs to a finished row: a kill can come between."""
+    if dist.is_main():
+        rows = [row for row in run.read_rows("samples.csv") if (row["model"], row["preamble"]) in done]
+        (run.path / "samples.csv").unlink(missing_ok=True)
+        run.write_rows(rows)
+        (run.path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in results))
+    dist.barrier()
 
 
 def main(args: Args) -> None:
@@ -842,12 +875,17 @@ def main(args: Args) -> None:
     if (any(e.task == "math" for e in questions) and importlib.util.find_spec("math_verify")
             and not any(reward.name == "math" for reward in reward_functions)):
         reward_functions += rewards.parse_rewards(["math=0"])  # LaTeX answers: judged by it, not rewarded
+    if any(spec.partition("=")[0].endswith(":math") for spec in args.rewards):
+        raise ValueError("--rewards: a reward of your own cannot be named math, which judges LaTeX answers")
     n_all, only_measure = len(questions), args.dry_run and not args.prompt
     if only_measure:
-        questions = sorted(questions, key=lambda e: -len(data.prompt_text(e.prompt)))[:8 * dist.world_size()]
+        questions = sorted(questions, key=lambda e: -len(data.prompt_text(e.prompt)))
+        questions = questions[:args.slots * dist.world_size()]
     run = Run(args, __file__, device, tags=models.run_tags(replace(args, model=args.model[-1])))
     results = curves.read_metrics(run.path) if args.resume else []
-    done, mixed, started = {(row["model"], row["preamble"]) for row in results}, None, time.monotonic()
+    done, mixed = {(row["model"], row["preamble"]) for row in results}, None
+    if args.resume:
+        forget_unfinished(run, results, done)
     if results and (run.path / "mixed.json").exists():
         mixed = json.loads((run.path / "mixed.json").read_text())
 
@@ -860,9 +898,10 @@ def main(args: Args) -> None:
         prompts = {id: data.prompt_text(message) for id, message in messages.items()}
         prompt_ids = {id: data.encode_prompt(tokenizer, message, args.system, args.prompt_template)
                       for id, message in messages.items()}
+        sampler = None  # the last one's weights and cache go before the next come
         sampler = family.sampler(name, tokenizer, max(map(len, prompt_ids.values())) + args.max_new_tokens)
         if only_measure:
-            sampler.stop_ids = set()
+            sampler.stop_ids, started = set(), time.monotonic()
         rows = answer_all(
             sampler, questions, prompts, prompt_ids, reward_functions, args, tokenizer, run, label)
         if args.prompt:
@@ -874,11 +913,11 @@ def main(args: Args) -> None:
         step = step_of(models.resolve(family.names[name]))
         run.write_rows([{"model": name, "step": step, "preamble": preamble} | row for row in rows])
         metrics, mixed = summarise(rows, args.k, args.eval_temperature, mixed)
+        if mixed is not None and dist.is_main():
+            (run.path / "mixed.json").write_text(json.dumps(mixed))
         results.append({"step": step, "model": name, "preamble": preamble} | metrics
                        | {"seconds": time.monotonic() - begun})
         run.log(step, {key: value for key, value in results[-1].items() if key != "step"})
-        if mixed is not None and dist.is_main():
-            (run.path / "mixed.json").write_text(json.dumps(mixed))
         run.print(f"{label}: " + "  ".join(f"{key} {value:.4g}" for key, value in metrics.items()))
 
     # ---- the end ----
@@ -897,6 +936,7 @@ def table(rows):
     def cell(row, name):
         value, interval = row.get(name, ""), [row.get(f"{name}/{end}") for end in ("low", "high")]
         text = f"{value:.3f}" if isinstance(value, float) else str(value)
+        text = text.replace("|", "\\|").replace("\n", " ")
         return f"{text} [{interval[0]:.3f}, {interval[1]:.3f}]" if None not in interval else text
 
     names = [name for name in dict.fromkeys(itertools.chain(*rows)) if not name.endswith(("/low", "/high"))]
@@ -917,11 +957,6 @@ class Answers:
     hours: float
 
 
-def read_csv(path):
-    with open(path, newline="", encoding="utf-8") as file:
-        return list(csv.DictReader(file))
-
-
 def stored_answers(name):
     """The Answers in a run's directory, one for each model and preamble (eval.py) or each evaluated step.
 
@@ -929,25 +964,31 @@ def stored_answers(name):
     """
     name, _, step = str(name).partition("@")
     path = Path(name)
-    of_eval = (path / "eval.csv").exists()  # a training run's; its samples.csv are rollouts
-    file = path / ("eval.csv" if of_eval else "samples.csv")
-    if not file.exists():
-        raise ValueError(f"{name}: no run with stored answers (neither eval.csv nor samples.csv)")
+    training = (path / "eval.csv").exists()  # its samples.csv are rollouts
+    rows = read_csv(path / "samples.csv") if (path / "samples.csv").exists() else []
+    answers = read_csv(path / "eval.csv") if training else [row for row in rows if "preamble" in row]
+    lines = curves.read_metrics(path)
+    config = json.loads((path / "config.json").read_text()) if (path / "config.json").exists() else {}
     groups = {}
-    for row in read_csv(file):
+    for row in answers:
         if step in ("", row["step"]):
-            label = (f"{path.name}@{row['step']}" if of_eval else
-                     " ".join(filter(None, [path.name, row.get("model"), row.get("preamble")])))
-            groups.setdefault(label, {}).setdefault(row["id"], []).append(row)
+            key = row["step"] if training else (row["model"], row["preamble"])
+            groups.setdefault(key, {}).setdefault(row["id"], []).append(row)
     if not groups:
-        raise ValueError(f"{name}@{step}: {file} holds no answers of that step")
-    spent = read_csv(path / "samples.csv") if (path / "samples.csv").exists() else []
-    hours = sum(line.get("seconds", 0.0) for line in curves.read_metrics(path)) / 3600
-    for by_id in groups.values():
-        for rows in by_id.values():
-            rows.sort(key=lambda row: int(row["sample"]))
-    return [Answers(label, by_id, sum(int(row["tokens"]) for row in spent), hours)
-            for label, by_id in groups.items()]
+        raise ValueError(f"{name}: no run with stored answers" + (f" of step {step}" if step else ""))
+    found = []
+    for key, by_id in groups.items():
+        for of in by_id.values():
+            of.sort(key=lambda row: int(row["sample"]))
+        if training:  # what had been sampled, and the time, up to that step
+            label, spent = f"{name}@{key}", [row for row in rows if int(row["step"]) <= int(key)]
+            took = [line for line in lines if line["step"] <= int(key)]
+        else:
+            label, spent = " ".join(filter(None, [name, *key])), list(itertools.chain(*by_id.values()))
+            took = [line for line in lines if (line["model"], line["preamble"]) == key]
+        hours = sum(line.get("seconds", 0.0) for line in took) / 3600 * config.get("world_size", 1)
+        found.append(Answers(label, by_id, sum(int(row["tokens"]) for row in spent), hours))
+    return found
 
 
 OUTCOMES = ("right", "wrong", "wrong format", "no answer", "truncated")
@@ -965,16 +1006,18 @@ def outcome(row):
 
 
 def chosen_answers(names):
-    """The Answers to compare: of one training run its first and last evaluation, of one eval.py all it has.
+    """The Answers to compare: of a training run alone its first and last evaluation, of several the last.
 
-    Of several runs the last of each. Errors: ValueError if they did not answer the same questions.
+    Of eval.py's directories all rows. Errors: ValueError if they did not answer the same questions.
     """
-    found = [stored_answers(name) for name in names]
-    one = found[0] if len(found) == 1 else []
-    training = Path(names[0].partition("@")[0], "eval.csv").exists()
-    chosen = ([one[0], one[-1]] if training else one) if one else [group[-1] for group in found]
+    chosen = []
+    for name in names:
+        found = stored_answers(name)
+        if Path(name.partition("@")[0], "eval.csv").exists():
+            found = [found[0], found[-1]] if len(names) == 1 and len(found) > 1 else found[-1:]
+        chosen += found
     for other in chosen[1:]:
-        common = [id for id in chosen[0].rows if id in other.rows]
+        common = [id for id in chosen[0].rows if all(id in answers.rows for answers in chosen)]
         if not common or any(chosen[0].rows[id][0]["answer"] != other.rows[id][0]["answer"] for id in common):
             raise ValueError(f"{chosen[0].label} and {other.label} answered different questions: "
                              "evaluate both with the same --data, --split, --limit and --seed")
@@ -992,7 +1035,7 @@ def compare(options):
     groups = {"always": [id for id in ids if all(hits[id])],
               "sometimes": [id for id in ids if any(hits[id]) and not all(hits[id])],
               "never": [id for id in ids if not any(hits[id])]}
-    lines, examples, right = [], {}, [{id: int(of.rows[id][0]["correct"]) for id in ids} for of in chosen]
+    lines, examples, right = [], [], [{id: int(of.rows[id][0]["correct"]) for id in ids} for of in chosen]
     for answers, scores in zip(chosen, right):
         changes = [scores[id] - right[0][id] for id in ids]
         better = [id for id, change in zip(ids, changes) if change > 0]
@@ -1010,11 +1053,11 @@ def compare(options):
             line[f"first {name} right ({len(group)})"] = (
                 sum(scores[id] for id in group) / len(group) if group else "-")
         lines.append(line | {"tokens": answers.tokens, "hours": f"{answers.hours:.3g}"})
-        examples[answers.label] = {"wrong→right": better, "right→wrong": worse} | {
-            kind: [id for id in ids if kinds[id] == kind] for kind in OUTCOMES[2:]}
+        examples.append({"wrong→right": better, "right→wrong": worse} | {
+            kind: [id for id in ids if kinds[id] == kind] for kind in OUTCOMES[2:]})
     print(table(lines))
-    for answers in chosen[1:]:
-        for title, of in examples[answers.label].items():
+    for answers, kinds in list(zip(chosen, examples))[1:]:
+        for title, of in kinds.items():
             for id in of[:options.examples]:
                 a, b = first.rows[id][0], answers.rows[id][0]
                 print(f"\n### {answers.label}: {title}, question {id} (gold {a['answer']})\n\n{a['prompt']}\n"
@@ -1045,6 +1088,8 @@ def replay(path, row):
     ratio: the trainer's probability (transformers' forward pass) over the sampler's, at the sampled weights.
     Errors: ValueError if no checkpoint holds those weights, or what comes out is not what was recorded.
     """
+    if "group" not in row:
+        raise ValueError(f"--replay: {path} has no rollouts; only a row of grpo.py's samples.csv has a key")
     config = json.loads((path / "config.json").read_text())
     args, step = argparse.Namespace(**config["args"]), int(row["step"])
     folder = args.model if step == 1 else str(path / f"checkpoints/step-{step - 1}")
@@ -1057,7 +1102,9 @@ def replay(path, row):
     train, _ = data.train_validation(
         args.data, n_train=args.train_questions, n_validation=args.eval_questions, level=args.level or None,
         seed=args.seed)
-    question = next(e for e in train if str(e.id) == row["id"])
+    question = next((e for e in train if str(e.id) == row["id"]), None)
+    if question is None:
+        raise ValueError(f"question {row['id']} is not in {args.data} any more")
     prompt_ids = data.encode_prompt(tokenizer, question.prompt, args.system, args.prompt_template)
     sampler = OneBase([folder], dtype, device, args.slots).sampler(folder, tokenizer, 0)
     key = noise_key(args.seed, step, int(row["group"]), int(row["sample"]))
@@ -1070,7 +1117,9 @@ def replay(path, row):
     for token, logprob, other in zip(completion.ids, completion.logprobs, trainer):
         print(f"{tokenizer.decode([token])!r:>24}  {logprob:8.4f}  {math.exp(other - logprob):8.5f}")
     total, recorded = sum(completion.logprobs), float(row["logprob"])
-    if len(completion.ids) != int(row["tokens"]) or abs(total - recorded) > 1e-3 * len(trainer):
+    text = tokenizer.decode(completion.ids, skip_special_tokens=True)
+    if (text, len(completion.ids)) != (row["completion"], int(row["tokens"])) or (
+            abs(total - recorded) > 1e-3 * len(trainer)):
         raise ValueError(f"sampled again it has {len(completion.ids)} tokens and log-prob {total:.4f}, but "
                          f"{row['tokens']} and {recorded:.4f} are recorded: other weights, data or machine")
     print(f"equal to what was recorded: {row['tokens']} tokens, log-prob {total:.4f}")
@@ -1080,13 +1129,16 @@ def status(options):
     """One line per run under a folder: step, reward (or loss), time of its last sign of life, ETA."""
     root, lines = Path(options.runs), []
     for config in sorted([*root.glob("*/config.json"), *root.glob("config.json")]):
-        limit = json.loads(config.read_text())["args"].get("max_steps", 0)
+        args = json.loads(config.read_text()).get("args")
+        if args is None:  # a model's
+            continue
+        limit = args.get("max_steps", 0)
         steps = [line for line in curves.read_metrics(config.parent) if "seconds" in line]
         first = steps[0] if steps else {"step": 0, "time": config.stat().st_mtime}
         last = steps[-1] if steps else first
         pace = (last["time"] - first["time"]) / max(1, last["step"] - first["step"])
         shown = [name for name in ("reward", "loss", "pass@1") if last.get(name) is not None][:1]
-        eta = clock(pace * (limit - last["step"])) if pace else "?"
+        eta = clock(pace * (limit - last["step"])) if pace and limit else "?"
         eta = "done" if (config.parent / "final").exists() else eta
         lines.append({"run": config.parent.name, "step": f"{last['step']}/{limit or '-'}",
                       "value": "".join(f"{name} {last[name]:.3g}" for name in shown), "ETA": eta,

@@ -13,7 +13,7 @@ PANELS = (
     ("length", ("tokens",), "tokens"),
     ("gradient norm", ("grad_norm",), "norm before clipping"),
 )
-COLOURS = ("#000000", "#d55e00", "#56b4e9", "#8f6a9f", "#b0b000", "#7f7f7f")  # they differ in grey, too
+COLOURS = ("#000000", "#d55e00", "#56b4e9", "#0072b2", "#e6c200", "#8b1a1a")  # they differ in grey, too
 STYLES = ("-", "--", "-.", ":")
 
 
@@ -31,6 +31,19 @@ def read_metrics(path) -> list[dict]:
     return found
 
 
+def _parts(lines):
+    """Lines of eval.py by run and preamble, models of no run in each; those of a training run as they are."""
+    def part(line):
+        run, of_run, _ = line.get("model", "").partition("/checkpoints/")
+        return run if of_run else "", line.get("preamble", "")
+
+    found = dict.fromkeys(map(part, lines))
+    runs = {run for run, _ in found if run}
+    return {(run if len(runs) > 1 else "", preamble): [
+        line for line in lines if part(line) in ((run, preamble), ("", preamble))]
+        for run, preamble in found if run or not runs}
+
+
 def draw(paths, out, chance=None) -> None:
     """Write a PNG with a panel for each metric that any of the runs has; runs overlaid, one line style each.
 
@@ -45,9 +58,11 @@ def draw(paths, out, chance=None) -> None:
     runs = {}
     for path in paths:
         name = Path(path).parent.name if Path(path).name == "metrics.jsonl" else Path(path).name
-        runs[name if name not in runs else str(path)] = lines = read_metrics(path)
+        lines = read_metrics(path)
         if not lines:
             raise ValueError(f"{path}: no metrics.jsonl with anything in it")
+        for part, of in _parts(lines).items():
+            runs[" ".join(filter(None, [name if name not in runs else str(path), *part]))] = of
 
     def series(lines, metric):
         points = [(line["step"], line[metric]) for line in lines if isinstance(line.get(metric), int | float)]
@@ -95,5 +110,8 @@ def draw(paths, out, chance=None) -> None:
     for ax in axes[n:]:
         ax.set_visible(False)
     if len(runs) > 1 or chance is not None:
-        axes[min(1, n - 1)].legend(fontsize=7, frameon=False)
+        named = {}
+        for ax in axes[:len(panels)]:
+            named |= dict(zip(*reversed(ax.get_legend_handles_labels())))
+        figure.legend(named.values(), named.keys(), loc="outside upper center", ncols=4, frameon=False)
     figure.savefig(out, dpi=110)

@@ -106,13 +106,19 @@ def base_of(name: str) -> str:
     return base_of(json.loads(adapter.read_text())["base_model_name_or_path"]) if adapter.exists() else name
 
 
+def run_arguments(name: str) -> dict:
+    """Arguments of the run that wrote a model's folder (final/ or a checkpoint); {} for any other."""
+    folder = Path(absolute(name))
+    for run in (folder.parent, folder.parent.parent) if folder.is_dir() else ():
+        if (run / "metrics.jsonl").exists() and (run / "config.json").exists():
+            return json.loads((run / "config.json").read_text())["args"]
+    return {}
+
+
 def is_embedded(name: str) -> bool:
     """True for the embedded model and what was trained from it: it knows arithmetic and no system message."""
-    folder = Path(resolve(name))
-    for run in (folder.parent, folder.parents[1]):  # of final/, of checkpoints/step-N
-        if (run / "metrics.jsonl").exists() and (run / "config.json").exists():
-            return is_embedded(json.loads((run / "config.json").read_text())["args"]["model"])
-    return base_of(name) == str(TINY)
+    of_run = run_arguments(name)
+    return is_embedded(of_run["model"]) if of_run else base_of(name) == str(TINY)
 
 
 def load_model(name: str, dtype: torch.dtype, device: torch.device, max_tokens: int = 0,

@@ -283,11 +283,7 @@ class Run:
             self._wandb.log({"samples": table}, commit=False)
 
     def read_rows(self, file_name):
-        path = self.path / file_name
-        if not path.exists():
-            return []
-        with open(path, newline="", encoding="utf-8") as file:
-            return list(csv.DictReader(file))
+        return read_csv(self.path / file_name) if (self.path / file_name).exists() else []
 
     # ---- checkpoints ----
 
@@ -397,6 +393,13 @@ class Run:
         self.print(f"done in {clock(time.time() - self._started)}: {self.path}")
         if self._wandb:
             self._wandb.finish()
+
+
+def read_csv(path) -> list[dict]:
+    """The rows of a CSV that `Run.write_rows` wrote, as text."""
+    csv.field_size_limit(2**31 - 1)  # completions can be long
+    with open(path, newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
 
 
 def paired_interval(before, after):

@@ -141,6 +141,13 @@ def test_summary_by_hand():
     assert metrics["pass@2 T=0.5"] == pytest.approx((1 + 1 + 2 / 3) / 3)
     assert metrics["maj@3 T=0.5"] == pytest.approx(2 / 3)
     assert metrics["acc_mixed"] == 0.5
+    greedy = [row for row in rows if row["sample"] == 0]
+    given = [(1, 1, "5", 4), (0.5, 0, "", 9), (0, 1, "7", 8)]
+    for row, (format, finished, extracted, tokens) in zip(greedy, given):
+        row.update(format=format, finished=finished, extracted=extracted, tokens=tokens, repetition=tokens / 10)
+    metrics, _ = summarise(rows, (1, 2), 0.5)  # of the greedy rows alone
+    assert [metrics[name] for name in ("format", "truncated", "no_answer", "tokens", "repetition")] == (
+        pytest.approx([1 / 3, 1 / 3, 1 / 3, 7, 0.7]))
     again = answer_rows({1: [0, 0, 0, 0], 2: [1, 1, 1, 1], 3: [1, 1, 1, 1]})
     later, kept = summarise(again, (1,), 0.5, mixed)
     assert kept == mixed and later["acc_mixed"] == 1.0
@@ -253,6 +260,16 @@ def test_trained_from_the_embedded_model(trained, tmp_path):
     assert models.is_embedded(str(plain)) and models.is_embedded(str(plain.parent))
 
 
+def test_base_after_an_adapter_in_bfloat16(trained, monkeypatch):
+    """Taking an adapter off leaves the plain model: what `base` alone answers."""
+    monkeypatch.chdir(trained)
+    for out, names in (("both", ("grpo", "base")), ("alone", ("",))):
+        eval.main(eval.Args(model=names, limit=6, max_new_tokens=40, out=out, device="cpu", dtype="bfloat16",
+                            slots=6))
+    last = [row["completion"] for row in read("both/samples.csv") if row["model"] == "base"]
+    assert last == [row["completion"] for row in read("alone/samples.csv")]
+
+
 def test_preambles_few_shot_and_resume(trained):
     preambles = ["", "Think logically.", "{braces} stay"]
     words = ["--preamble", *preambles, "--limit", 5, "--few-shot", 2, "--out", "p", *SMALL]
@@ -265,7 +282,8 @@ def test_preambles_few_shot_and_resume(trained):
     assert not questions & {q for row in rows for q in re.findall(r"Compute [^.]*\.", row["prompt"])[:-1]}
     metrics = trained / "p" / "metrics.jsonl"
     metrics.write_text("".join(metrics.read_text().splitlines(keepends=True)[:2]))
-    assert "runs" not in run("--out", "p", "--resume", cwd=trained)
+    run("--out", "p", "--resume", cwd=trained)
+    assert read(trained / "p" / "samples.csv") == rows  # what was not finished is not there twice
     assert [line["preamble"] for line in curves.read_metrics(trained / "p")] == preambles
 
 
@@ -314,6 +332,16 @@ def test_latex_answers_are_judged_by_math_verify(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     eval.main(eval.Args(data="math.jsonl", out="e", device="cpu"))
     assert [row["correct"] for row in read("e/samples.csv")] == ["1", "1", "0", "1"]
+    (tmp_path / "slow.py").write_text("""def slow(prompts, responses, answers):
+    while any("7" in response for response in responses):
+        pass
+    return [1.0] * len(responses)
+""")
+    eval.main(eval.Args(data="math.jsonl", out="f", device="cpu", rewards=("slow.py:slow=1",),
+                        reward_timeout=1.0))
+    assert [row["reward/slow"] for row in read("f/samples.csv")] == ["1.0", "1.0", "nan", "1.0"]
+    assert [row["correct"] for row in read("f/samples.csv")] == ["1", "1", "0", "1"]
+    assert curves.read_metrics("f")[0]["reward_failed"] == 1
 
 
 # ---- stored runs ----
@@ -352,7 +380,7 @@ def test_compare_by_hand(tmp_path):
     assert (cells["wrong→right"], cells["right→wrong"], cells["McNemar p"]) == ("1", "1", "1")
     assert (cells["right"], cells["wrong"], cells["wrong format"], cells["no answer"]) == ("2", "0", "1", "1")
     assert cells["first always right (2)"] == cells["first never right (2)"] == "0.500"
-    assert cells["tokens"] == "40"
+    assert cells["tokens"] == "40" and cells["run"] == "b m"
     assert "### b m: right→wrong, question 0 (gold 5)" in out and "6?\n\"ọ̀\", maybe" in out
     write_answers(tmp_path / "c", [good | {"id": 0, "answer": "8"}])
     assert "different questions" in run("compare", "a", "c", cwd=tmp_path, fails=True)
@@ -380,6 +408,29 @@ def test_steps_whose_weights_are_gone_are_named(trained, tmp_path):
     shutil.rmtree(tmp_path / "grpo" / "checkpoints" / "step-1")
     error = run("show", "grpo", "--step", 2, "--replay", cwd=tmp_path, fails=True)
     assert "steps 1, 3, 4" in error
+
+
+def test_models_of_one_directory_are_compared(trained):
+    """Tokens and hours are each row's own; two directories of one name keep their answers apart."""
+    run("--model", "base", "grpo", "--limit", 8, "--max-new-tokens", 40, "--out", "x/e", cwd=trained)
+    shutil.copytree(trained / "x", trained / "y", dirs_exist_ok=True)
+    rows = read(trained / "x" / "e" / "samples.csv")
+    out = run("compare", "x/e", "y/e", cwd=trained)
+    table = [[cell.strip() for cell in line.strip("|").split("|")] for line in out.splitlines()
+             if line.startswith("|")]
+    found = {line[0]: dict(zip(table[0], line)) for line in table[2:]}
+    assert list(found) == ["x/e base", "x/e grpo", "y/e base", "y/e grpo"]
+    for model in ("base", "grpo"):
+        tokens = sum(int(row["tokens"]) for row in rows if row["model"] == model)
+        assert found[f"x/e {model}"]["tokens"] == found[f"y/e {model}"]["tokens"] == str(tokens)
+
+
+def test_status_of_everything(trained):
+    run("--model", "grpo", "--limit", 3, "--max-new-tokens", 40, "--out", "st/e", cwd=trained)
+    (trained / "st" / "model").mkdir()
+    (trained / "st" / "model" / "config.json").write_text("{}")
+    line = run("status", "st", cwd=trained).splitlines()[-1]
+    assert "| e |" in line and "pass@1" in line and "| ? |" in line
 
 
 def test_status(trained):
