@@ -74,7 +74,7 @@ class Args:
     preamble: tuple[str, ...] = ("",)
     """text in front of the question; a row of results for each"""
     system: str = ""
-    """system message; empty: a request for the <think>/<answer> format, but none for the embedded model"""
+    """system message, or none; empty: asks for the <think>/<answer> format (embedded model: none)"""
     prompt_template: str = "{prompt}"
     """text around the question, {prompt} in it"""
     prompt: str = ""

@@ -74,7 +74,7 @@ class Args:
     eval_questions: int = 500
     """questions held out of the training split for evaluation (never the official test split)"""
     system: str = ""
-    """system message; empty: a request for the <think>/<answer> format, but none for the embedded model"""
+    """system message, or none; empty: asks for the <think>/<answer> format (embedded model: none)"""
     prompt_template: str = "{prompt}"
     """text around the question, {prompt} in it"""
     max_prompt_tokens: int = 0

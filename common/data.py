@@ -18,8 +18,10 @@ import re
 import zlib
 from collections import Counter, defaultdict
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
+
+from jinja2 import TemplateError
 
 from common.rewards import last_boxed
 
@@ -588,7 +590,8 @@ def encode_prompt(tokenizer, prompt, system="", template="{prompt}") -> list[int
     """Ids of a prompt, ready for the reply: by the chat template if the tokenizer has one, else plain text.
 
     template: the user's words around the (last) message, with {prompt} in its place. system: goes in front,
-    unless the messages bring their own. At most one BOS.
+    unless it is "none" or the messages bring their own; templates that know no system turn (Gemma) get it as
+    the first words of the user's. At most one BOS.
     Errors: ValueError for a template without {prompt}, or for messages that end in an assistant turn.
     """
     if "{prompt}" not in template:
@@ -597,11 +600,18 @@ def encode_prompt(tokenizer, prompt, system="", template="{prompt}") -> list[int
     if not messages or messages[-1]["role"] == "assistant":
         raise ValueError("a prompt of chat messages must end in a user turn, which the model is to answer")
     messages[-1]["content"] = template.replace("{prompt}", messages[-1]["content"])  # not format(): braces
-    if system and messages[0]["role"] != "system":
+    if system not in ("", "none") and messages[0]["role"] != "system":
         messages.insert(0, {"role": "system", "content": system})
     if tokenizer.chat_template:
         # As text first: tokenize=True returns a dict in transformers 5. The template writes the BOS, if any.
-        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        render = partial(tokenizer.apply_chat_template, tokenize=False, add_generation_prompt=True)
+        try:
+            text = render(messages)
+        except TemplateError as error:
+            if messages[0]["role"] != "system" or len(messages) < 2:
+                raise ValueError(f"the model's chat template refuses the messages: {error}") from None
+            first, second, *rest = messages
+            text = render([second | {"content": f"{first['content']}\n\n{second['content']}"}, *rest])
         ids = tokenizer(text, add_special_tokens=False)["input_ids"]
     else:
         ids = tokenizer(prompt_text(messages))["input_ids"]

@@ -729,6 +729,7 @@ def test_prompts_go_through_the_chat_template(qwen):
         "<|im_start|>user\nT {x} {y}<|im_end|>\n<|im_start|>assistant\n"
     )
     assert chat[-1] == {"role": "user", "content": "{x}"}  # the caller's messages are left alone
+    assert encode_prompt(qwen, chat, system="none") == encode_prompt(qwen, chat)
     own = [{"role": "system", "content": "own"}, *messages]
     assert encode_prompt(qwen, own, system="S") == encode_prompt(qwen, "Hi", system="own")
     assert "'no place'" in refusal(encode_prompt, qwen, "Hi", template="no place")
@@ -744,6 +745,23 @@ def test_prompts_are_plain_text_without_a_template():
     assert gpt2.decode(encode_prompt(gpt2, "Hi", system="S", template="Q: {prompt}\nA:")) == "S\n\nQ: Hi\nA:"
     chat = [*CHAT, {"role": "user", "content": "Bye"}]
     assert gpt2.decode(encode_prompt(gpt2, chat)) == prompt_text(chat) == "Hi\n\nHello\n\nBye"
+
+
+def test_a_template_without_system_turns_gets_it_in_the_users():
+    """As Gemma's; what a template refuses for another reason is one line."""
+    transformers = pytest.importorskip("transformers")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(Path(common.data.__file__).parent / "tiny")
+    tokenizer.chat_template = (
+        "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system role') }}{% endif %}"
+        "{% if messages | length > 3 %}{{ raise_exception('too many turns') }}{% endif %}"
+        "{% for m in messages %}{{ m['role'] }} {{ m['content'] }} {% endfor %}"
+    )
+    assert tokenizer.decode(encode_prompt(tokenizer, "Hi", system="Be brief")) == tokenizer.decode(
+        tokenizer("user Be brief\n\nHi ", add_special_tokens=False)["input_ids"]
+    )
+    assert encode_prompt(tokenizer, "Hi", system="none") == encode_prompt(tokenizer, "Hi")
+    turns = [*CHAT, *CHAT, {"role": "user", "content": "Hi"}]
+    assert "too many turns" in refusal(encode_prompt, tokenizer, turns)
 
 
 class AddsMarks:

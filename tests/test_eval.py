@@ -144,7 +144,8 @@ def test_summary_by_hand():
     greedy = [row for row in rows if row["sample"] == 0]
     given = [(1, 1, "5", 4), (0.5, 0, "", 9), (0, 1, "7", 8)]
     for row, (format, finished, extracted, tokens) in zip(greedy, given):
-        row.update(format=format, finished=finished, extracted=extracted, tokens=tokens, repetition=tokens / 10)
+        row.update(format=format, finished=finished, extracted=extracted, tokens=tokens)
+        row["repetition"] = tokens / 10
     metrics, _ = summarise(rows, (1, 2), 0.5)  # of the greedy rows alone
     assert [metrics[name] for name in ("format", "truncated", "no_answer", "tokens", "repetition")] == (
         pytest.approx([1 / 3, 1 / 3, 1 / 3, 7, 0.7]))
