@@ -872,8 +872,9 @@ def main(args: Args) -> None:
     family = OneBase(args.model, models.choose_dtype(args.dtype, device), device, args.slots)
     tokenizers = {name: models.load_tokenizer(family.names[name]) for name in args.model}
     questions, examples = choose_questions(args)
-    if (any(e.task == "math" for e in questions) and importlib.util.find_spec("math_verify")
-            and not any(reward.name == "math" for reward in reward_functions)):
+    judged = any(e.task == "math" for e in questions) and all(r.name != "math" for r in reward_functions)
+    judge = judged and importlib.util.find_spec("math_verify")
+    if judge:
         reward_functions += rewards.parse_rewards(["math=0"])  # LaTeX answers: judged by it, not rewarded
     if any(spec.partition("=")[0].endswith(":math") for spec in args.rewards):
         raise ValueError("--rewards: a reward of your own cannot be named math, which judges LaTeX answers")
@@ -882,6 +883,8 @@ def main(args: Args) -> None:
         questions = sorted(questions, key=lambda e: -len(data.prompt_text(e.prompt)))
         questions = questions[:args.slots * dist.world_size()]
     run = Run(args, __file__, device, tags=models.run_tags(replace(args, model=args.model[-1])))
+    if judged and not judge:
+        run.print("math_verify is not installed: LaTeX answers are compared as text")
     results = curves.read_metrics(run.path) if args.resume else []
     done, mixed = {(row["model"], row["preamble"]) for row in results}, None
     if args.resume:

@@ -14,8 +14,9 @@ ROOT = Path(__file__).resolve().parents[1]
 SOURCES = {path.name: path.read_text(encoding="utf-8") for path in sorted(ROOT.glob("*.py"))}
 SCRIPTS = [name for name, source in SOURCES.items() if "\nclass Args:" in source]
 GROUPS = ["run", "data", "model", "LoRA", "sampling", "method", "optimizer", "evaluation"]
-OWN = {"eval.py": {  # what it means by these is its own
-    "model", "resume", "dry_run", "seed"}}  # several models; no optimizer steps to go on with or to take
+OWN = {  # what a script means by these is its own
+    "eval.py": {"model", "resume", "dry_run", "seed"},  # several models; no optimizer steps to go on with
+    "dpo.py": {"beta"}}
 EVERYWHERE = {"model", "data", "out", "seed", "max_steps", "resume", "wandb", "dry_run", "config", "device"}
 
 
@@ -55,7 +56,7 @@ def complaints(fields):
         if len([1 for one, other in zip(of_script, of_script[1:]) if one[3] != other[3]]) + 1 != len(order):
             found.append(f"{script}: a group is split in two")
         names = [name for name, *_ in of_script]
-        missing = EVERYWHERE - set(names) - ({"max_steps"} if script in OWN else set())
+        missing = EVERYWHERE - set(names) - ({"max_steps"} if script == "eval.py" else set())
         found += [f"{script}: {name} is missing" for name in sorted(missing)]
     orders = {script: [name for name, *_ in of_script] for script, of_script in fields.items()}
     for script, names in orders.items():

@@ -32,7 +32,7 @@ from grpo import (
     uniform,
     use_adapter,
 )
-from tests.tiny_models import EXTRA, KINDS, SIZES, spread, tiny_model, tiny_tokenizer
+from tests.tiny_models import EXTRA, KINDS, SIZES, some_prompts, spread, tiny_model, tiny_tokenizer
 
 torch.set_num_threads(1)
 ROOT = Path(__file__).resolve().parents[1]
@@ -43,11 +43,6 @@ CPU = torch.device("cpu")
 def seeded():
     """add_lora draws from torch's own generator: each test starts it alike, alone or among others."""
     torch.manual_seed(0)
-
-
-def some_prompts(lengths, vocab=SIZES["vocab_size"], seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    return [torch.randint(vocab, (n,), generator=generator).tolist() for n in lengths]
 
 
 PROMPTS = some_prompts((4, 1, 9, 17, 30, 5, 2))  # the longest and 24 more need a second block of the cache

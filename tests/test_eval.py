@@ -1,18 +1,12 @@
 """eval.py: estimators against their definitions, whole evaluations of small models, comparisons by hand."""
 
-import contextlib
 import csv
-import io
 import itertools
 import json
-import os
 import random
 import re
 import shutil
-import signal
 import statistics
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -20,49 +14,14 @@ import pytest
 import torch
 
 import eval
-import grpo
 from common import curves, data, models, rewards
-from common.run import cli
 from eval import bootstrap, majority, mcnemar, pass_at_k, repetition, summarise, wilson
+from tests.commands import run
 
 torch.set_num_threads(1)
 ROOT = Path(__file__).resolve().parents[1]
 DATA = ROOT.parent / "shared" / "data"
-ENV = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
 SMALL = ["--level", "1", "--max-new-tokens", "24"]
-
-
-def run(*words, cwd, fails=False, script="eval.py", ranks=1):
-    """What a command prints; the one line of a mistake if it `fails`. Several ranks are processes."""
-    words = [str(word) for word in words]
-    if ranks > 1:
-        port = str(random.randint(20000, 40000))
-        done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(ranks),
-                               "--master-port", port, str(ROOT / script), *words],
-                              cwd=cwd, env=ENV, capture_output=True, text=True, timeout=300)
-        assert done.returncode == 0, done.stdout + done.stderr
-        return done.stdout
-    module, out, error = {"eval.py": eval, "grpo.py": grpo}[script], io.StringIO(), ""
-    home, before = os.getcwd(), (sys.argv, {number: signal.getsignal(number)
-                                            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)})
-    sys.argv = [script, *words]
-    try:
-        os.chdir(cwd)
-        with contextlib.redirect_stdout(out):
-            if words and words[0] in ("compare", "plot", "show", "status"):
-                eval.command(words)
-            else:
-                cli(module.main, module.Args)
-    except SystemExit as end:
-        error = str(end.code)
-    finally:
-        os.chdir(home)
-        sys.argv = before[0]
-        for number, handler in before[1].items():
-            signal.signal(number, handler)
-    assert bool(error) == fails, out.getvalue() + error
-    assert not error or (error.startswith("error: ") and "\n" not in error)
-    return error or out.getvalue()
 
 
 def read(path):

@@ -53,3 +53,8 @@ def spread(model, seed=0):
 def tiny_tokenizer():
     """The embedded model's own: 384 tokens, a chat template."""
     return models.load_tokenizer("")
+
+
+def some_prompts(lengths, vocab=SIZES["vocab_size"], seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randint(vocab, (n,), generator=generator).tolist() for n in lengths]
