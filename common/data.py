@@ -23,6 +23,7 @@ from pathlib import Path
 
 from jinja2 import TemplateError
 
+from common.models import offline_without_hub
 from common.rewards import last_boxed
 
 TASKS = ("arithmetic", "countdown", "gsm8k", "math", "choice", "text")
@@ -259,6 +260,7 @@ READERS = {".jsonl": _json_rows, ".json": _json_rows, ".csv": _csv_rows, ".parqu
 def _hub_rows(sources, split):
     for source in sources:
         hub_id, _, config = source.partition(":")
+        offline_without_hub()
         try:
             import datasets
 

@@ -5,7 +5,11 @@ A run starts from a plain model: an adapter in the folder is merged into its bas
 
 import json
 import os
+import socket
+from functools import lru_cache
 from pathlib import Path
+from urllib.parse import urlparse
+from urllib.request import getproxies
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -45,8 +49,27 @@ def absolute(name: str) -> str:
     return str(Path(folder).absolute()) if Path(folder).is_dir() else folder
 
 
+@lru_cache(maxsize=1)
+def offline_without_hub() -> None:
+    """Where the hub's host cannot be reached, let its clients look into their cache alone.
+
+    They would try again for a minute, and print each attempt. Behind a proxy they are left to find out.
+    """
+    host = urlparse(os.environ.get("HF_ENDPOINT") or "https://huggingface.co").hostname
+    try:
+        if not getproxies():
+            socket.create_connection((host, 443), timeout=10).close()
+    except OSError:
+        import huggingface_hub.constants
+
+        huggingface_hub.constants.HF_HUB_OFFLINE = True
+        os.environ["HF_HUB_OFFLINE"] = "1"  # `datasets` reads it when it is imported
+
+
 def _reach(what: str, name: str, load):
     """Call a transformers loader; turn what can go wrong into one line that says the way out."""
+    if not Path(name).is_dir():
+        offline_without_hub()
     try:
         return load()
     except Exception as error:  # transformers raises many kinds: OSError, ValueError, KeyError, hub errors

@@ -3,10 +3,12 @@ sampler; and what common/models.py refuses, merges and saves."""
 
 import itertools
 import json
+import os
 import subprocess
 import sys
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -1014,6 +1016,32 @@ def test_rope_that_depends_on_the_length_is_refused(tmp_path):
 
 
 USED = {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 0}
+
+
+@pytest.mark.parametrize("network, proxy, offline", [(False, {}, True), (True, {}, False),
+                                                     (False, {"https": "http://proxy"}, False)])
+def test_without_a_network_the_hubs_clients_do_not_try_for_a_minute(network, proxy, offline, monkeypatch):
+    from huggingface_hub import constants
+
+    asked = []
+
+    def connect(address, timeout):
+        asked.append(address)
+        if not network:
+            raise OSError("Name or service not known")
+        return SimpleNamespace(close=lambda: None)
+
+    monkeypatch.setattr(models.socket, "create_connection", connect)
+    monkeypatch.setattr(models, "getproxies", lambda: proxy)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "0")
+    monkeypatch.setenv("HF_ENDPOINT", "https://mirror.example/x")
+    models.offline_without_hub.cache_clear()
+    for _ in range(2):  # the second time it knows
+        models.offline_without_hub()
+    models.offline_without_hub.cache_clear()
+    assert constants.HF_HUB_OFFLINE is offline and (os.environ["HF_HUB_OFFLINE"] == "1") is offline
+    assert asked == ([] if proxy else [("mirror.example", 443)])
 
 
 @pytest.mark.parametrize("kind, window", [
