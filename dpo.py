@@ -406,7 +406,7 @@ class Completion:
 
 # Copied from grpo.py::noise_key
 def noise_key(*parts: int) -> int:
-    """A signed 64-bit key from integers like (seed, step, prompt id, sample): the same on every machine."""
+    """A signed 64-bit key from integers like (seed, step, question, sample): the same on every machine."""
     digest = hashlib.blake2b(" ".join(map(str, parts)).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little", signed=True)
 
@@ -842,7 +842,7 @@ def preference_loss(chosen, rejected, ref_chosen, ref_rejected, chosen_tokens, r
     With h = (chosen - ref_chosen) - (rejected - ref_rejected), each bracket over its length where
     length_normalize, and s the label smoothing:
     "sigmoid" -(1 - s) log sigma(beta h) - s log sigma(-beta h) (DPO, arXiv 2305.18290 eq. 7; cDPO);
-    "robust" (-(1 - s) log sigma(beta h) + s log sigma(-beta h)) / (1 - 2 s) (arXiv 2403.00409 eq. 8);
+    "robust" (-(1 - s) log sigma(beta h) + s log sigma(-beta h)) / (1 - 2 s) (arXiv 2403.00409);
     "ipo" (h - 1 / (2 beta))^2 (arXiv 2310.12036 eq. 17); "hinge" max(0, 1 - beta h) (SLiC, arXiv 2305.10425);
     "simpo" -log sigma(beta (chosen / length - rejected / length) - gamma) (arXiv 2405.14734 eq. 6).
     """
@@ -862,6 +862,11 @@ def preference_loss(chosen, rejected, ref_chosen, ref_rejected, chosen_tokens, r
         values = (1 - s) * right + s * wrong if loss == "sigmoid" else (
             (1 - s) * right - s * wrong) / (1 - 2 * s)
     return values, beta * h
+
+
+def loss_switches(args):
+    return {name: getattr(args, name)
+            for name in ("loss", "beta", "label_smoothing", "length_normalize", "gamma")}
 
 
 def right_against_wrong(prompt_ids, completions, correct, most):
@@ -931,8 +936,7 @@ def accumulate_gradients(model, pairs, args, n_pairs, tokens_per_batch, device):
         chosen_tokens, rejected_tokens = mask.sum(1).to(device).chunk(2)
         refs = torch.tensor([[pair.ref_chosen, pair.ref_rejected] for pair in batch]).to(device)
         loss, margin = preference_loss(
-            chosen, rejected, *refs.unbind(1), chosen_tokens, rejected_tokens, loss=args.loss, beta=args.beta,
-            label_smoothing=args.label_smoothing, length_normalize=args.length_normalize, gamma=args.gamma)
+            chosen, rejected, *refs.unbind(1), chosen_tokens, rejected_tokens, **loss_switches(args))
         (loss.sum() / n_pairs).backward()
         for name, value in zip(names, (loss, margin, margin > 0, chosen, rejected, chosen_tokens,
                                        rejected_tokens)):
@@ -960,9 +964,10 @@ def evaluate(model, sampler, questions, prompt_ids, pairs, args, step, tokens_pe
                    "eval/tokens": sum(row["tokens"] for row in rows) / len(rows),
                    "eval/truncated": 1 - sum(row["finished"] for row in rows) / len(rows)}
     if pairs:
-        chosen, rejected = summed_logprobs(model, pairs, tokens_per_batch, run)
-        h = [(c - p.ref_chosen) - (r - p.ref_rejected) for c, r, p in zip(chosen, rejected, pairs)]
-        metrics["eval/ranking_accuracy"] = sum((value > 0) + 0.5 * (value == 0) for value in h) / len(h)
+        columns = zip(*summed_logprobs(model, pairs, tokens_per_batch, run),
+                      *zip(*[(p.ref_chosen, p.ref_rejected, len(p.chosen), len(p.rejected)) for p in pairs]))
+        _, margin = preference_loss(*torch.tensor(list(columns)).unbind(1), **loss_switches(args))
+        metrics["eval/ranking_accuracy"] = (margin.sign() + 1).mean().item() / 2  # a tie is half right
     run.log(step, metrics)
     run.print(f"step {step}: " + "  ".join(f"{name} {value:.4g}" for name, value in metrics.items()))
 
@@ -1035,7 +1040,8 @@ def main(args: Args) -> None:
     reference = None  # the frozen start: the base with the adapter off; with --full a copy
     if args.full:
         params = [p.requires_grad_() for p in model.parameters()]
-        reference = copy.deepcopy(model).requires_grad_(False) if args.loss != "simpo" else None
+        if args.loss != "simpo" and args.reference == "base":
+            reference = copy.deepcopy(model).requires_grad_(False)
     else:
         params = add_lora(model, "policy", args.lora_r, args.lora_alpha, args.lora_targets,
                           models.layer_range(args.train_layers, model))
@@ -1059,10 +1065,8 @@ def main(args: Args) -> None:
         """The pairs with the log-probs of the reference as it stands now, where the loss looks at it."""
         if args.loss == "simpo":
             return pairs
-        start = nullcontext() if args.reference == "previous" else use_adapter(model, None)
-        network = reference if reference and args.reference == "base" else model
-        with start:
-            refs = summed_logprobs(network, pairs, tokens_per_batch, run)
+        with use_adapter(model, None) if args.reference == "base" else nullcontext():
+            refs = summed_logprobs(reference or model, pairs, tokens_per_batch, run)
         return [replace(pair, ref_chosen=c, ref_rejected=r) for pair, c, r in zip(pairs, *refs)]
 
     step, bad_steps, iteration, begun, pairs = 0, 0, 0, 0, []  # begun: the iteration's first step, less one

@@ -209,7 +209,7 @@ class Completion:
 
 # Copied from grpo.py::noise_key
 def noise_key(*parts: int) -> int:
-    """A signed 64-bit key from integers like (seed, step, prompt id, sample): the same on every machine."""
+    """A signed 64-bit key from integers like (seed, step, question, sample): the same on every machine."""
     digest = hashlib.blake2b(" ".join(map(str, parts)).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little", signed=True)
 
@@ -708,7 +708,8 @@ def scored_rows(flat, prompts, reward_functions, args, temperature, run):
         "completion": text, "answer": e.answer,
         "extracted": rewards.extract_answer(text, choices=e.task == "choice") or "",
         "correct": int((by_latex if e.task == "math" else scored["correct"])[i] == 1),
-        "reward": scored["total"][i], **{f"reward/{name}": of[i] for name, of in scored["rewards"].items()},
+        "reward": scored["total"][i],
+        **{f"reward/{name}": values[i] for name, values in scored["rewards"].items()},
         "format": rewards.format([""], [text], [""])[0], "repetition": repetition(c.ids),
         "logprob": sum(c.logprobs), "tokens": len(c.ids), "finished": int(c.finished), "level": e.level,
         "task": e.task, "meta": json.dumps(e.meta), "seed": args.seed}

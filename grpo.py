@@ -381,7 +381,7 @@ class Completion:
 
 
 def noise_key(*parts: int) -> int:
-    """A signed 64-bit key from integers like (seed, step, prompt id, sample): the same on every machine."""
+    """A signed 64-bit key from integers like (seed, step, question, sample): the same on every machine."""
     digest = hashlib.blake2b(" ".join(map(str, parts)).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little", signed=True)
 
@@ -1019,9 +1019,10 @@ def collect(sampler, questions, prompt_ids, reward_functions, args, step, positi
 
 
 def csv_row(r, step):
+    extracted = rewards.extract_answer(r.response, choices=r.example.task == "choice")
     return {"step": step, "id": r.example.id, "group": r.group, "sample": r.sample,
             "prompt": data.prompt_text(r.example.prompt), "completion": r.response,
-            "answer": r.example.answer, "extracted": rewards.extract_answer(r.response) or "",
+            "answer": r.example.answer, "extracted": extracted or "",
             "correct": int(r.correct), "reward": r.reward, **{f"reward/{k}": v for k, v in r.rewards.items()},
             "advantage": r.advantage, "logprob": sum(r.completion.logprobs), "tokens": len(r.completion.ids),
             "finished": int(r.completion.finished), "level": r.example.level, "task": r.example.task,

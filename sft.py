@@ -384,7 +384,7 @@ class Completion:
 
 # Copied from grpo.py::noise_key
 def noise_key(*parts: int) -> int:
-    """A signed 64-bit key from integers like (seed, step, prompt id, sample): the same on every machine."""
+    """A signed 64-bit key from integers like (seed, step, question, sample): the same on every machine."""
     digest = hashlib.blake2b(" ".join(map(str, parts)).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little", signed=True)
 
@@ -838,7 +838,8 @@ def evaluate(model, sampler, questions, encoded, args, step, tokens_per_batch, t
     correct = rewards.correctness(prompts, texts, [e.answer for e in asked], tasks=[e.task for e in asked],
                                   metas=[e.meta for e in asked])
     rows = [{"step": step, "id": e.id, "sample": 0, "prompt": prompt, "completion": text, "answer": e.answer,
-             "extracted": rewards.extract_answer(text) or "", "correct": int(right),
+             "extracted": rewards.extract_answer(text, choices=e.task == "choice") or "",
+             "correct": int(right),
              "logprob": sum(c.logprobs), "tokens": len(c.ids), "finished": int(c.finished)}
             for e, prompt, text, right, (c,) in zip(asked, prompts, texts, correct, completions)]
     rows = sorted(itertools.chain(*dist.gather(rows)), key=lambda row: row["id"])

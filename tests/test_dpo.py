@@ -5,10 +5,12 @@ import json
 import math
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+import dpo
 from common import curves, data, models
 from dpo import Args, Completion, Pair, accumulate_gradients, add_lora, preference_loss, right_against_wrong
 from tests.commands import run
@@ -142,6 +144,20 @@ def test_pairs_of_one_question():
     assert [(p.chosen, p.rejected) for p in pairs] == [([1, 9], [2, 9]), ([5, 9], [3, 9])]
     assert len(right_against_wrong([7], rows, [1, 0, 1, 0, 0, 1], 1)) == 1
     assert right_against_wrong([7], rows, [1] * 6, 4) == []
+
+
+@pytest.mark.parametrize("more, accuracy", [
+    ({"loss": "simpo"}, 1.0), ({"length_normalize": True}, 1.0), ({}, 0.0)])
+def test_held_out_pairs_are_ranked_by_the_margin_of_the_loss(more, accuracy, monkeypatch):
+    """Log-probs -10 of ten tokens against -6 of three: better per token, worse in all."""
+    logged = {}
+    monkeypatch.setattr(dpo, "summed_logprobs", lambda *_: ([-10.0], [-6.0]))
+    monkeypatch.setattr(dpo, "sample_all", lambda *_: [])
+    stub = SimpleNamespace(write_rows=lambda *_: None, print=print,
+                           log=lambda step, metrics: logged.update(metrics))
+    pairs = [Pair([1], [2] * 10, [3] * 3)]
+    dpo.evaluate(None, None, [], {}, pairs, Args(**more), 0, 10, None, stub)
+    assert logged == {"eval/ranking_accuracy": accuracy}
 
 
 # ---- whole runs ----

@@ -1052,6 +1052,12 @@ def test_samples_csv_keeps_what_the_answer_check_needs(tmp_path):
     assert rewards.correctness([""], [again.completion], [again.answer], [again.task], [again.meta]) == [1.0]
 
 
+def test_the_letter_of_a_choice_is_extracted():
+    example = data.Example(0, "A) 1\nB) 2", "B", task="choice")
+    r = Rollout(example, 0, 0, [], Completion([1], [0.0], True), response="So only option (B) is left.")
+    assert csv_row(r, 1)["extracted"] == "B"
+
+
 def test_rewards_are_given_the_ids():
     seen = []
     spy = rewards.RewardFunction("spy", 1.0, lambda *lists, ids, **_: seen.extend(ids) or [0.0] * len(ids))
