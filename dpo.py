@@ -865,8 +865,8 @@ def preference_loss(chosen, rejected, ref_chosen, ref_rejected, chosen_tokens, r
 
 
 def loss_switches(args):
-    return {name: getattr(args, name)
-            for name in ("loss", "beta", "label_smoothing", "length_normalize", "gamma")}
+    return dict(loss=args.loss, beta=args.beta, label_smoothing=args.label_smoothing,
+                length_normalize=args.length_normalize, gamma=args.gamma)
 
 
 def right_against_wrong(prompt_ids, completions, correct, most):
