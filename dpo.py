@@ -19,6 +19,7 @@ The first loss is ln 2 = 0.693 (robust too), IPO 1 / (4 beta^2), hinge 1, by con
 import copy
 import hashlib
 import itertools
+import json
 import math
 from collections import Counter, deque
 from contextlib import contextmanager, nullcontext
@@ -66,7 +67,9 @@ class Args:
     data: str = ""
     """data set name, hub id, or local .jsonl/.csv/.parquet; empty: arithmetic (embedded model), else gsm8k"""
     pairs: str = ""
-    """preference data: a name, hub id or local file; a run's samples.csv, too; empty: sampled from --data"""
+    """preferences: name, hub id, URL, file, run's samples.csv, joined by commas; empty: samples of --data"""
+    label_tokenizer: str = "openai-community/gpt2"
+    """tokenizer of preference data that is token ids (lm-human-preferences): hub id or folder"""
     level: str = ""
     """difficulty of a generated task, such as 3 or 1-4; empty: the task's own default"""
     train_questions: int = 0
@@ -827,8 +830,8 @@ class Pair:
     prompt_ids: list[int]
     chosen: list[int]
     rejected: list[int]
-    ref_chosen: float = 0.0
-    ref_rejected: float = 0.0
+    ref_chosen: float = math.nan  # until they are computed, once
+    ref_rejected: float = math.nan
 
     def __len__(self):
         return len(self.prompt_ids) + max(len(self.chosen), len(self.rejected))
@@ -885,14 +888,11 @@ def decode(tokenizer, completion):
     return tokenizer.decode(ids, skip_special_tokens=True)
 
 
-def correctness(questions, texts):
-    return rewards.correctness([data.prompt_text(e.prompt) for e in questions], texts,
-                               [e.answer for e in questions], [e.task for e in questions],
-                               [e.meta for e in questions])
+def sample_pairs(sampler, questions, prompt_ids, args, iteration, step, tokenizer, run):
+    """Pairs from G samples of each question under the present policy, the same list on all ranks.
 
-
-def sample_pairs(sampler, questions, prompt_ids, args, iteration, tokenizer, run):
-    """Pairs from G samples of each question under the present policy, the same list on all ranks."""
+    All samples go to samples.csv, as of `step`, the first that trains on them: `--pairs` reads it back.
+    """
     mine = dist.share(list(enumerate(questions)))
     keys = [[noise_key(args.seed, iteration, i, g) for g in range(args.num_generations)] for i, _ in mine]
     sampled = sample_all(sampler, [prompt_ids[e.id] for _, e in mine], keys, args.max_new_tokens,
@@ -900,12 +900,25 @@ def sample_pairs(sampler, questions, prompt_ids, args, iteration, tokenizer, run
     found = []
     for (i, e), row in zip(mine, sampled):
         if args.dry_run:  # at the largest sizes, right or wrong
-            found.append((i, [Pair(prompt_ids[e.id], row[0].ids, row[1].ids)]))
+            found.append((i, [Pair(prompt_ids[e.id], row[0].ids, row[1].ids)], []))
             continue
-        correct = correctness([e] * len(row), [decode(tokenizer, c) for c in row])
-        found.append((i, right_against_wrong(prompt_ids[e.id], row, correct, args.pairs_per_question)))
-    return [pair for _, pairs in sorted(itertools.chain(*dist.gather(found)), key=lambda row: row[0])
-            for pair in pairs]
+        texts = [decode(tokenizer, c) for c in row]
+        correct = rewards.judge([e] * len(row), texts)
+        pairs = right_against_wrong(prompt_ids[e.id], row, correct, args.pairs_per_question)
+        found.append((i, pairs, [answer_row(e, step, g, text, right, c)
+                                 for g, (text, right, c) in enumerate(zip(texts, correct, row))]))
+    found = sorted(itertools.chain(*dist.gather(found)), key=lambda row: row[0])
+    run.write_rows([row for _, _, rows in found for row in rows])
+    return [pair for _, pairs, _ in found for pair in pairs]
+
+
+def answer_row(e, step, sample, text, correct, completion):
+    """A row of samples.csv or eval.csv: one answer to Example e."""
+    return {"step": step, "id": e.id, "sample": sample, "prompt": e.text, "completion": text,
+            "answer": e.answer, "extracted": rewards.extract_answer(text, choices=e.task == "choice") or "",
+            "correct": int(correct), "logprob": sum(completion.logprobs), "tokens": len(completion.ids),
+            "finished": int(completion.finished), "level": e.level, "task": e.task,
+            "meta": json.dumps(e.meta)}
 
 
 def summed_logprobs(model, pairs, tokens_per_batch, run):
@@ -950,12 +963,8 @@ def evaluate(model, sampler, questions, prompt_ids, pairs, args, step, tokens_pe
     completions = sample_all(sampler, [prompt_ids[e.id] for e in mine], [[0]] * len(mine),
                              args.max_new_tokens, 0.0, run, "evaluation")
     texts = [decode(tokenizer, c) for (c,) in completions]
-    rows = [{"step": step, "id": e.id, "sample": 0, "prompt": data.prompt_text(e.prompt), "completion": text,
-             "answer": e.answer,
-             "extracted": rewards.extract_answer(text, choices=e.task == "choice") or "",
-             "correct": int(right), "logprob": sum(c.logprobs), "tokens": len(c.ids),
-             "finished": int(c.finished)}
-            for e, text, right, (c,) in zip(mine, texts, correctness(mine, texts), completions)]
+    rows = [answer_row(e, step, 0, text, right, c)
+            for e, text, right, (c,) in zip(mine, texts, rewards.judge(mine, texts), completions)]
     rows = sorted(itertools.chain(*dist.gather(rows)), key=lambda row: row["id"])
     run.write_rows(rows, "eval.csv")
     if rows:
@@ -972,12 +981,15 @@ def evaluate(model, sampler, questions, prompt_ids, pairs, args, step, tokens_pe
     run.print(f"step {step}: " + "  ".join(f"{name} {value:.4g}" for name, value in metrics.items()))
 
 
-def encode_pairs(tokenizer, preferences, args):
-    """Pairs of token ids, those longer than --max-tokens left out."""
+def encode_pairs(tokenizer, preferences, args, dropped):
+    """Pairs of token ids, those longer than --max-tokens left out and counted in `dropped`."""
     pairs = [Pair(data.encode_prompt(tokenizer, p.prompt, args.system, args.prompt_template),
                   data.encode_completion(tokenizer, p.chosen, tokenizer.eos_token_id),
                   data.encode_completion(tokenizer, p.rejected, tokenizer.eos_token_id)) for p in preferences]
-    return [pair for pair in pairs if not args.max_tokens or len(pair) <= args.max_tokens]
+    kept = [pair for pair in pairs if not args.max_tokens or len(pair) <= args.max_tokens]
+    if len(kept) < len(pairs):
+        dropped["too long"] += len(pairs) - len(kept)
+    return kept
 
 
 def resolve(args, device):
@@ -1020,9 +1032,11 @@ def main(args: Args) -> None:
                                                 n_validation=args.eval_questions, level=args.level or None,
                                                 seed=args.seed)
     if args.pairs:
-        preferences = data.load_preferences(args.pairs, seed=args.seed, dropped=dropped)
+        preferences = data.load_preferences(
+            args.pairs, seed=args.seed, level=args.level or None, pairs_per_question=args.pairs_per_question,
+            label_tokenizer=args.label_tokenizer, dropped=dropped)
         n_held = min(args.eval_questions, len(preferences) // 10)
-        fixed, held_pairs = (encode_pairs(tokenizer, part, args) for part in data.carve(
+        fixed, held_pairs = (encode_pairs(tokenizer, part, args, dropped) for part in data.carve(
             preferences, n_validation=n_held, seed=args.seed, name=args.pairs))
         if not fixed:
             raise ValueError(f"--max-tokens {args.max_tokens} leaves no pair of {args.pairs}")
@@ -1053,21 +1067,26 @@ def main(args: Args) -> None:
     optimizer = torch.optim.AdamW(params, lr=args.lr, weight_decay=args.weight_decay)
     stop_ids = models.stop_ids(model, tokenizer)
     sampler = Sampler(model, () if args.dry_run else stop_ids, args.slots, dtype)  # dry run: full length
-    run = Run(args, __file__, device, tags=models.run_tags(replace(args, data=args.pairs or args.data)))
+    run = Run(args, __file__, device, tags=models.run_tags(args.model, args.pairs or args.data))
     compute = partial(torch.autocast, device.type, torch.bfloat16,
                       enabled=args.full and dtype == torch.bfloat16)
     run.print(models.describe(args, model, params, dtype))
     run.print(f"data: {args.pairs or args.data}, {len(fixed)} pairs and {len(train)} questions to train on, "
               f"{len(held_pairs)} and {len(held_out)} held out, up to {longest} tokens; left out: "
               f"{', '.join(f'{name} {n}' for name, n in dropped.items()) or 'none'}")
+    for source in models.of_other_models(args.pairs, args.model):
+        run.print(f"--pairs {source}: another model's samples; DPO moves this one's odds most where it would "
+                  "have given these answers itself")
 
-    def with_reference(pairs, tokens_per_batch):
-        """The pairs with the log-probs of the reference as it stands now, where the loss looks at it."""
-        if args.loss == "simpo":
-            return pairs
+    def add_reference(pairs, tokens_per_batch):
+        """Fill in the log-probs of the reference as it stands now, where the loss looks at it."""
+        new = [pair for pair in pairs if math.isnan(pair.ref_chosen)]
+        if not new or args.loss == "simpo":
+            return
         with use_adapter(model, None) if args.reference == "base" else nullcontext():
-            refs = summed_logprobs(reference or model, pairs, tokens_per_batch, run)
-        return [replace(pair, ref_chosen=c, ref_rejected=r) for pair, c, r in zip(pairs, *refs)]
+            refs = summed_logprobs(reference or model, new, tokens_per_batch, run)
+        for pair, chosen, rejected in zip(new, *refs):
+            pair.ref_chosen, pair.ref_rejected = chosen, rejected
 
     step, bad_steps, iteration, begun, pairs = 0, 0, 0, 0, []  # begun: the iteration's first step, less one
     tokens_per_batch = args.tokens_per_batch
@@ -1079,12 +1098,13 @@ def main(args: Args) -> None:
             torch.set_rng_state(saved["rng"])
             step, iteration, begun, tokens_per_batch = (
                 saved[name] for name in ("step", "iteration", "begun", "tokens_per_batch"))
-            pairs, held_pairs = ([Pair(*row) for row in saved[name]] for name in ("pairs", "held_pairs"))
+            pairs = fixed if args.pairs else [Pair(*row) for row in saved["pairs"]]
+            for pair, refs in zip(fixed + held_pairs, saved["refs"].tolist()):
+                pair.ref_chosen, pair.ref_rejected = refs
     with compute():
         some = [pair.prompt_ids for pair in fixed[:3]] or [prompt_ids[e.id] for e in train[:3]]
         run.self_check(self_check(model, params, sampler, some, args, 1.0, device))
-        if step == 0 and held_pairs:
-            held_pairs = with_reference(held_pairs, tokens_per_batch)
+        add_reference(held_pairs, tokens_per_batch)
         if step == 0 and not args.dry_run:
             evaluate(model, sampler, held_out, prompt_ids, held_pairs, args, step, tokens_per_batch,
                      tokenizer, run)
@@ -1105,12 +1125,14 @@ def main(args: Args) -> None:
                     rows = data.batch_indices(len(train), (iteration - 1) * args.questions,
                                               min(args.questions, len(train)), args.seed)
                     pairs = sample_pairs(
-                        sampler, [train[i] for i in rows], prompt_ids, args, iteration, tokenizer, run)
+                        sampler, [train[i] for i in rows], prompt_ids, args, iteration, step + 1, tokenizer,
+                        run)
                 if not pairs:
                     raise ValueError(
                         f"iteration {iteration}: no question had a right and a wrong finished answer among "
                         f"{args.num_generations}: take more --questions or another --level")
-                pairs = with_reference(pairs, tokens_per_batch)
+                if args.reference == "previous":  # which the next step moves
+                    add_reference(pairs, tokens_per_batch)
             run.print(f"iteration {iteration}: {len(pairs)} pairs")
         last_step = args.max_steps or begun + steps_of(pairs) * (args.iterations - iteration + 1)
         step += 1
@@ -1119,25 +1141,28 @@ def main(args: Args) -> None:
         batch = [pairs[i] for i in data.batch_indices(len(pairs), first, n, noise_key(args.seed, iteration))]
 
         # ---- update ----
-        with run.profile(step), compute(), run.phase("update"):
-            def attempt(size):
-                optimizer.zero_grad()
-                return accumulate_gradients(model, dist.share(batch), args, len(batch), size, device)
+        with run.profile(step), compute():
+            with run.phase("reference"):
+                add_reference(batch, tokens_per_batch)
+            with run.phase("update"):
+                def attempt(size):
+                    optimizer.zero_grad()
+                    return accumulate_gradients(model, dist.share(batch), args, len(batch), size, device)
 
-            sums, tokens_per_batch = retry_smaller(
-                attempt, tokens_per_batch, device, 2 * longest, "tokens per batch")
-            dist.sum_gradients(params)
-            norm = nn.utils.clip_grad_norm_(params, args.max_grad_norm).item()
-            for group in optimizer.param_groups:
-                group["lr"] = args.lr * min(1.0, step / max(1, args.warmup_steps))
-            if math.isfinite(norm):
-                optimizer.step()
-                bad_steps = 0
-            else:
-                bad_steps += 1
-                run.print(f"step {step}: the gradient is not finite; the update is skipped "
-                          f"({bad_steps} in a row)")
-            optimizer.zero_grad()
+                sums, tokens_per_batch = retry_smaller(
+                    attempt, tokens_per_batch, device, 2 * longest, "tokens per batch")
+                dist.sum_gradients(params)
+                norm = nn.utils.clip_grad_norm_(params, args.max_grad_norm).item()
+                for group in optimizer.param_groups:
+                    group["lr"] = args.lr * min(1.0, step / max(1, args.warmup_steps))
+                if math.isfinite(norm):
+                    optimizer.step()
+                    bad_steps = 0
+                else:
+                    bad_steps += 1
+                    run.print(f"step {step}: the gradient is not finite; the update is skipped "
+                              f"({bad_steps} in a row)")
+                optimizer.zero_grad()
 
         # ---- log ----
         sums = dist.sum_dict(sums, device)
@@ -1160,8 +1185,9 @@ def main(args: Args) -> None:
             run.save(step, save_weights, {
                 "optimizer": optimizer.state_dict(), "rng": torch.get_rng_state(), "step": step,
                 "iteration": iteration, "begun": begun, "tokens_per_batch": tokens_per_batch,
-                "pairs": [astuple(pair) for pair in pairs],
-                "held_pairs": [astuple(pair) for pair in held_pairs]})
+                "pairs": [] if args.pairs else [astuple(pair) for pair in pairs],
+                "refs": torch.tensor([(pair.ref_chosen, pair.ref_rejected) for pair in fixed + held_pairs],
+                                     dtype=torch.float64)})
         if bad_steps >= 5:
             raise ValueError(f"the gradient was not finite in {bad_steps} updates in a row; "
                              f"the state is in {run.path}: lower --lr")

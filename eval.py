@@ -676,7 +676,7 @@ def answer_all(sampler, questions, prompts, prompt_ids, reward_functions, args, 
                 return
             for p, _, c in ended:
                 e = mine[p]
-                right["n"] += rewards.correctness([""], [text_of(c)], [e.answer], [e.task], [e.meta])[0]
+                right["n"] += rewards.judge([e], [text_of(c)])[0]
             left = (time.monotonic() - started) / done * (total - done)
             run.progress(f"{label} T={temperature:g}: {done}/{total} answers, {right['n'] / done:.1%} right, "
                          f"ETA {clock(left)}")
@@ -697,9 +697,7 @@ def answer_all(sampler, questions, prompts, prompt_ids, reward_functions, args, 
 def scored_rows(flat, prompts, reward_functions, args, temperature, run):
     """Rows of samples.csv from (question, sample, Completion, text) of one temperature."""
     of, texts = [e for e, *_ in flat], [text for *_, text in flat]
-    columns = {"ids": [e.id for e in of], "tasks": [e.task for e in of], "metas": [e.meta for e in of]}
-    scored = rewards.score(reward_functions, [prompts[e.id] for e in of], texts, [e.answer for e in of],
-                           columns, args.reward_timeout)
+    scored = rewards.score(reward_functions, of, texts, [prompts[e.id] for e in of], args.reward_timeout)
     if scored["error"]:
         run.print(scored["error"])
     by_latex = scored["rewards"].get("math", scored["correct"])  # NaN where it hung: not right
@@ -716,11 +714,18 @@ def scored_rows(flat, prompts, reward_functions, args, temperature, run):
         for i, (e, g, c, text) in enumerate(flat)]
 
 
-def summarise(rows, ks, temperature, mixed=None):
+def best_by(rewards, correct):
+    """Best-of-n: the share of right ones among the samples with the highest reward; NaN is the lowest."""
+    rewards = [-math.inf if math.isnan(value) else value for value in rewards]
+    best = [right for value, right in zip(rewards, correct) if value == max(rewards)]
+    return sum(best) / len(best)
+
+
+def summarise(rows, ks, temperature, mixed=None, learned=()):
     """(metrics of one model's rows, ids of its mixed questions): those with right and with wrong samples.
 
     Rows of sample 0, greedy, give pass@1 and all but pass@k and maj@n, which the others give. mixed: ids from
-    an earlier model, to be kept.
+    an earlier model, to be kept. learned: names of reward models, which get a best@n each.
     """
     first, samples = [row for row in rows if row["sample"] == 0], {}
     for row in rows:
@@ -746,6 +751,10 @@ def summarise(rows, ks, temperature, mixed=None):
         report(f"maj@{n} T={temperature:g}", sum(
             majority([r["extracted"] for r in of], [r["correct"] for r in of])
             for of in samples.values()) / len(samples))
+        for name in learned:
+            report(f"best@{n} by {name} T={temperature:g}", sum(
+                best_by([r[f"reward/{name}"] for r in of], [r["correct"] for r in of])
+                for of in samples.values()) / len(samples))
         mixed = [id for id, c in right.items() if 0 < c < n] if mixed is None else mixed
         metrics["acc_mixed"] = mean([row for row in first if row["id"] in set(mixed)], "correct")
     n = max(1, len(first))
@@ -869,8 +878,10 @@ def main(args: Args) -> None:
     if args.dry_run:
         args = replace(args, wandb=False, resume=False)
     check_out(args)
-    reward_functions = rewards.parse_rewards(args.rewards)
-    family = OneBase(args.model, models.choose_dtype(args.dtype, device), device, args.slots)
+    dtype = models.choose_dtype(args.dtype, device)
+    reward_functions = rewards.parse_rewards(args.rewards, partial(
+        rewards.LearnedReward, dtype=dtype, device=device, tokens_per_batch=16384))
+    family = OneBase(args.model, dtype, device, args.slots)
     tokenizers = {name: models.load_tokenizer(family.names[name]) for name in args.model}
     questions, examples = choose_questions(args)
     judged = any(e.task == "math" for e in questions) and all(r.name != "math" for r in reward_functions)
@@ -879,11 +890,12 @@ def main(args: Args) -> None:
         reward_functions += rewards.parse_rewards(["math=0"])  # LaTeX answers: judged by it, not rewarded
     if any(spec.partition("=")[0].endswith(":math") for spec in args.rewards):
         raise ValueError("--rewards: a reward of your own cannot be named math, which judges LaTeX answers")
+    learned = [r.name for r in reward_functions if isinstance(r.function, rewards.LearnedReward)]
     n_all, only_measure = len(questions), args.dry_run and not args.prompt
     if only_measure:
         questions = sorted(questions, key=lambda e: -len(data.prompt_text(e.prompt)))
         questions = questions[:args.slots * dist.world_size()]
-    run = Run(args, __file__, device, tags=models.run_tags(replace(args, model=args.model[-1])))
+    run = Run(args, __file__, device, tags=models.run_tags(args.model[-1], args.data))
     if judged and not judge:
         run.print("math_verify is not installed: LaTeX answers are compared as text")
     results = curves.read_metrics(run.path) if args.resume else []
@@ -916,7 +928,7 @@ def main(args: Args) -> None:
             continue
         step = step_of(models.resolve(family.names[name]))
         run.write_rows([{"model": name, "step": step, "preamble": preamble} | row for row in rows])
-        metrics, mixed = summarise(rows, args.k, args.eval_temperature, mixed)
+        metrics, mixed = summarise(rows, args.k, args.eval_temperature, mixed, learned)
         if mixed is not None and dist.is_main():
             (run.path / "mixed.json").write_text(json.dumps(mixed))
         results.append({"step": step, "model": name, "preamble": preamble} | metrics

@@ -955,11 +955,8 @@ def score_rollouts(rollouts, reward_functions, args, tokenizer):
     for r in rollouts:
         ids = r.completion.ids
         r.response = tokenizer.decode(ids[:-1] if r.completion.finished else ids, skip_special_tokens=True)
-    columns = {"ids": [r.example.id for r in rollouts], "tasks": [r.example.task for r in rollouts],
-               "metas": [r.example.meta for r in rollouts]}
-    scored = rewards.score(reward_functions, [data.prompt_text(r.example.prompt) for r in rollouts],
-                           [r.response for r in rollouts], [r.example.answer for r in rollouts], columns,
-                           args.reward_timeout)
+    scored = rewards.score(reward_functions, [r.example for r in rollouts], [r.response for r in rollouts],
+                           timeout_s=args.reward_timeout)
     for i, r in enumerate(rollouts):
         r.rewards = {name: values[i] for name, values in scored["rewards"].items()}
         r.reward, r.correct = scored["total"][i], scored["correct"][i]
@@ -1021,7 +1018,7 @@ def collect(sampler, questions, prompt_ids, reward_functions, args, step, positi
 def csv_row(r, step):
     extracted = rewards.extract_answer(r.response, choices=r.example.task == "choice")
     return {"step": step, "id": r.example.id, "group": r.group, "sample": r.sample,
-            "prompt": data.prompt_text(r.example.prompt), "completion": r.response,
+            "prompt": r.example.text, "completion": r.response,
             "answer": r.example.answer, "extracted": extracted or "",
             "correct": int(r.correct), "reward": r.reward, **{f"reward/{k}": v for k, v in r.rewards.items()},
             "advantage": r.advantage, "logprob": sum(r.completion.logprobs), "tokens": len(r.completion.ids),
@@ -1180,7 +1177,9 @@ def main(args: Args) -> None:
     if args.dry_run:
         args = replace(args, max_steps=1, wandb=False, resume=False)
     check_out(args)
-    reward_functions = rewards.parse_rewards(args.rewards)
+    dtype = models.choose_dtype(args.dtype, device)
+    reward_functions = rewards.parse_rewards(args.rewards, partial(
+        rewards.LearnedReward, dtype=dtype, device=device, tokens_per_batch=args.tokens_per_batch))
     tokenizer = models.load_tokenizer(args.model)
     train, held_out = data.train_validation(args.data, n_train=args.train_questions,
                                             n_validation=args.eval_questions, level=args.level or None,
@@ -1197,7 +1196,6 @@ def main(args: Args) -> None:
     if args.dry_run:
         train = sorted(train, key=lambda e: -len(prompt_ids[e.id]))[:args.prompts_per_step]
     torch.manual_seed(args.seed)
-    dtype = models.choose_dtype(args.dtype, device)
     model = models.load_model(args.model, torch.float32 if args.full else dtype, device,
                               longest + args.max_new_tokens)
     models.check_token_ids(model, tokenizer)
@@ -1216,7 +1214,7 @@ def main(args: Args) -> None:
     optimizer = torch.optim.AdamW(params, lr=args.lr, weight_decay=args.weight_decay)
     stop_ids = models.stop_ids(model, tokenizer)
     sampler = Sampler(model, () if args.dry_run else stop_ids, args.slots, dtype)  # dry run: full length
-    run = Run(args, __file__, device, tags=models.run_tags(args))
+    run = Run(args, __file__, device, tags=models.run_tags(args.model, args.data))
     compute = partial(torch.autocast, device.type, torch.bfloat16,
                       enabled=args.full and dtype == torch.bfloat16)
     run.print(models.describe(args, model, params, dtype))

@@ -14,7 +14,7 @@ token. Nothing is packed: rows are padded on the right, in micro-batches of simi
 import hashlib
 import itertools
 import math
-from collections import deque
+from collections import Counter, deque
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
@@ -834,14 +834,11 @@ def evaluate(model, sampler, questions, encoded, args, step, tokens_per_batch, t
                              args.max_new_tokens, 0.0, run, "evaluation")
     texts = [tokenizer.decode(c.ids[:-1] if c.finished else c.ids, skip_special_tokens=True)
              for (c,) in completions]
-    prompts = [data.prompt_text(e.prompt) for e in asked]
-    correct = rewards.correctness(prompts, texts, [e.answer for e in asked], tasks=[e.task for e in asked],
-                                  metas=[e.meta for e in asked])
-    rows = [{"step": step, "id": e.id, "sample": 0, "prompt": prompt, "completion": text, "answer": e.answer,
+    rows = [{"step": step, "id": e.id, "sample": 0, "prompt": e.text, "completion": text, "answer": e.answer,
              "extracted": rewards.extract_answer(text, choices=e.task == "choice") or "",
              "correct": int(right),
              "logprob": sum(c.logprobs), "tokens": len(c.ids), "finished": int(c.finished)}
-            for e, prompt, text, right, (c,) in zip(asked, prompts, texts, correct, completions)]
+            for e, text, right, (c,) in zip(asked, texts, rewards.judge(asked, texts), completions)]
     rows = sorted(itertools.chain(*dist.gather(rows)), key=lambda row: row["id"])
     if rows:
         run.write_rows(rows, "eval.csv")
@@ -879,15 +876,16 @@ def main(args: Args) -> None:
     args = resolve(args, device)
     check_out(args)
     tokenizer = models.load_tokenizer(args.model)
+    dropped = Counter()
     train, held_out = data.train_validation(args.data, n_train=args.train_questions,
                                             n_validation=args.eval_questions, level=args.level or None,
-                                            seed=args.seed, filter=args.filter)
+                                            seed=args.seed, filter=args.filter, dropped=dropped)
     encoded = {e.id: (data.encode_prompt(tokenizer, e.prompt, args.system, args.prompt_template),
                       data.encode_completion(tokenizer, e.completion, tokenizer.eos_token_id))
                for e in train + held_out if e.completion}
     lengths = {id: len(p) + len(c) for id, (p, c) in encoded.items()}
     fits = {id for id, length in lengths.items() if not args.max_tokens or length <= args.max_tokens}
-    n_dropped = len(train) - sum(e.id in fits for e in train)
+    dropped["no completion, or too long"] = sum(e.id not in fits for e in train)
     train, held_out = ([e for e in part if e.id in fits] for part in (train, held_out))
     if not train:
         raise ValueError(f"--data {args.data}: no row has a completion to imitate"
@@ -917,13 +915,13 @@ def main(args: Args) -> None:
     model.train()  # dropout is off (load_model); gradient checkpointing acts in this mode alone
     optimizer = torch.optim.AdamW(params, lr=args.lr, weight_decay=args.weight_decay, betas=(0.9, 0.95))
     sampler = Sampler(model, models.stop_ids(model, tokenizer), args.slots, dtype)
-    run = Run(args, __file__, device, tags=models.run_tags(args))
+    run = Run(args, __file__, device, tags=models.run_tags(args.model, args.data))
     compute = partial(torch.autocast, device.type, torch.bfloat16,
                       enabled=args.full and dtype == torch.bfloat16)
     run.print(models.describe(args, model, params, dtype))
-    run.print(f"data: {args.data}, {len(train)} rows to train on ({n_dropped} left out: "
-              f"no completion, or too long), {len(held_out)} held out, "
-              f"up to {longest} tokens; {args.batch_size} rows a step")
+    run.print(f"data: {args.data}, {len(train)} rows to train on, {len(held_out)} held out, "
+              f"up to {longest} tokens; {args.batch_size} rows a step; left out: "
+              f"{', '.join(f'{name} {n}' for name, n in dropped.items() if n) or 'none'}")
 
     step, bad_steps, tokens_per_batch = 0, 0, args.tokens_per_batch
     if args.resume:

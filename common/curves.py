@@ -7,6 +7,7 @@ from pathlib import Path
 PANELS = (
     ("reward", ("reward",), "mean reward"),
     ("held-out pass@1", ("eval/pass@1", "pass@1"), "share of questions"),
+    ("held-out ranking accuracy", ("eval/ranking_accuracy",), "share of pairs"),
     ("loss", ("eval/loss", "loss"), "loss"),
     ("KL to the start", ("kl",), "nats per token"),
     ("entropy", ("entropy",), "nats per token"),
@@ -44,17 +45,48 @@ def _parts(lines):
         for run, preamble in found if run or not runs}
 
 
+def _figure(rows, columns, height):
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise ValueError("curves need matplotlib: pip install matplotlib") from None
+    figure = Figure(figsize=(11, height * rows), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(rows, columns, squeeze=False).flatten()
+    for ax in axes:
+        ax.grid(alpha=0.25)
+        ax.spines[["top", "right"]].set_visible(False)
+    return figure, axes
+
+
+def draw_calibration(chosen, rejected, bins, out) -> None:
+    """Write a PNG on a reward model: how right it was where it was so sure, and how its scores are spread.
+
+    chosen, rejected: scores; bins: (confidence, accuracy, pairs). Errors: ValueError without matplotlib.
+    """
+    figure, (left, right) = _figure(1, 2, 4)
+    left.plot([0.5, 1], [0.5, 1], color="#7f7f7f", linestyle=":", label="as right as sure")
+    confidence, accuracy, pairs = zip(*bins)
+    left.plot(confidence, accuracy, color=COLOURS[0], marker="o", label="held-out pairs")
+    for x, y, n in bins:
+        left.annotate(str(n), (x, y), textcoords="offset points", xytext=(4, -12), fontsize=7)
+    left.set(title=f"calibration, {sum(pairs)} pairs", xlabel="confidence: sigmoid(|score difference|)",
+             ylabel="share ranked rightly", ylim=(0, 1.02))
+    for scores, name, colour in ((chosen, "chosen", COLOURS[3]), (rejected, "rejected", COLOURS[1])):
+        right.hist(scores, bins=30, alpha=0.6, label=name, color=colour)
+    right.set(title="scores", xlabel="score", ylabel="replies")
+    for ax in (left, right):
+        ax.legend(fontsize=7, frameon=False)
+    figure.savefig(out, dpi=110)
+
+
 def draw(paths, out, chance=None) -> None:
     """Write a PNG with a panel for each metric that any of the runs has; runs overlaid, one line style each.
 
     chance: accuracy of guessing, a line in the accuracy panel; a thin one is a run's first evaluation.
     Errors: ValueError if a run has no metrics, or matplotlib is not installed.
     """
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise ValueError("curves need matplotlib: pip install matplotlib") from None
     runs = {}
     for path in paths:
         name = Path(path).parent.name if Path(path).name == "metrics.jsonl" else Path(path).name
@@ -78,9 +110,7 @@ def draw(paths, out, chance=None) -> None:
             panels.append((title, unit, found))
     phases = sorted({key for line in sum(runs.values(), []) for key in line if key.startswith("seconds/")})
     n = len(panels) + bool(phases)
-    figure = Figure(figsize=(11, 2.7 * -(-n // 2)), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.subplots(-(-n // 2), 2, squeeze=False).flatten()
+    figure, axes = _figure(-(-n // 2), 2, 2.7)
     for ax, (title, unit, found) in zip(axes, panels):
         for i, (name, points) in enumerate(found.items()):
             if points:
@@ -104,9 +134,6 @@ def draw(paths, out, chance=None) -> None:
                             linestyle=STYLES[i % len(STYLES)])
         ax.set(title="time of a step", xlabel="step", ylabel="seconds")
         ax.legend(fontsize=7, frameon=False)
-    for ax in axes[:n]:
-        ax.grid(alpha=0.25)
-        ax.spines[["top", "right"]].set_visible(False)
     for ax in axes[n:]:
         ax.set_visible(False)
     if len(runs) > 1 or chance is not None:

@@ -4,6 +4,7 @@
     load_examples("runs/grpo/samples.csv", filter="correct")  # a local file, here what a run sampled
     train_validation("arithmetic", n_train=5000, n_validation=500, level="1-3")
     load_preferences("ultrafeedback")
+    load_preferences("runs/a/samples.csv,runs/b/samples.csv")  # right against wrong; commas join sources
 
 The columns decide how a row is read: see SCHEMAS and `_pair`. A user's mistake is a ValueError of one line.
 """
@@ -13,6 +14,7 @@ import gzip
 import hashlib
 import itertools
 import json
+import os
 import random
 import re
 import zlib
@@ -21,9 +23,11 @@ from dataclasses import dataclass, field
 from functools import lru_cache, partial
 from pathlib import Path
 
+import torch
 from jinja2 import TemplateError
 
-from common.models import offline_without_hub
+from common import dist
+from common.models import load_tokenizer, offline_without_hub
 from common.rewards import last_boxed
 
 TASKS = ("arithmetic", "countdown", "gsm8k", "math", "choice", "text")
@@ -39,6 +43,10 @@ class Example:
     task: str = "text"  # one of TASKS: picks the answer check
     meta: dict = field(default_factory=dict)  # JSON-able; countdown: {"numbers": [...], "target": ...}
 
+    @property
+    def text(self):
+        return prompt_text(self.prompt)
+
 
 @dataclass(frozen=True)
 class Preference:
@@ -47,6 +55,7 @@ class Preference:
     chosen: str
     rejected: str
     margin: float = 0.0  # score of chosen minus score of rejected, 0 where the data has no scores
+    others: tuple[str, ...] = ()  # further replies that lost to chosen, where the best of N was labelled
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -165,11 +174,21 @@ HUB = {  # name: what it is on the hub, org/name[:config], read one after the ot
     "mmlu": ["cais/mmlu:all"],
     "ultrafeedback": ["trl-lib/ultrafeedback_binarized"],
     "hh": ["Anthropic/hh-rlhf"],
+    "summarize-from-feedback": ["trl-lib/tldr-preference"],
 }
+OPENAI = "https://openaipublic.blob.core.windows.net/lm-human-preferences/labels"
+URLS = {f"lm-human-preferences{name}": f"{OPENAI}/{file}.json" for name, file in {
+    "": "sentiment/offline_5k", "/sentiment": "sentiment/offline_5k",
+    "/descriptiveness": "descriptiveness/offline_5k", "/tldr": "tldr/offline_60k",
+    "/cnndm": "cnndm/offline_60k"}.items()}
 
 
 def _rows(data, split):
     path = Path(data).expanduser()
+    if "," in data and not path.exists():
+        return itertools.chain.from_iterable(_rows(part.strip(), split) for part in data.split(","))
+    if data in URLS or data.startswith(("https://", "http://")):
+        return _file_rows([_download(URLS.get(data, data))])
     if data in HUB:
         return _hub_rows(HUB["math500" if (data, split) == ("math", "test") else data], split)
     if path.is_dir():
@@ -178,8 +197,24 @@ def _rows(data, split):
         return _file_rows([path])
     if re.fullmatch(r"[\w.-]+/[\w.-]+(:[\w.-]+)?", data):
         return _hub_rows([data.replace("mmmlu/", "openai/MMMLU:")], split)
-    names = f"{', '.join([*GENERATED, *HUB])}, mmmlu/LOCALE, an org/name[:config] on the hub"
+    names = f"{', '.join([*GENERATED, *HUB, *URLS])}, mmmlu/LOCALE, an org/name[:config] on the hub, a URL"
     raise ValueError(f"unknown data {data!r}: use {names}, or a local {' '.join(READERS)} file or folder")
+
+
+def _download(url):
+    """The file behind a URL, fetched once into $UNROLLED_CACHE; its sha256 is printed, to be compared."""
+    cache = Path(os.environ.get("UNROLLED_CACHE") or "~/.cache/unrolled").expanduser()
+    path = cache / hashlib.sha256(url.encode()).hexdigest()[:8] / url.rpartition("/")[2]
+    if not path.exists():
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            torch.hub.download_url_to_file(url, str(path), progress=False)
+        except (OSError, ValueError) as error:  # URLError is an OSError
+            raise ValueError(f"cannot download {url} ({error}): fetch it where there is a network and pass "
+                             "the local file") from None
+    if dist.is_main():
+        print(f"{url}: sha256 {hashlib.sha256(path.read_bytes()).hexdigest()}, kept as {path}")
+    return path
 
 
 def _suffix(path):
@@ -415,13 +450,16 @@ def _sample(rows, limit, seed):
     return [rows[i] for i in sorted(random.Random(seed).sample(range(len(rows)), limit))]
 
 
-def load_examples(data, split="train", *, level=None, limit=0, seed=0, filter="") -> list[Example]:
+def load_examples(data, split="train", *, level=None, limit=0, seed=0, filter="", dropped=None
+                  ) -> list[Example]:
     """The examples of a data set, in its own order.
 
     data: a name in GENERATED or HUB, "mmmlu/LOCALE", "org/name[:config]" on the hub, a local .jsonl, .json,
-    .csv or .parquet file (whole, whatever the split), or a folder with a file per split.
+    .csv or .parquet file (whole, whatever the split), a URL of one, a folder with a file per split, or
+    several of these joined by commas.
     level: 3 or "1-4". limit: at most so many rows, drawn with the seed; 0 for all (10,000 generated ones).
     filter="correct": of a run's samples.csv, the rows with correct = 1, each (prompt, completion) once.
+    dropped: a Counter, which counts what the filter left out: wrong, repeated.
     Errors: ValueError, one line with file and line number.
     """
     data = str(data)
@@ -431,13 +469,17 @@ def load_examples(data, split="train", *, level=None, limit=0, seed=0, filter=""
         raise ValueError(f"limit {limit} is negative: use 0 for all rows")
     if data in GENERATED:
         return _generate(data, split, level, limit, seed, filter)
+    dropped = Counter() if dropped is None else dropped
     examples, seen, number = [], set(), -1
     for number, (place, row) in enumerate(_rows(data, split)):
         if filter and not _read(_is_correct, place, row):
+            dropped["wrong"] += 1
             continue
         example = Example(id=number, **_read(_fields, place, row))
-        key = prompt_text(example.prompt), example.completion
-        if not (filter and key in seen):
+        key = example.text, example.completion
+        if filter and key in seen:
+            dropped["repeated"] += 1
+        else:
             examples.append(example)
         seen.add(key)
     if not examples:
@@ -471,14 +513,14 @@ def carve(rows, *, n_train=0, n_validation=0, seed=0, name="the data"):
     return train[: n_train or None], list(validation.values())
 
 
-def train_validation(data, *, n_train=0, n_validation=0, level=None, seed=0, filter=""):
+def train_validation(data, *, n_train=0, n_validation=0, level=None, seed=0, filter="", dropped=None):
     """(train, validation): lists of Example of exactly these sizes, shuffled; no prompt text stands in both.
 
     Validation is carved from the train split (a local file: from that file), never the official test split.
     n_train = 0 takes all the rest. Errors: ValueError as in `load_examples`, or if there are too few rows.
     """
     if str(data) not in GENERATED:
-        rows = load_examples(data, "train", level=level, filter=filter)
+        rows = load_examples(data, "train", level=level, filter=filter, dropped=dropped)
         return carve(rows, n_train=n_train, n_validation=n_validation, seed=seed, name=data)
     train = load_examples(data, "train", level=level, limit=n_train, seed=seed, filter=filter)
     if n_validation == 0:
@@ -505,6 +547,26 @@ def _prompt_and_reply(row, column):
     return _split_reply(turns)
 
 
+GPT2_TOKENS, GPT2_PAD = 50257, 50259  # lm-human-preferences pads with an id beyond GPT-2's vocabulary
+
+
+def _best_of(row, tokenizer):
+    """(prompt, replies with the best one first) of lm-human-preferences, whose texts are GPT-2 token ids."""
+
+    def text(ids):
+        ids = [i for i in ids if i != GPT2_PAD]
+        if not all(0 <= i < GPT2_TOKENS for i in ids):
+            raise ValueError(f"token id {max(ids)} is neither GPT-2's (0 to {GPT2_TOKENS - 1}) nor the "
+                             f"padding {GPT2_PAD}")
+        return tokenizer.decode(ids, clean_up_tokenization_spaces=False)
+
+    names = sorted(name for name in row if re.fullmatch(r"sample\d+", name))
+    if not (isinstance(row["best"], int) and 0 <= row["best"] < len(names)):
+        raise ValueError(f"best is {row['best']!r}, not 0 to {len(names) - 1}")
+    replies = [text(row[name]) for name in names]
+    return text(row["query"]), [replies[row["best"]], *replies[:row["best"]], *replies[row["best"] + 1:]]
+
+
 def _pair(row):
     """(prompt of chosen, prompt of rejected, chosen, rejected, margin or None) of a row."""
     if row.keys() >= {"info", "summaries", "choice"}:  # summarize-from-feedback, OpenAI's TL;DR
@@ -517,7 +579,8 @@ def _pair(row):
         prompt, replies = f"{text}\n\nTL;DR:", [summary["text"].strip() for summary in row["summaries"]]
         return prompt, prompt, replies[choice], replies[1 - choice], None
     if not row.keys() >= {"chosen", "rejected"}:
-        known = "chosen,rejected (and prompt) | info,summaries,choice | a run's prompt,completion,correct"
+        known = ("chosen,rejected (and prompt) | query,sample0,sample1,...,best | info,summaries,choice | "
+                 "a run's prompt,completion,correct")
         raise ValueError(f"the columns {','.join(row)} hold no pairs; known schemas: {known}")
     prompt, chosen = _prompt_and_reply(row, "chosen")
     other, rejected = _prompt_and_reply(row, "rejected")
@@ -525,23 +588,69 @@ def _pair(row):
     return prompt, other, chosen, rejected, None if None in scores else float(scores[0]) - float(scores[1])
 
 
-def load_preferences(data, split="train", *, limit=0, seed=0, dropped=None) -> list[Preference]:
+FAULTS = {"guess": 2, "cut short": 2, "other answer": 4, "slip": 1}  # of rejected replies, with their shares
+
+
+def _generated_preferences(data, level, seed):
+    """Arithmetic: the worked solution against a wrong reply with one of FAULTS.
+
+    A guess without working; working that lacks its last step; an answer that is not what the working came to;
+    a step that is off by 1 or 2, and carried on.
+    """
+    if data != "arithmetic":
+        raise ValueError(f"{data} has no pairs of replies: use arithmetic, or sample pairs with dpo.py")
+    pairs = []
+    for e in _generate(data, "train", level, 0, seed, ""):
+        rng, numbers = random.Random(f"fault {seed} {e.prompt}"), re.findall(r"[+-]?\d+", e.prompt)
+        (fault,), off = rng.choices(list(FAULTS), FAULTS.values()), rng.choice((-2, -1, 1, 2))
+        fault = "guess" if e.level == 1 and fault == "cut short" else fault
+        slip_at = rng.randrange(1, len(numbers)) if fault == "slip" else 0
+        total, steps = int(numbers[0]), []
+        for i, number in enumerate(numbers[1:len(numbers) - (fault == "cut short")], 1):
+            result = total + int(number) + off * (i == slip_at)
+            steps.append(f"{total}{number}={result}")
+            total = result
+        working = "" if fault == "guess" else f"<think>{' '.join(steps)}</think>"
+        total += off * (fault in ("guess", "other answer"))
+        pairs.append(Preference(e.id, e.prompt, e.completion, f"{working}<answer>{total}</answer>"))
+    return pairs
+
+
+def load_preferences(data, split="train", *, limit=0, seed=0, level=None, pairs_per_question=0,
+                     label_tokenizer="openai-community/gpt2", dropped=None) -> list[Preference]:
     """The pairs of a data set that carry a preference, in its own order.
 
-    data, split, limit, seed: as in `load_examples`. A run's samples.csv gives pairs of a correct and a wrong
-    completion of one question, each completion used once.
-    dropped: a Counter, which counts what was left out: prompts differ, same reply, empty reply, equal scores.
+    data, split, limit, seed, level: as in `load_examples`. A run's samples.csv gives pairs of a correct and a
+    wrong finished completion of one question, each used once, at most pairs_per_question (0: all there are).
+    label_tokenizer: hub id or folder of GPT-2's tokenizer, for rows of token ids (lm-human-preferences).
+    dropped: a Counter, which counts what was left out: prompts differ, same reply, empty reply, equal scores;
+    of a samples.csv: unfinished, repeated.
     Errors: ValueError, one line with file and line number.
     """
+    data = str(data)
+    if data in GENERATED:
+        return _sample(_generated_preferences(data, level, seed), limit, seed)
     dropped = Counter() if dropped is None else dropped
-    pairs, sampled, number = [], defaultdict(lambda: ({}, {})), -1
-    for number, (place, row) in enumerate(_rows(str(data), split)):
+    pairs, sampled, tokenizer, number = [], defaultdict(lambda: ({}, {})), None, -1
+    for number, (place, row) in enumerate(_rows(data, split)):
+        others = ()
         if isinstance(row, dict) and row.keys() >= {"prompt", "completion", "correct"}:
             example = Example(id=number, **_read(_plain, place, row))
-            wrong_right = sampled[prompt_text(example.prompt), example.answer]
-            wrong_right[_read(_is_correct, place, row)].setdefault(example.completion, example)
+            of_question = sampled[example.text, example.answer][_read(_is_correct, place, row)]
+            if str(row.get("finished", 1)) != "1":
+                dropped["unfinished"] += 1
+            elif example.completion in of_question:
+                dropped["repeated"] += 1
+            else:
+                of_question[example.completion] = example
             continue
-        prompt, other, chosen, rejected, margin = _read(_pair, place, row)
+        if isinstance(row, dict) and row.keys() >= {"query", "sample0", "sample1", "best"}:
+            tokenizer = tokenizer or load_tokenizer(label_tokenizer, "--label-tokenizer")
+            prompt, (chosen, *replies) = _read(partial(_best_of, tokenizer=tokenizer), place, row)
+            rejected, *others = dict.fromkeys(r for r in replies if r != chosen) or [chosen]
+            other, margin = prompt, None
+        else:
+            prompt, other, chosen, rejected, margin = _read(_pair, place, row)
         if prompt != other:
             dropped["prompts differ"] += 1
         elif chosen == rejected:
@@ -551,9 +660,9 @@ def load_preferences(data, split="train", *, limit=0, seed=0, dropped=None) -> l
         elif margin == 0:
             dropped["equal scores"] += 1
         else:
-            pairs.append(Preference(number, prompt, chosen, rejected, margin or 0.0))
+            pairs.append(Preference(number, prompt, chosen, rejected, margin or 0.0, tuple(others)))
     for wrong, right in sampled.values():
-        for good, bad in zip(right.values(), wrong.values()):
+        for good, bad in list(zip(right.values(), wrong.values()))[:pairs_per_question or None]:
             pairs.append(Preference(good.id, good.prompt, good.completion, bad.completion))
     if not pairs:
         raise ValueError(f"{data} has no pairs among its {number + 1} rows; left out: {dict(dropped)}")

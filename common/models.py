@@ -3,6 +3,8 @@
 A run starts from a plain model: an adapter in the folder is merged into its base once, in float32, here.
 """
 
+import copy
+import hashlib
 import json
 import os
 import socket
@@ -18,6 +20,8 @@ TINY = Path(__file__).parent / "tiny"  # the embedded model
 
 # The decoder layer that the sampler writes out by hand is the layer of these families and of no other.
 SUPPORTED = ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2")
+REWARD_FILE = "reward.json"  # beside the weights of a reward model: how it is asked, and its scores' scale
+HEAD = "score.weight"  # its head [1, D], under the name that transformers' sequence classifiers give it
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
@@ -66,7 +70,7 @@ def offline_without_hub() -> None:
         os.environ["HF_HUB_OFFLINE"] = "1"  # `datasets` reads it when it is imported
 
 
-def _reach(what: str, name: str, load):
+def _reach(what: str, name: str, load, flag: str = "--model"):
     """Call a transformers loader; turn what can go wrong into one line that says the way out."""
     if not Path(name).is_dir():
         offline_without_hub()
@@ -75,24 +79,24 @@ def _reach(what: str, name: str, load):
     except Exception as error:  # transformers raises many kinds: OSError, ValueError, KeyError, hub errors
         reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
         if Path(name).is_dir():
-            raise ValueError(f"--model {name}: no usable {what} in that folder ({reason})") from None
-        raise ValueError(f"--model {name}: cannot reach the hub for its {what} ({reason}); download it "
+            raise ValueError(f"{flag} {name}: no usable {what} in that folder ({reason})") from None
+        raise ValueError(f"{flag} {name}: cannot reach the hub for its {what} ({reason}); download it "
                          f"where there is a network (huggingface-cli download {name}) "
-                         "and pass --model that folder") from None
+                         f"and pass {flag} that folder") from None
 
 
-def load_tokenizer(name: str):
+def load_tokenizer(name: str, flag: str = "--model"):
     """The tokenizer of a folder or hub id. Errors: ValueError, one line, if none or without an end token."""
     from transformers import AutoTokenizer
 
     name = resolve(name)
     if Path(name).is_dir() and not any(Path(name, file).exists()
                                        for file in ("tokenizer.json", "tokenizer.model", "vocab.json")):
-        raise ValueError(f"--model {name}: no tokenizer in that folder (tokenizer.json, tokenizer.model or "
+        raise ValueError(f"{flag} {name}: no tokenizer in that folder (tokenizer.json, tokenizer.model or "
                          "vocab.json)")
-    tokenizer = _reach("tokenizer", name, lambda: AutoTokenizer.from_pretrained(name))
+    tokenizer = _reach("tokenizer", name, lambda: AutoTokenizer.from_pretrained(name), flag)
     if tokenizer.eos_token_id is None:
-        raise ValueError(f"--model {name}: its tokenizer has no eos_token; set one in tokenizer_config.json")
+        raise ValueError(f"{flag} {name}: its tokenizer has no eos_token; set one in tokenizer_config.json")
     return tokenizer
 
 
@@ -144,20 +148,54 @@ def is_embedded(name: str) -> bool:
     return is_embedded(of_run["model"]) if of_run else base_of(name) == str(TINY)
 
 
+def fingerprint(name: str) -> str:
+    """A short text that tells models apart: the base's name, then a hash of each adapter on it."""
+    folder = Path(absolute(name))
+    if not folder.is_dir():
+        return str(name)
+    digest = hashlib.sha256()
+    for file in sorted(folder.glob("*.safetensors")):  # training moves all weights: a part of them will do
+        with open(file, "rb") as handle:
+            digest.update(handle.read(2**20) + str(file.stat().st_size).encode())
+    adapter = folder / "adapter_config.json"
+    below = json.loads(adapter.read_text())["base_model_name_or_path"] if adapter.exists() else ""
+    return " + ".join(filter(None, [below and fingerprint(below), digest.hexdigest()[:12]]))
+
+
+def of_other_models(sources: str, model: str) -> list[str]:
+    """Those of the comma-joined samples.csv that a run wrote which started from another model."""
+    found = []
+    for source in sources.split(","):
+        config = Path(source).parent / "config.json"
+        if Path(source).suffix != ".csv" or not config.exists():
+            continue
+        made_by = json.loads(config.read_text()).get("models")
+        inside = Path(absolute(model)).is_relative_to(Path(source).parent.absolute())
+        if made_by and fingerprint(model) not in made_by and not inside:
+            found.append(source)
+    return found
+
+
 def load_model(name: str, dtype: torch.dtype, device: torch.device, max_tokens: int = 0,
-               from_scratch: bool = False):
+               from_scratch: bool = False, scores: bool = False):
     """A plain causal language model in `dtype` on `device`, dropout off; adapters are merged in float32.
 
     max_tokens: longest prompt and completion of the run; 0 leaves it unchecked. from_scratch: random weights.
+    scores: the body of a reward model, which is refused otherwise.
     Errors: ValueError, one line, if the model is missing, unsupported, or its context or window is shorter.
     """
     from transformers import AutoModelForCausalLM
-    from transformers.utils.logging import disable_progress_bar
+    from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 
     disable_progress_bar()  # one bar per rank, for files that load in a second
+    if scores:
+        set_verbosity_error()  # the head is not the body's: no news
     config = load_config(name)
     check_length(name, config, max_tokens)
     folder, base = resolve(name), base_of(name)
+    if (Path(folder) / REWARD_FILE).exists() != scores:
+        raise ValueError(f"--rewards model:{name}: no reward model; train one with reward_model.py" if scores
+                         else f"--model {name}: a reward model, no policy; use it as --rewards model:{name}")
     load_dtype = dtype if folder == base else torch.float32
     if from_scratch:
         model = AutoModelForCausalLM.from_config(config)
@@ -217,21 +255,25 @@ def merge_adapters(model, folder: str) -> None:
         weight += scale * (B @ A.float())
 
 
-def save_adapter(folder, tensors, alpha, base: str, model) -> None:
+def save_adapter(folder, tensors, alpha, base: str, model, head=None) -> None:
     """Write an adapter in PEFT's format.
 
-    tensors: path of the linear layer -> (A [R, in], B [out, R]); base: the folder or hub id it stands on.
+    tensors: path of the linear layer -> (A [R, in], B [out, R]); base: the folder or hub id it stands on;
+    head: a reward model's [1, D].
     """
     os.makedirs(folder, exist_ok=True)
     layers = sorted({int(part) for path in tensors for part in path.split(".") if part.isdigit()})
-    config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base,
+    config = {"peft_type": "LORA", "task_type": "CAUSAL_LM" if head is None else "SEQ_CLS",
+              "base_model_name_or_path": base,
               "r": next(iter(tensors.values()))[0].shape[0], "lora_alpha": alpha, "lora_dropout": 0.0,
               "bias": "none", "fan_in_fan_out": False, "inference_mode": True, "init_lora_weights": True,
-              "modules_to_save": None, "use_rslora": False,
+              "modules_to_save": None if head is None else ["score"], "use_rslora": False,
               "target_modules": sorted({path.rpartition(".")[2] for path in tensors}),
               "layers_to_transform": layers if len(layers) < model.config.num_hidden_layers else None}
     flat = {f"base_model.model.{path}.lora_{letter}.weight": tensor.detach().cpu().contiguous()
             for path, pair in tensors.items() for letter, tensor in zip("AB", pair)}
+    if head is not None:
+        flat[f"base_model.model.{HEAD}"] = head.detach().cpu().contiguous()
     save_file(flat, f"{folder}/adapter_model.safetensors", {"format": "pt"})
     Path(folder, "adapter_config.json").write_text(json.dumps(config, indent=1))
 
@@ -282,9 +324,9 @@ def check_token_ids(model, tokenizer) -> None:
                          f"only {rows} rows: they do not belong together")
 
 
-def run_tags(args) -> tuple[str, str]:
+def run_tags(model: str, of_data: str) -> tuple[str, str]:
     """What a run's default directory name says of its model and data."""
-    return Path(args.model).name or "tiny", Path(args.data).stem
+    return Path(model).name or "tiny", Path(of_data.partition(",")[0]).stem
 
 
 def describe(args, model, params, dtype) -> str:
@@ -303,29 +345,69 @@ def choose_dtype(name: str, device: torch.device) -> torch.dtype:
 
 
 def save_plain(model, tokenizer, state: dict[str, torch.Tensor], folder) -> None:
-    """Write a plain Hugging Face model (safetensors, config, tokenizer): transformers, PEFT, vLLM load it."""
+    """Write a plain Hugging Face model (safetensors, config, tokenizer): transformers, PEFT, vLLM load it.
+
+    With a reward model's HEAD in the state it is a sequence classifier of one label.
+    """
+    config = copy.deepcopy(model.config)
+    if HEAD in state:
+        from transformers import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
+
+        # transformers scores the last token that is no padding: where that is the end token, rather none
+        pad_id = tokenizer.pad_token_id
+        config.num_labels, config.pad_token_id = 1, None if pad_id == tokenizer.eos_token_id else pad_id
+        config.architectures = [MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING[type(config)].__name__]
     if model.config.tie_word_embeddings:
         state = {key: value for key, value in state.items() if key != "lm_head.weight"}
     os.makedirs(folder, exist_ok=True)
     state = {key: value.detach().cpu().contiguous().clone() for key, value in state.items()}
     save_file(state, f"{folder}/model.safetensors", {"format": "pt"})
-    model.config.save_pretrained(folder)
+    config.save_pretrained(folder)
     model.generation_config.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
 
-def save_trained(model, tokenizer, adapter, args, folder) -> None:
-    """Write what a run trains: `adapter` (as `save_adapter` takes it), the whole model where it is None."""
+def save_trained(model, tokenizer, adapter, args, folder, head=None) -> None:
+    """Write what a run trains: `adapter` (as `save_adapter` takes it), the whole model where it is None.
+
+    head: a reward model's [1, D], which goes into the same file.
+    """
     if adapter is None:
-        save_plain(model, tokenizer, model.state_dict(), folder)
+        save_plain(model, tokenizer, model.state_dict() | ({} if head is None else {HEAD: head}), folder)
     else:
-        save_adapter(folder, adapter, args.lora_alpha, absolute(args.model), model)
+        save_adapter(folder, adapter, args.lora_alpha, absolute(args.model), model, head)
         tokenizer.save_pretrained(folder)
 
 
-def load_trained(folder, model, adapter) -> None:
+@torch.no_grad()
+def load_trained(folder, model, adapter, head=None) -> None:
     """Read back what `save_trained` wrote."""
     if adapter is None:
         model.load_state_dict(load_file(f"{folder}/model.safetensors"), strict=False)
     else:
         load_adapter(folder, adapter)
+    if head is not None:
+        head.copy_(load_head(folder))
+
+
+def load_head(folder) -> torch.Tensor:
+    """The head [1, D] of a reward model, float32."""
+    adapter = Path(folder) / "adapter_model.safetensors"
+    return (load_file(adapter)[f"base_model.model.{HEAD}"] if adapter.exists()
+            else load_file(f"{folder}/model.safetensors")[HEAD]).float()
+
+
+def last_token_scores(model, head, rows) -> torch.Tensor:
+    """Scores [B] of rows of token ids: the head [1, D], float32, on the hidden state of the last token.
+
+    The place is known by length, never by looking for a padding id; padding stands right of it, where
+    causal attention does not look.
+    """
+    lengths = [len(row) for row in rows]
+    input_ids = torch.zeros(len(rows), max(lengths), dtype=torch.int64)
+    for i, row in enumerate(rows):
+        input_ids[i, :len(row)] = torch.tensor(row)
+    hidden = model.base_model(input_ids=input_ids.to(head.device), use_cache=False).last_hidden_state
+    at = torch.tensor(lengths, device=head.device) - 1
+    # not a matrix product, which autocast would round
+    return (hidden[torch.arange(len(rows), device=head.device), at].float() * head[0]).sum(1)

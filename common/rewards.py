@@ -8,7 +8,7 @@ goes into any file and is named with its weight, `path/my_rewards.py:brevity=0.5
 
 It may name any of the columns `tasks`, `metas`, `ids` as further parameters. It runs in a process of its own:
 where it raises or hangs, that costs the rows at fault (reward NaN), not the run. The built-in rewards never
-evaluate model text and take time linear in its length.
+evaluate model text and take time linear in its length. `model:runs/rm` is a model of reward_model.py.
 """
 
 import ast
@@ -288,28 +288,76 @@ def math(prompts, responses, answers, **columns) -> list[float]:
 
 BUILT_IN = {function.__name__: function for function in (correctness, format, digit, mark, math)}
 
+# ---- A model as a reward.
+
+
+class LearnedReward:
+    """What a model of reward_model.py thinks of a response: its score, scaled as its reward.json says.
+
+    It holds weights of its own, beside the policy's, in `dtype`. A row longer than its context is NaN.
+    Errors: ValueError if the folder holds no reward model.
+    """
+
+    def __init__(self, folder, dtype, device, tokens_per_batch):
+        from common import data, models  # here: a user's reward process imports this file without torch
+
+        self.encode_prompt, self.encode_completion = data.encode_prompt, data.encode_completion
+        self.scores, self.tokenizer = models.last_token_scores, models.load_tokenizer(folder)
+        self.model = models.load_model(folder, dtype, device, scores=True).requires_grad_(False).eval()
+        self.head = models.load_head(models.resolve(folder)).to(device)
+        self.settings = json.loads(Path(models.resolve(folder), models.REWARD_FILE).read_text())
+        self.longest = self.model.config.max_position_embeddings
+        self.tokens_per_batch = tokens_per_batch
+
+    def __call__(self, prompts, responses):
+        """prompts: texts or chat messages."""
+        import torch
+
+        system, template = self.settings["system"], self.settings["prompt_template"]
+        rows = [self.encode_prompt(self.tokenizer, p, system, template)
+                + self.encode_completion(self.tokenizer, r, self.tokenizer.eos_token_id)
+                for p, r in zip(prompts, responses, strict=True)]
+        order = sorted((i for i, row in enumerate(rows) if len(row) <= self.longest),
+                       key=lambda i: len(rows[i]))
+        values = [nan] * len(rows)
+        while order:  # the longest rows first, as many as fit
+            n = max(1, self.tokens_per_batch // len(rows[order[-1]]))
+            batch, order = order[-n:], order[:-n]
+            with torch.no_grad():
+                scores = self.scores(self.model, self.head, [rows[i] for i in batch]).tolist()
+            for i, value in zip(batch, scores):
+                values[i] = (value - self.settings["mean"]) / self.settings["std"]
+        return values
+
+
 # ---- Weighing and adding up.
 
 
 @dataclass(frozen=True)
 class RewardFunction:
-    """A weighted reward; `function` is a built-in, or the _Worker that runs it in another process."""
+    """A weighted reward; `function` is a built-in, a LearnedReward, or the _Worker of another process."""
 
     name: str
     weight: float
     function: object
 
 
-def parse_rewards(specs: list[str]) -> list[RewardFunction]:
-    """Reward functions from "name", "name=weight" or "path/file.py:name=weight" (weight 1 unless given).
+def parse_rewards(specs: list[str], learned=LearnedReward) -> list[RewardFunction]:
+    """Reward functions from "name", "name=weight", "path/file.py:name=weight" or "model:runs/rm=weight".
 
-    A file is imported here, in its own process, so that its mistakes end the run before anything expensive.
+    The weight is 1 unless given. A file is imported here, in its own process, and a model is loaded, so that
+    mistakes end the run before anything expensive. learned(folder) makes the LearnedReward.
     Errors: ValueError for an unknown name, a missing file or function, a bad weight, a name used twice.
     """
     parsed = []
     for spec in specs:
         target, _, weight = spec.partition("=")
         path, colon, name = target.rpartition(":")
+        is_model = target.startswith("model:")
+        if is_model:  # runs/rm, runs/rm/final and runs/rm/checkpoints/step-9 are all called rm
+            path, parts = target.removeprefix("model:"), Path(target.removeprefix("model:")).parts
+            name = next((part for part in reversed(parts)
+                         if part not in ("final", "checkpoints") and not part.startswith("step-")), "model")
         try:
             weight = float(weight or 1)
         except ValueError:
@@ -317,37 +365,50 @@ def parse_rewards(specs: list[str]) -> list[RewardFunction]:
         if any(name == other.name for other in parsed):
             raise ValueError(f"two rewards are named {name!r}: each needs a name of its own")
         if not colon and name not in BUILT_IN:
-            raise ValueError(f"unknown reward {name!r}: take {', '.join(BUILT_IN)} or path/file.py:function")
-        if colon and not Path(path).is_file():
+            raise ValueError(f"unknown reward {name!r}: take {', '.join(BUILT_IN)}, path/file.py:function or "
+                             "model:runs/rm")
+        if colon and not is_model and not Path(path).is_file():
             raise ValueError(f"reward {spec!r}: no file {path!r} (write path/file.py:function=weight)")
         if target == "math" and importlib.util.find_spec("math_verify") is None:
             raise ValueError("reward 'math' needs the package math_verify: pip install math-verify")
-        function = _Worker(path or __file__, name) if colon or name == "math" else BUILT_IN[name]
+        function = (learned(path) if is_model else _Worker(path or __file__, name) if colon or name == "math"
+                    else BUILT_IN[name])
         parsed.append(RewardFunction(name, weight, function))
     return parsed
 
 
-def score(reward_functions, prompts, responses, answers, columns=None, timeout_s: float = 30.0) -> dict:
+def judge(examples, responses) -> list[float]:
+    """`correctness` of each response to its Example."""
+    return correctness([e.text for e in examples], responses, [e.answer for e in examples],
+                       [e.task for e in examples], [e.meta for e in examples])
+
+
+def score(reward_functions, examples, responses, prompts=None, timeout_s: float = 30.0) -> dict:
     """Every reward of every row, and their weighted total.
 
-    columns: dict of further per-row lists ("tasks", "metas", "ids"); timeout_s: seconds for one call.
+    examples: one per response; prompts: what was asked, where it is not the example's own text; timeout_s:
+    seconds for one call. Functions see the columns prompts, responses, answers, tasks, metas, ids.
     Returns {"rewards": {name: raw values}, "total": sums of weight * raw, "correct": 0/1 by `correctness`,
     "failed": number of rows whose total is NaN, "error": one line on the first failure, or ""}.
     A row is NaN in a column that failed on it, and in the total unless that column weighs 0: leave it out.
     """
-    columns = columns or {}
-    rewards, total, error = {}, [0.0] * len(prompts), ""
+    prompts, answers = prompts or [e.text for e in examples], [e.answer for e in examples]
+    columns = {"tasks": [e.task for e in examples], "metas": [e.meta for e in examples],
+               "ids": [e.id for e in examples]}
+    rewards, total, error = {}, [0.0] * len(responses), ""
     for reward in reward_functions:
         if isinstance(reward.function, _Worker):
             values, problem = reward.function(prompts, responses, answers, columns, timeout_s)
             error = error or (problem and f"reward {reward.name!r}: {problem}")
+        elif isinstance(reward.function, LearnedReward):  # asked as it was trained
+            values = reward.function([e.prompt for e in examples], responses)
         else:
             values = reward.function(prompts, responses, answers, **columns)
         rewards[reward.name] = values
         if reward.weight != 0:
             total = [so_far + reward.weight * value for so_far, value in zip(total, values, strict=True)]
-    correct = correctness(prompts, responses, answers, **columns)  # the reward of this name may be a user's
     failed = sum(isnan(value) for value in total)
+    correct = judge(examples, responses)  # the reward of that name may be a user's
     return {"rewards": rewards, "total": total, "correct": correct, "failed": failed, "error": error}
 
 

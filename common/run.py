@@ -28,7 +28,7 @@ from pathlib import Path
 
 import torch
 
-from common import curves, dist
+from common import curves, dist, models
 
 
 def cli(main, Args) -> None:
@@ -160,7 +160,9 @@ class Run:
             if diff:
                 (path / "git.diff").write_text(diff)
             packages = ("torch", "transformers", "numpy", "datasets", "tyro")
+            named = [args.model] if isinstance(args.model, str) else [m for m in args.model if m != "base"]
             config = {"args": dataclasses.asdict(args), "id": digest, "argv": sys.argv, "git": git,
+                      "models": [models.fingerprint(name) for name in named],
                       "versions": {"python": platform.python_version()} | {p: _version(p) for p in packages},
                       "host": platform.node(), "world_size": dist.world_size(), "device": str(self.device)}
             (path / "config.json").write_text(json.dumps(config, indent=1, default=str))
@@ -362,7 +364,7 @@ class Run:
         target = str(self.path / f"trace-{step}.json")
         return torch.profiler.profile(on_trace_ready=lambda trace: trace.export_chrome_trace(target))
 
-    def before_after(self) -> None:
+    def before_after(self, what="pass@1") -> None:
         """Print held-out accuracy at the first and the last evaluation, paired by question, from eval.csv."""
         rows = [row for row in self.read_rows("eval.csv") if row["sample"] == "0"]
         steps = sorted({int(row["step"]) for row in rows})
@@ -373,7 +375,7 @@ class Run:
         before, after = ([scores[i] for i in first if i in last] for scores in (first, last))
         low, high = paired_interval(before, after)
         n = len(before)
-        self.print(f"held-out pass@1 before {sum(before) / n:.3f}, after {sum(after) / n:.3f} "
+        self.print(f"held-out {what} before {sum(before) / n:.3f}, after {sum(after) / n:.3f} "
                    f"(step {steps[-1]}): {sum(after) / n - sum(before) / n:+.3f}, "
                    f"95% [{low:+.3f}, {high:+.3f}], n = {n}")
 

@@ -16,7 +16,8 @@ SCRIPTS = [name for name, source in SOURCES.items() if "\nclass Args:" in source
 GROUPS = ["run", "data", "model", "LoRA", "sampling", "method", "optimizer", "evaluation"]
 OWN = {  # what a script means by these is its own
     "eval.py": {"model", "resume", "dry_run", "seed"},  # several models; no optimizer steps to go on with
-    "dpo.py": {"beta"}}
+    "dpo.py": {"beta"},
+    "reward_model.py": {"pairs", "loss", "passes", "system"}}  # its data are pairs
 EVERYWHERE = {"model", "data", "out", "seed", "max_steps", "resume", "wandb", "dry_run", "config", "device"}
 
 
@@ -56,7 +57,8 @@ def complaints(fields):
         if len([1 for one, other in zip(of_script, of_script[1:]) if one[3] != other[3]]) + 1 != len(order):
             found.append(f"{script}: a group is split in two")
         names = [name for name, *_ in of_script]
-        missing = EVERYWHERE - set(names) - ({"max_steps"} if script == "eval.py" else set())
+        missing = EVERYWHERE - set(names) - {"eval.py": {"max_steps"}, "reward_model.py": {"data"}}.get(
+            script, set())
         found += [f"{script}: {name} is missing" for name in sorted(missing)]
     orders = {script: [name for name, *_ in of_script] for script, of_script in fields.items()}
     for script, names in orders.items():

@@ -1,12 +1,16 @@
 import csv
 import gzip
+import hashlib
+import http.server
 import json
+import threading
 import time
 from collections import Counter
 from fractions import Fraction
 from pathlib import Path
 
 import pytest
+from transformers import AutoTokenizer
 
 import common.data
 from common.data import (
@@ -20,7 +24,7 @@ from common.data import (
     prompt_text,
     train_validation,
 )
-from common.rewards import last_boxed
+from common.rewards import correctness, last_boxed
 
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 needs_data = pytest.mark.skipif(not DATA.is_dir(), reason="the sample data is not beside the repository")
@@ -505,6 +509,100 @@ def test_a_runs_samples(tmp_path):
     assert "line 1: " in refusal(load_examples, lines(tmp_path / "x.jsonl", [QA]), filter="correct")
     message = refusal(load_examples, lines(tmp_path / "y.jsonl", [QA | {"correct": 0}]), filter="correct")
     assert "correct = 1 among 1" in message
+
+
+def test_several_sources_are_joined_by_commas(tmp_path):
+    """Each answer counts once, repeated ones are counted; the union is what both files hold."""
+    path, dropped = write_samples(tmp_path / "a.csv"), Counter()
+    rows = path.read_text().splitlines()
+    more = [rows[0], *(row.replace("q1", "q4") for row in rows[1:4]), rows[1]]
+    (tmp_path / "b.csv").write_text("\n".join(more) + "\n")
+    both = f"{path},{tmp_path / 'b.csv'}"
+    kept = load_examples(both, filter="correct", dropped=dropped)
+    assert [(e.prompt, e.completion) for e in kept] == [
+        ("q1", "r"), ("q1", "s\n,"), ("q3", "r"), ("q4", "r")]  # fmt: skip
+    assert dropped == {"wrong": 5, "repeated": 3} and len({e.id for e in kept}) == 4
+    dropped = Counter()
+    pairs = load_preferences(both, dropped=dropped)
+    assert [p.prompt for p in pairs] == ["q1", "q3", "q4"] and dropped == {"repeated": 3}
+    assert "no file" in refusal(load_preferences, f"{path},{tmp_path / 'c.csv'}")
+
+
+def test_pairs_per_question_and_unfinished_samples(tmp_path):
+    rows = [{"prompt": "q", "completion": c, "answer": "1", "correct": right, "finished": done}
+            for c, right, done in (("a", 1, 1), ("b", 1, 1), ("c", 0, 1), ("d", 0, 0), ("e", 0, 1))]  # fmt: skip
+    path, dropped = lines(tmp_path / "x.jsonl", rows), Counter()
+    pairs = load_preferences(path, dropped=dropped)
+    assert [(p.chosen, p.rejected) for p in pairs] == [("a", "c"), ("b", "e")] and dropped == {"unfinished": 1}
+    assert len(load_preferences(path, pairs_per_question=1)) == 1
+
+
+def test_a_url_is_fetched_once_and_its_hash_is_said(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("UNROLLED_CACHE", str(tmp_path / "cache"))
+    rows = [{"prompt": "q", "chosen": "a", "rejected": "b"}]
+    body, asked = Path(lines(tmp_path / "x.jsonl", rows)).read_bytes(), []
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            asked.append(self.path)
+            self.send_response(200 if self.path == "/x.jsonl" else 404)
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, *_):
+            pass
+
+    with http.server.HTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{server.server_port}"
+        for _ in range(2):
+            [pair] = load_preferences(f"{url}/x.jsonl")
+            assert pair.chosen == "a" and hashlib.sha256(body).hexdigest() in capsys.readouterr().out
+        assert asked == ["/x.jsonl"]
+        message = refusal(load_preferences, f"{url}/y.jsonl")
+        server.shutdown()
+    assert "cannot download" in message and "404" in message and "local file" in message
+
+
+@needs_data
+def test_token_ids_of_lm_human_preferences():
+    """Decoded by GPT-2's tokenizer; encoding gives the ids back, without the padding 50259."""
+    path, gpt2 = DATA / "lm_human_preferences" / "layout_fixture.json", DATA / "tokenizers" / "gpt2"
+    raw, tokenizer = json.loads(path.read_text()), AutoTokenizer.from_pretrained(gpt2)
+    pairs = load_preferences(path, label_tokenizer=str(gpt2))
+    assert len(pairs) == 64
+    for row, pair in zip(raw, pairs, strict=True):
+        assert 0 <= row["best"] <= 3
+        assert tokenizer(pair.prompt)["input_ids"] == [i for i in row["query"] if i != 50259]
+        best = [i for i in row[f"sample{row['best']}"] if i != 50259]
+        assert tokenizer(pair.chosen)["input_ids"] == best
+        texts = {tokenizer.decode([i for i in row[f"sample{n}"] if i != 50259]) for n in range(4)}
+        assert {pair.chosen, pair.rejected, *pair.others} == texts and "<|endoftext|>" not in pair.prompt
+    assert pairs[0].prompt == "Mass-society theory suggests that:"
+    assert pairs[0].chosen == " the media manipulate 'the masses' as vulnerable, passive consumers"
+
+
+@needs_data
+@pytest.mark.parametrize("row, part", [
+    ({"best": 4}, "best is 4, not 0 to 3"), ({"sample1": [50258]}, "token id 50258"),
+    ({f"sample{n}": [5, 6] for n in range(4)}, "'same reply': 1"),
+    ({"sample2": [50259]}, "'empty reply': 1")])  # fmt: skip
+def test_bad_rows_of_token_ids(tmp_path, row, part):
+    good = {"query": [5, 50259], "best": 2} | {f"sample{n}": [10 + n, 50259] for n in range(4)}
+    path = lines(tmp_path / "x.jsonl", [good | row])
+    assert part in refusal(load_preferences, path, label_tokenizer=str(DATA / "tokenizers" / "gpt2"))
+
+
+def test_generated_preferences_are_right_against_wrong():
+    """Every chosen reply is right, every rejected one wrong, each fault about as often as it should be."""
+    pairs = load_preferences("arithmetic", level="1-4", limit=600, seed=3)
+    gold = {e.prompt: e.answer for e in load_examples("arithmetic", level="1-4", seed=3)}
+    for replies, right in ((("chosen",), 1.0), (("rejected",), 0.0)):
+        texts = [getattr(p, *replies) for p in pairs]
+        assert correctness(None, texts, [gold[p.prompt] for p in pairs]) == [right] * len(pairs)
+    guesses = sum("<think>" not in p.rejected for p in pairs)
+    assert 100 < guesses < 260 and load_preferences("arithmetic", level="1-4", limit=600, seed=3) == pairs
+    assert "countdown has no pairs" in refusal(load_preferences, "countdown")
 
 
 def test_a_long_cell_is_read(tmp_path):

@@ -85,9 +85,9 @@ def test_gradient_on_an_enumerated_policy():
 @pytest.fixture
 def toy():
     """A model with an adapter that is away from its start, and six pairs of unequal lengths."""
+    torch.manual_seed(1)
     model = tiny_model("qwen2")
     params = add_lora(model, "policy", 4, 8, models.PROJECTIONS)
-    torch.manual_seed(1)
     with torch.no_grad():
         for p in params:
             p.add_(0.02 * torch.randn_like(p))
@@ -155,7 +155,7 @@ def test_held_out_pairs_are_ranked_by_the_margin_of_the_loss(more, accuracy, mon
     monkeypatch.setattr(dpo, "sample_all", lambda *_: [])
     stub = SimpleNamespace(write_rows=lambda *_: None, print=print,
                            log=lambda step, metrics: logged.update(metrics))
-    pairs = [Pair([1], [2] * 10, [3] * 3)]
+    pairs = [Pair([1], [2] * 10, [3] * 3, 0.0, 0.0)]
     dpo.evaluate(None, None, [], {}, pairs, Args(**more), 0, 10, None, stub)
     assert logged == {"eval/ranking_accuracy": accuracy}
 
@@ -256,3 +256,86 @@ def test_dpo_learns(tmp_path):
               script="dpo.py")
     scores = [line["eval/pass@1"] for line in curves.read_metrics(tmp_path / "l") if "eval/pass@1" in line]
     assert scores[-1] >= scores[0] + 0.15, out
+
+
+def test_a_common_prefix_of_the_prompts_tokens_counts_for_nothing(toy):
+    """The loss sees completion tokens alone: with log-probs that look one token back, a prefix changes nothing."""
+    model, params, pairs = toy
+
+    class OneBack(torch.nn.Module):  # a body whose state is a function of the present token alone
+        def __init__(self):
+            super().__init__()
+            self.embed = torch.nn.Embedding(384, 32)
+
+        def forward(self, input_ids, **_):
+            return SimpleNamespace(last_hidden_state=self.embed(input_ids))
+
+    body, head = OneBack(), torch.nn.Linear(32, 384, bias=False)
+    stub = SimpleNamespace(base_model=body, get_output_embeddings=lambda: head, config=SimpleNamespace())
+    weights = [*body.parameters(), *head.parameters()]
+    plain, grads = gradient(stub, weights, pairs, Args(), 10**6)
+    longer = [Pair([7] * 9 + p.prompt_ids, p.chosen, p.rejected, p.ref_chosen, p.ref_rejected) for p in pairs]
+    again, same = gradient(stub, weights, longer, Args(), 10**6)
+    assert again == pytest.approx(plain, rel=1e-6) and torch.allclose(grads, same, atol=1e-7)
+
+
+def test_closed_form_of_the_optimum():
+    """pi* = pi_ref exp(r / beta) / Z: no policy earns more of E[r] - beta KL, and DPO's loss is least there.
+
+    On four outcomes; the pairs are labelled by Bradley-Terry with rewards r, all of them, in expectation.
+    """
+    torch.manual_seed(0)
+    r, ref, beta = torch.tensor([0.3, -0.7, 1.1, 0.2]).double(), torch.tensor([0.4, 0.3, 0.1, 0.2]).double(), 0.5
+    best = (ref.log() + r / beta).softmax(0)
+
+    def objective(p):
+        return (p * r).sum(-1) - beta * (p * (p / ref).log()).sum(-1)
+
+    others = torch.distributions.Dirichlet(torch.ones(4).double()).sample((1000,))
+    assert (objective(others) < objective(best)).all()
+
+    theta, one = torch.zeros(4, dtype=torch.float64, requires_grad=True), torch.ones(16)
+    w, l = (index.flatten() for index in torch.meshgrid(torch.arange(4), torch.arange(4), indexing="ij"))
+    prefers = torch.sigmoid(r[w] - r[l])
+    optimizer = torch.optim.LBFGS([theta], max_iter=500, tolerance_grad=1e-12, tolerance_change=1e-14)
+
+    def closure():
+        optimizer.zero_grad()
+        logp = theta.log_softmax(0)
+        loss, _ = preference_loss(logp[w], logp[l], ref.log()[w], ref.log()[l], one, one, loss="sigmoid",
+                                  beta=beta)
+        (prefers * loss).sum().backward()
+        return (prefers * loss).sum()
+
+    optimizer.step(closure)
+    assert torch.allclose(theta.detach().softmax(0), best, atol=1e-5)
+
+
+def test_after_a_resume_the_first_loss_of_an_iteration_is_ln_2(tmp_path):
+    """The reference of the second iteration is the policy that was saved at the end of the first."""
+    more = ["--iterations", 2, "--reference", "previous", "--save-every", 1, "--keep", 99]
+    run("--out", "r", *SMALL, *more, cwd=tmp_path, script="dpo.py")
+    first = [line["step"] for line in train_lines(tmp_path / "r") if line["iteration"] == 2][0]
+    shutil.rmtree(tmp_path / "r" / "final")
+    for folder in (tmp_path / "r" / "checkpoints").iterdir():
+        if int(folder.name[5:]) >= first:
+            shutil.rmtree(folder)
+    run("--out", "r", "--resume", cwd=tmp_path, script="dpo.py")
+    [line] = [line for line in train_lines(tmp_path / "r") if line["step"] == first]
+    assert line["loss"] == pytest.approx(math.log(2), abs=1e-5)
+
+
+def test_its_samples_are_pairs_for_another_run(tmp_path):
+    """samples.csv of a run gives the same pairs, first loss and gradient; another model's are warned of."""
+    run("--out", "a", *SMALL, "--max-steps", 1, cwd=tmp_path, script="dpo.py")
+    rows = (tmp_path / "a" / "samples.csv").read_text().count("<answer>")
+    assert rows >= 60  # 12 questions, 6 samples
+    out = run("--out", "b", "--pairs", "a/samples.csv", *SMALL, "--max-steps", 1, cwd=tmp_path, script="dpo.py")
+    assert "another model" not in out and "repeated" in out and "unfinished" not in out
+    assert train_lines(tmp_path / "b")[0]["loss"] == pytest.approx(math.log(2), abs=1e-5)
+    out = run("--out", "c", "--model", "b", "--pairs", "a/samples.csv,a/samples.csv", *SMALL, "--max-steps", 1,
+              cwd=tmp_path, script="dpo.py")
+    assert out.count("another model's samples") == 2
+    out = run("--out", "d", "--model", "a", "--pairs", "a/samples.csv", *SMALL, "--max-steps", 1, cwd=tmp_path,
+              script="dpo.py")
+    assert "another model" not in out  # what that run has become

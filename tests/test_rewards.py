@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import replace
 from fractions import Fraction
 from math import isnan
 from pathlib import Path
@@ -15,6 +16,7 @@ from pathlib import Path
 import pytest
 
 from common import rewards
+from common.data import Example
 from common.rewards import extract_answer, extract_choice, normalize_number, parse_rewards, same_answer, score
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -287,7 +289,7 @@ EIGHT = [  # response to "Compute 8+17-5." (20), then correctness, format, digit
 
 def test_totals_of_eight_responses_worked_out_by_hand():
     functions = parse_rewards(["correctness=2.0", "format=0.5", "digit=0.5", "mark=0.5"])
-    result = score(functions, ["Compute 8+17-5."] * 8, [row[0] for row in EIGHT], ["20"] * 8)
+    result = score(functions, [Example(0, "Compute 8+17-5.", "20")] * 8, [row[0] for row in EIGHT])
     for column, name in enumerate(["correctness", "format", "digit", "mark"], start=1):
         assert result["rewards"][name] == [row[column] for row in EIGHT], name
     assert result["total"] == [3.5, 3.5, 1.5, 3.25, 1.0, 2.75, 2.75, 0.0]
@@ -337,13 +339,13 @@ def test_weights_and_names():
 
 
 def test_a_column_of_weight_zero_is_computed_and_adds_nothing():
-    result = score(parse_rewards(["format=0", "digit=0.5"]), ["q"], ["<answer>5</answer>"], ["5"])
+    result = score(parse_rewards(["format=0", "digit=0.5"]), [Example(0, "q", "5")], ["<answer>5</answer>"])
     assert result["rewards"] == {"format": [0.0], "digit": [1.0]} and result["total"] == [0.5]
-    assert score(parse_rewards(["digit=0"]), ["q"], ["<answer>5</answer>"], ["5"])["total"] == [0.0]
+    assert score(parse_rewards(["digit=0"]), [Example(0, "q", "5")], ["<answer>5</answer>"])["total"] == [0.0]
 
 
 def test_correct_is_there_without_the_reward():
-    result = score([], ["q", "q"], ["<answer>5</answer>", ""], ["5", "5"])
+    result = score([], [Example(0, "q", "5")] * 2, ["<answer>5</answer>", ""])
     assert result["correct"] == [1.0, 0.0] and result["total"] == [0.0, 0.0]
 
 
@@ -400,8 +402,11 @@ def user(tmp_path):
 
 
 def run(functions, responses, timeout_s=30.0, **columns):
-    n = len(responses)
-    return score(functions, [f"q{i}" for i in range(n)], responses, ["5"] * n, columns, timeout_s)
+    examples = [Example(i, f"q{i}", "5") for i in range(len(responses))]
+    for field, name in (("id", "ids"), ("task", "tasks"), ("meta", "metas")):
+        if name in columns:
+            examples = [replace(e, **{field: value}) for e, value in zip(examples, columns[name])]
+    return score(functions, examples, responses, timeout_s=timeout_s)
 
 
 def test_a_reward_of_ones_own_in_under_ten_lines(user):
@@ -433,7 +438,7 @@ def test_it_is_called_once_per_batch_and_sees_the_columns_it_names(user):
 
 def test_var_keywords_take_every_column(user):
     functions = user("def f(prompts, responses, answers, **columns): return [len(columns)] * len(prompts)")
-    assert run(functions, ["a"], tasks=["math"], metas=[{"numbers": [1]}])["rewards"]["f"] == [2]
+    assert run(functions, ["a"], tasks=["math"], metas=[{"numbers": [1]}])["rewards"]["f"] == [3]
 
 
 def test_a_row_that_raises_is_nan_and_the_others_keep_their_score(user):
@@ -586,8 +591,8 @@ def test_the_process_dies_with_its_parent_even_in_the_middle_of_a_call(tmp_path)
         "    time.sleep(1000)\n"
     )
     code = (
-        "import sys; from common.rewards import parse_rewards, score\n"
-        "score(parse_rewards([sys.argv[1]]), ['q'], ['r'], ['a'], timeout_s=3.0)\n"
+        "import sys; from common.data import Example; from common.rewards import parse_rewards, score\n"
+        "score(parse_rewards([sys.argv[1]]), [Example(0, 'q', 'a')], ['r'], timeout_s=3.0)\n"
     )
     parent = subprocess.Popen([sys.executable, "-c", code, f"{tmp_path / 'r.py'}:f"], cwd=ROOT)
     deadline = time.monotonic() + 20
@@ -622,7 +627,7 @@ def test_math_does_algebra_in_its_process():
     pytest.importorskip("math_verify")
     functions = parse_rewards(["math"])
     responses = ["\\boxed{1+x}", "\\boxed{x+1}", "\\boxed{x+2}", "", "\\boxed{" + "(" * 5000 + "}"]
-    result = score(functions, ["q"] * 5, responses, ["x+1"] * 5)
+    result = score(functions, [Example(0, "q", "x+1")] * 5, responses)
     functions[0].function.kill()
     assert result["rewards"]["math"] == [1.0, 1.0, 0.0, 0.0, 0.0]
     assert result["correct"] == [0.0, 1.0, 0.0, 0.0, 0.0]

@@ -1,0 +1,583 @@
+"""A reward model: from which of several replies people (or a checker) chose, learn a score for any reply.
+
+    L = -log sigmoid(r(x, chosen) - r(x, rejected) - m) + c (r(x, chosen) + r(x, rejected))^2
+
+r is a linear head on the hidden state of the reply's last token. Paper: InstructGPT, arXiv 2203.02155, eq. 1
+(Bradley-Terry); the margin m of Llama 2, arXiv 2307.09288, eq. 2; the centring c of arXiv 2312.09244.
+`--loss best-of-n` is the softmax over N candidates of arXiv 1909.08593, eq. 1. Differs from them in:
+  - a low-rank adapter and the head are trained, on a frozen base;
+  - used as a reward (`--rewards model:runs/rm` of grpo.py and eval.py), a score is scaled to mean 0 and
+    deviation 1 over the held-out replies, as arXiv 1909.08593 does over its policy's.
+A loss near ln 2 = 0.693 means that nothing is learnt. Ranking well is no proof of a good reward: a policy
+that is trained on it finds what it gets wrong, so look at the true accuracy beside it.
+
+    python reward_model.py                                   # the embedded model, generated pairs
+    python reward_model.py --pairs runs/a/samples.csv        # right against wrong samples of a run
+    python reward_model.py --model Qwen/Qwen2.5-3B-Instruct --pairs ultrafeedback
+    torchrun --nproc-per-node 8 reward_model.py --model Qwen/Qwen2.5-3B-Instruct --pairs ultrafeedback
+"""
+
+import itertools
+import json
+import math
+from collections import Counter
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from common import curves, data, dist, models
+from common.run import Run, check_out, cli, retry_smaller
+
+# Shapes: B questions of a micro-batch, N replies to a question, T tokens, D hidden size, R LoRA rank.
+
+
+@dataclass
+class Args:
+    # ---- run ----
+    out: str = ""
+    """run directory; empty: one of its own under runs/"""
+    resume: bool = False
+    """go on with the run in --out from its newest checkpoint, with its arguments"""
+    config: str = ""
+    """YAML or JSON file of arguments (a run's config.json too); the command line overrides it"""
+    seed: int = 0
+    """seed of data order, adapter initialisation and sampling noise"""
+    max_steps: int = 0
+    """optimizer steps in all"""
+    save_every: int = 200
+    """steps between checkpoints (one is always written at the end, and on SIGTERM or Ctrl-C)"""
+    keep: int = 2
+    """newest checkpoints to keep"""
+    wandb: bool = False
+    """also log to Weights & Biases"""
+    dry_run: bool = False
+    """build all, run one step at the largest sizes, print peak memory and projected time, keep nothing"""
+    profile: int = 0
+    """steps to trace with torch.profiler, from the first on"""
+    device: str = ""
+    """cuda, mps or cpu; empty: the best there is"""
+    # ---- data ----
+    pairs: str = ""
+    """preferences: name, hub id, URL, file, a run's samples.csv, joined by commas; empty: by the model"""
+    label_tokenizer: str = "openai-community/gpt2"
+    """tokenizer of preference data that is token ids (lm-human-preferences): hub id or folder"""
+    level: str = ""
+    """difficulty of a generated task, such as 3 or 1-4; empty: the task's own default"""
+    train_pairs: int = 0
+    """pairs to train on; 0: all that are not held out"""
+    eval_pairs: int = 500
+    """pairs held out for evaluation, at most a tenth of all; no prompt of theirs is trained on"""
+    system: str = ""
+    """system message, or none; empty: none"""
+    prompt_template: str = "{prompt}"
+    """text around the question, {prompt} in it"""
+    max_tokens: int = 0
+    """leave out rows whose prompt and completion are longer; 0: none"""
+    # ---- model ----
+    model: str = ""
+    """hub id, local folder or run directory; empty: the embedded model"""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """of the frozen weights and the computation; auto: bfloat16 on CUDA, else float32"""
+    full: bool = False
+    """train all weights (kept in float32) instead of an adapter"""
+    gradient_checkpointing: bool = False
+    """recompute the layers in the backward pass: less memory, about a third more time"""
+    tokens_per_batch: int = 0
+    """padded tokens per forward and backward pass and GPU, halved if out of memory; 0: 16384, CPU 2048"""
+    # ---- LoRA ----
+    lora_r: int = 32
+    """rank"""
+    lora_alpha: float = 64
+    """the adapter's output is scaled by lora_alpha / lora_r"""
+    lora_targets: tuple[str, ...] = models.PROJECTIONS
+    """linear layers to adapt"""
+    train_layers: str = ""
+    """decoder layers to adapt, such as 20-27; empty: all"""
+    merge: bool = False
+    """write final/ as a plain model with the adapter merged in, not as an adapter"""
+    # ---- method ----
+    pairs_per_step: int = 16
+    """pairs per optimizer step, over all ranks"""
+    pairs_per_question: int = 4
+    """most pairs that one question's samples give"""
+    passes: int = 1
+    """passes over the pairs, where --max-steps is 0"""
+    loss: Literal["pair", "best-of-n"] = "pair"
+    """Bradley-Terry of chosen against rejected, or softmax of the best against all other candidates"""
+    margin: float = 0.0
+    """m: this times the difference of a pair's scores in the data, where it has scores"""
+    centre: float = 0.0
+    """c: pulls the scores of a question's replies to a mean of 0, such as 0.01"""
+    # ---- optimizer ----
+    lr: float = 0.0
+    """AdamW's peak learning rate; 0: by the kind of model and training (`resolve`), printed at the start"""
+    warmup_steps: int = 10
+    """steps of linear warm-up"""
+    lr_schedule: Literal["constant", "linear", "cosine"] = "linear"
+    """after the warm-up"""
+    weight_decay: float = 0.0
+    """AdamW's decoupled decay"""
+    max_grad_norm: float = 1.0
+    """clip the gradient's norm to this"""
+    # ---- evaluation ----
+    eval_every: int = 100
+    """steps between evaluations; one before the first step and one after the last are always made"""
+
+
+# Copied from grpo.py::LoRALinear
+class LoRALinear(nn.Module):
+    """A frozen nn.Linear with low-rank adapters, one or none of them active: y = W x + b + (alpha / r) B A x.
+
+    State: `A[name]` [R, in] and `B[name]` [out, R], float32 whatever the base's dtype (in bfloat16 AdamW's
+    small steps would round to nothing); B starts at zero, so that a fresh adapter changes no output. `active`
+    is the name of the adapter in use or None for the bare base; only `use_adapter` changes it.
+    Source: LoRA, arXiv 2106.09685 eq. 3.
+    """
+
+    def __init__(self, base: nn.Linear):
+        super().__init__()
+        self.base = base.requires_grad_(False)
+        self.A, self.B, self.scale = nn.ParameterDict(), nn.ParameterDict(), {}
+        self.in_features, self.out_features = base.in_features, base.out_features
+        self.active: str | None = None
+
+    def add(self, name: str, r: int, alpha: float) -> None:
+        device = self.base.weight.device
+        A = torch.empty(r, self.base.in_features)  # drawn on the CPU: the same start on every device
+        nn.init.kaiming_uniform_(A, a=5**0.5)
+        self.A[name] = nn.Parameter(A.to(device))
+        self.B[name] = nn.Parameter(torch.zeros(self.base.out_features, r, device=device))
+        self.scale[name] = alpha / r
+
+    def forward(self, x):
+        y = self.base(x)
+        if self.active is None:
+            return y
+        A, B = self.A[self.active].to(x.dtype), (self.scale[self.active] * self.B[self.active]).to(x.dtype)
+        rows = y.shape[:-1].numel()  # one fused product-and-sum on two-dimensional views
+        return torch.addmm(y.view(rows, -1), x.reshape(rows, -1) @ A.T, B.T).view_as(y)
+
+
+# Copied from grpo.py::add_lora
+def add_lora(model, name: str, r: int, alpha: float, targets, layers=None) -> list[nn.Parameter]:
+    """Put adapter `name` on the projections `targets` of the decoder layers (all, or those in `layers`).
+
+    Freezes every other parameter, activates the adapter, and returns its parameters in layer order.
+    Errors: ValueError if a target does not exist or r < 1.
+    """
+    if r < 1:
+        raise ValueError(f"--lora-r {r}: the rank must be 1 or more (or train all weights with --full)")
+    model.requires_grad_(False)
+    params, found = [], set()
+    for i, layer in enumerate(model.base_model.layers):
+        for path, module in list(layer.named_modules()):
+            leaf = path.rpartition(".")[2]
+            if leaf not in targets or not isinstance(module, nn.Linear | LoRALinear):
+                continue
+            found.add(leaf)
+            if layers is not None and i not in layers:
+                continue
+            if isinstance(module, nn.Linear):
+                module = LoRALinear(module)
+                layer.set_submodule(path, module)
+            module.add(name, r, alpha)
+            module.active = name
+            params += [module.A[name], module.B[name]]
+    if missing := set(targets) - found:
+        raise ValueError(f"--lora-targets {' '.join(sorted(missing))}: no such linear layer in this model "
+                         f"(it has {' '.join(sorted(found)) or 'none of those asked for'})")
+    return params
+
+
+# Copied from grpo.py::lora_modules
+def lora_modules(model) -> dict[str, LoRALinear]:
+    return {path: module for path, module in model.named_modules() if isinstance(module, LoRALinear)}
+
+
+# Copied from grpo.py::use_adapter
+@contextmanager
+def use_adapter(model, name: str | None):
+    """Within the block the model runs with adapter `name` (None: the bare base); afterwards as it was."""
+    modules = lora_modules(model).values()
+    before = [module.active for module in modules]
+    for module in modules:
+        module.active = name if name in module.A else None
+    try:
+        yield
+    finally:
+        for module, active in zip(modules, before):
+            module.active = active
+
+
+# Copied from grpo.py::enable_checkpointing
+def enable_checkpointing(model) -> None:
+    """Recompute each layer in the backward pass, with the adapter of its forward, not one active by then."""
+
+    def contexts():
+        active = next((module.active for module in lora_modules(model).values()), None)
+        return nullcontext(), use_adapter(model, active)
+
+    model.gradient_checkpointing_enable({"use_reentrant": False, "context_fn": contexts})
+
+
+# Copied from grpo.py::adapter_tensors
+def adapter_tensors(model, name: str) -> dict[str, tuple[nn.Parameter, nn.Parameter]]:
+    """(A, B) of adapter `name` by its layer's path: what `models.save_adapter` and `load_adapter` take."""
+    return {path: (module.A[name], module.B[name])
+            for path, module in lora_modules(model).items() if name in module.A}
+
+
+# Copied from grpo.py::merged_state_dict
+@torch.no_grad()
+def merged_state_dict(model) -> dict[str, torch.Tensor]:
+    """The weights of a plain model, the active adapter added in float32; the base itself is untouched."""
+    state = {key.replace(".base.", "."): value for key, value in model.state_dict().items()
+             if ".A." not in key and ".B." not in key}
+    for path, module in lora_modules(model).items():
+        if module.active is not None:
+            delta = module.scale[module.active] * module.B[module.active] @ module.A[module.active]
+            weight = module.base.weight
+            state[f"{path}.weight"] = (weight.float() + delta).to(weight.dtype)
+    return state
+
+
+@dataclass
+class Comparison:
+    """A prompt's replies, the best one first, each as one row of token ids, prompt included."""
+
+    preference: data.Preference
+    rows: list[list[int]]
+
+    def __len__(self):
+        return max(map(len, self.rows))
+
+
+def ranking_loss(scores, margins, *, loss, centre=0.0):
+    """Loss of each question from its replies' scores, the best reply's in column 0.
+
+    Shapes: scores [B, N], float32, -inf where a question has fewer than N replies; margins [B] -> [B].
+    "pair", of the first two columns: -log sigma(chosen - rejected - margin) (arXiv 2307.09288 eq. 2), which
+    no difference overflows; "best-of-n": -log softmax(scores)_0 (arXiv 1909.08593 eq. 1), without margins.
+    Both add centre times the square of the sum of the scores (arXiv 2312.09244, for two replies).
+    """
+    if loss == "pair":
+        scores = scores[:, :2]
+        values = -F.logsigmoid(scores[:, 0] - scores[:, 1] - margins)
+    else:
+        values = -scores.log_softmax(1)[:, 0]
+    return values + centre * scores.masked_fill(scores.isneginf(), 0).sum(1) ** 2
+
+
+def calibration(margins, bins=10):
+    """How sure the model was against how often it was right: (confidence, accuracy, pairs) of each bin.
+
+    margins: score of chosen less score of rejected. Confidence sigma(|margin|), 0.5 to 1, in equal bins; the
+    empty ones are left out.
+    """
+    margins = torch.tensor(margins, dtype=torch.float64)
+    confidence, right = torch.sigmoid(margins.abs()), (margins.sign() + 1) / 2  # a tie is half right
+    which = ((confidence - 0.5) * 2 * bins).long().clamp(max=bins - 1)
+    return [(confidence[which == b].mean().item(), right[which == b].mean().item(), int((which == b).sum()))
+            for b in which.unique().tolist()]
+
+
+# Copied from grpo.py::pack
+def pack(lengths, tokens_per_batch):
+    """Split rows into micro-batches of similar length: lists of row numbers, each row once.
+
+    A micro-batch, padded to its longest row, holds at most tokens_per_batch tokens (one row may exceed it).
+    """
+    batches, longest = [], 0
+    for row in sorted(range(len(lengths)), key=lambda row: -lengths[row]):
+        if not batches or (len(batches[-1]) + 1) * longest > tokens_per_batch:
+            batches.append([])
+            longest = lengths[row]
+        batches[-1].append(row)
+    return batches
+
+
+# Copied from grpo.py::learning_rate
+def learning_rate(step, args):
+    """Rate of step 1, 2, ...: linear warm-up to args.lr, then constant or linear/cosine to 0 past the end."""
+    if step < args.warmup_steps:
+        return args.lr * step / args.warmup_steps
+    done = (step - args.warmup_steps) / max(1, args.max_steps - args.warmup_steps + 1)
+    return args.lr * {"constant": 1.0, "linear": 1 - done,
+                      "cosine": (1 + math.cos(math.pi * done)) / 2}[args.lr_schedule]
+
+
+def accumulate_gradients(model, head, comparisons, args, n_questions, tokens_per_batch, device):
+    """Add the gradient of the step's mean loss over this rank's questions; returns sums for the metrics.
+
+    A question's replies stay in one micro-batch: its loss couples them.
+    """
+    names = ("loss", "accuracy", "margin", "chosen", "rejected")
+    sums = dict.fromkeys(names, torch.zeros((), device=device))
+    for picked in pack([len(c.rows) * len(c) for c in comparisons], tokens_per_batch):
+        batch = [comparisons[i] for i in picked]
+        margins = torch.tensor([args.margin * c.preference.margin for c in batch]).to(device)
+        place = torch.tensor([(i, n) for i, c in enumerate(batch) for n in range(len(c.rows))]).to(device)
+        flat = models.last_token_scores(model, head, [row for c in batch for row in c.rows])
+        scores = torch.full((len(batch), max(len(c.rows) for c in batch)), -math.inf, device=device)
+        scores = scores.index_put(tuple(place.T), flat)  # [B, N]
+        loss = ranking_loss(scores, margins, loss=args.loss, centre=args.centre)
+        (loss.sum() / n_questions).backward()
+        chosen, rejected = scores.detach()[:, 0], scores.detach()[:, 1:].max(1).values  # the best other
+        for name, value in zip(names, (loss, chosen > rejected, chosen - rejected, chosen, rejected)):
+            sums[name] = sums[name] + value.detach().sum()
+    return {name: value.item() for name, value in sums.items()}
+
+
+@torch.no_grad()
+def score_all(model, head, comparisons, tokens_per_batch):
+    """The score of every reply, as lists like `Comparison.rows`."""
+    flat = [(i, row) for i, c in enumerate(comparisons) for row in c.rows]
+    values = [None] * len(flat)
+    for picked in pack([len(row) for _, row in flat], tokens_per_batch):
+        scores = models.last_token_scores(model, head, [flat[i][1] for i in picked]).tolist()
+        for i, value in zip(picked, scores):
+            values[i] = value
+    scored = [[] for _ in comparisons]
+    for (i, _), value in zip(flat, values):
+        scored[i].append(value)
+    return scored
+
+
+def evaluate(model, head, comparisons, args, step, tokens_per_batch, run):
+    """Held-out loss, ranking accuracy and calibration; every reply's score goes to eval.csv.
+
+    Returns (mean, deviation) of the scores.
+    """
+    mine = dist.share(comparisons)
+    scored, _ = retry_smaller(lambda size: score_all(model, head, mine, size), tokens_per_batch, run.device,
+                              1, "tokens per batch")
+    rows = [{"step": step, "id": c.preference.id, "sample": n - 1,
+             "prompt": data.prompt_text(c.preference.prompt),
+             "chosen": c.preference.chosen, "rejected": (c.preference.rejected, *c.preference.others)[n - 1],
+             "score_chosen": scores[0], "score_rejected": scores[n], "correct": int(scores[0] > scores[n]),
+             "tokens_chosen": len(c.rows[0]), "tokens_rejected": len(c.rows[n]),
+             "margin": c.preference.margin}
+            for c, scores in zip(mine, scored) for n in range(1, len(scores))]
+    rows = sorted(itertools.chain(*dist.gather(rows)), key=lambda row: (row["id"], row["sample"]))
+    run.write_rows(rows, "eval.csv")
+    chosen, rejected, longer = (torch.tensor([row[name] for row in rows], dtype=torch.float64)
+                                for name in ("score_chosen", "score_rejected", "tokens_chosen"))
+    longer -= torch.tensor([row["tokens_rejected"] for row in rows])
+    bins, scores = calibration((chosen - rejected).tolist()), torch.cat([chosen, rejected])
+    values = ranking_loss(torch.stack([chosen, rejected], 1), args.margin * torch.tensor(
+        [row["margin"] for row in rows], dtype=torch.float64), loss="pair", centre=args.centre)
+    with_length = torch.corrcoef(torch.stack([chosen - rejected, longer]))[0, 1].nan_to_num()
+    metrics = {"eval/loss": values.mean().item(),
+               "eval/ranking_accuracy": ((chosen - rejected).sign() + 1).mean().item() / 2,
+               "eval/margin": (chosen - rejected).mean().item(),
+               "eval/calibration_error": sum(n * abs(sure - right) for sure, right, n in bins) / len(rows),
+               "eval/length_correlation": with_length.item(),
+               "eval/score": scores.mean().item(), "eval/score_std": scores.std().item(),
+               "eval/pairs": len(rows)}
+    run.log(step, metrics)
+    run.print(f"step {step}: " + "  ".join(f"{name} {value:.4g}" for name, value in metrics.items()))
+    return metrics["eval/score"], metrics["eval/score_std"]
+
+
+def check_scores(model, head, comparisons, args, device):
+    """Measure what must hold before training: name -> (value, largest right value).
+
+    A row's padding changes no score; every adapter and the head get gradient; no frozen weight does.
+    """
+    exact = device.type == "cpu" and next(model.parameters()).dtype == torch.float32
+    alone, padded = (torch.tensor(sum(score_all(model, head, comparisons, size), [])) for size in (1, 10**9))
+    accumulate_gradients(model, head, comparisons, args, len(comparisons), 10**9, device)
+    adapters = [module for module in lora_modules(model).values() if module.active]
+    checks = {
+        "padding": ((alone - padded).abs().max().item(), 1e-4 if exact else 0.5),
+        "adapters without gradient": (sum(not module.B[module.active].grad.any() for module in adapters), 0),
+        "heads without gradient": (int(not head.grad.any()), 0),
+        "frozen weights with gradient": (sum(p.grad is not None for p in model.parameters()
+                                             if not p.requires_grad), 0)}
+    for p in [head, *model.parameters()]:
+        p.grad = None
+    return checks
+
+
+def encode(tokenizer, preferences, args, dropped):
+    """Comparisons of token ids, those longer than --max-tokens left out and counted in `dropped`."""
+    found = []
+    for p in preferences:
+        prompt = data.encode_prompt(tokenizer, p.prompt, args.system, args.prompt_template)
+        replies = (p.chosen, p.rejected, *(p.others if args.loss == "best-of-n" else ()))
+        comparison = Comparison(p, [prompt + data.encode_completion(tokenizer, reply, tokenizer.eos_token_id)
+                                    for reply in replies])
+        if args.max_tokens and len(comparison) > args.max_tokens:
+            dropped["too long"] += 1
+        else:
+            found.append(comparison)
+    return found
+
+
+def resolve(args, device):
+    """Fill in the defaults that depend on others, and refuse what cannot work, before any load or write."""
+    embedded = models.is_embedded(args.model)
+    for name in ("pairs_per_step", "passes", "pairs_per_question", "save_every", "keep", "eval_pairs",
+                 "eval_every"):
+        if getattr(args, name) < 1:
+            raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be 1 or more")
+    for name in ("margin", "centre"):
+        if getattr(args, name) < 0:
+            raise ValueError(f"--{name} {getattr(args, name)}: must be 0 or more")
+    if args.max_grad_norm <= 0:
+        raise ValueError(f"--max-grad-norm {args.max_grad_norm}: must be more than 0 (inf: no clipping)")
+    if args.loss == "best-of-n" and args.margin:
+        raise ValueError(f"--margin {args.margin}: only with --loss pair")
+    return replace(
+        args, pairs=args.pairs or ("arithmetic" if embedded else "ultrafeedback"),
+        # a CPU's caches are small
+        tokens_per_batch=args.tokens_per_batch or (2048 if device.type == "cpu" else 16384),
+        lr=args.lr or (3e-4 if embedded else 1e-5 if args.full else 1e-4))
+
+
+def main(args: Args) -> None:
+    # ---- set up: whatever can be wrong is found here ----
+    device = dist.setup(args.device)
+    args, dropped = resolve(args, device), Counter()
+    check_out(args)
+    tokenizer = models.load_tokenizer(args.model)
+    preferences = data.load_preferences(
+        args.pairs, seed=args.seed, level=args.level or None, pairs_per_question=args.pairs_per_question,
+        label_tokenizer=args.label_tokenizer, dropped=dropped)
+    parts = data.carve(preferences, n_train=args.train_pairs, seed=args.seed, name=args.pairs,
+                       n_validation=max(1, min(args.eval_pairs, len(preferences) // 10)))
+    train, held_out = (encode(tokenizer, part, args, dropped) for part in parts)
+    if not train or not held_out:
+        raise ValueError(f"--max-tokens {args.max_tokens} leaves {len(train)} pairs of {args.pairs} to train "
+                         f"on and {len(held_out)} held out")
+    longest = max(map(len, train + held_out))
+    if args.max_steps == 0:
+        args = replace(args, max_steps=math.ceil(args.passes * len(train) / args.pairs_per_step))
+    asked = args
+    if args.dry_run:
+        args = replace(args, max_steps=1, wandb=False, resume=False)
+        train = sorted(train, key=lambda c: -len(c.rows) * len(c))[:args.pairs_per_step]
+    torch.manual_seed(args.seed)
+    dtype = models.choose_dtype(args.dtype, device)
+    model = models.load_model(args.model, torch.float32 if args.full else dtype, device, longest)
+    models.check_token_ids(model, tokenizer)
+    size = model.config.hidden_size
+    head = nn.Parameter((torch.randn(1, size) / (size + 1) ** 0.5).to(device))  # arXiv 1909.08593's start
+    if args.full:  # not an untied lm_head: scores do not come from it
+        model.requires_grad_(False)
+        params = [p.requires_grad_() for p in model.base_model.parameters()]
+    else:
+        params = add_lora(model, "reward", args.lora_r, args.lora_alpha, args.lora_targets,
+                          models.layer_range(args.train_layers, model))
+    params.append(head)
+    adapter = None if args.full else adapter_tensors(model, "reward")
+    if args.gradient_checkpointing:
+        enable_checkpointing(model)
+    model.train()  # dropout is off (load_model); gradient checkpointing acts in this mode alone
+    optimizer = torch.optim.AdamW(params, lr=args.lr, weight_decay=args.weight_decay)
+    run = Run(args, __file__, device, tags=models.run_tags(args.model, args.pairs))
+    compute = partial(torch.autocast, device.type, torch.bfloat16,
+                      enabled=args.full and dtype == torch.bfloat16)
+    run.print(models.describe(args, model, params, dtype))
+    run.print(f"data: {args.pairs}, {len(train)} pairs to train on, {len(held_out)} held out, up to "
+              f"{longest} tokens; left out: "
+              f"{', '.join(f'{name} {n}' for name, n in dropped.items()) or 'none'}")
+
+    step, bad_steps, tokens_per_batch, scale = 0, 0, args.tokens_per_batch, (0.0, 1.0)
+    if args.resume:
+        folder, saved = run.load()
+        if folder:
+            models.load_trained(folder, model, adapter, head)
+            optimizer.load_state_dict(saved["optimizer"])
+            torch.set_rng_state(saved["rng"])
+            step, tokens_per_batch, scale = saved["step"], saved["tokens_per_batch"], saved["scale"]
+
+    def save_weights(folder, merge=False):
+        if merge:
+            models.save_plain(model, tokenizer, merged_state_dict(model) | {models.HEAD: head}, folder)
+        else:
+            models.save_trained(model, tokenizer, adapter, args, folder, head)
+        Path(folder, models.REWARD_FILE).write_text(json.dumps(
+            {"system": args.system, "prompt_template": args.prompt_template,
+             "mean": scale[0], "std": max(scale[1], 1e-6)}))
+
+    with compute():
+        run.self_check(check_scores(model, head, train[:3], args, device))
+        if step == 0 and not args.dry_run:
+            scale = evaluate(model, head, held_out, args, step, tokens_per_batch, run)
+
+    stop = False
+    while step < args.max_steps and not stop:
+        step += 1
+        rows = data.batch_indices(len(train), (step - 1) * args.pairs_per_step, args.pairs_per_step,
+                                  args.seed)
+        mine = dist.share([train[i] for i in rows])
+
+        # ---- update ----
+        with run.profile(step), compute(), run.phase("update"):
+            def attempt(size):
+                optimizer.zero_grad()
+                return accumulate_gradients(model, head, mine, args, len(rows), size, device)
+
+            sums, tokens_per_batch = retry_smaller(
+                attempt, tokens_per_batch, device, 2 * longest, "tokens per batch")
+            dist.sum_gradients(params)
+            norm = nn.utils.clip_grad_norm_(params, args.max_grad_norm).item()
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(step, args)
+            if math.isfinite(norm):
+                optimizer.step()
+                bad_steps = 0
+            else:
+                bad_steps += 1
+                run.print(f"step {step}: the gradient is not finite; the update is skipped "
+                          f"({bad_steps} in a row)")
+            optimizer.zero_grad()
+
+        # ---- log ----
+        sums = dist.sum_dict(sums, device)
+        metrics = {name: value / len(rows) for name, value in sums.items()} | {
+            "grad_norm": norm, "lr": optimizer.param_groups[0]["lr"], "tokens_per_batch": tokens_per_batch}
+        metrics = run.log(step, metrics, args.max_steps, show=("loss", "accuracy", "margin", "grad_norm"))
+        if args.dry_run:
+            break
+
+        # ---- evaluate ----
+        if step % args.eval_every == 0 or step == args.max_steps:
+            with compute():
+                scale = evaluate(model, head, held_out, args, step, tokens_per_batch, run)
+
+        # ---- save ----
+        stop = bad_steps >= 5 or dist.any_rank(run.stop, device)
+        if step % args.save_every == 0 or step == args.max_steps or stop:
+            run.save(step, save_weights, {
+                "optimizer": optimizer.state_dict(), "rng": torch.get_rng_state(), "step": step,
+                "tokens_per_batch": tokens_per_batch, "scale": scale})
+        if bad_steps >= 5:
+            raise ValueError(f"the gradient was not finite in {bad_steps} updates in a row; "
+                             f"the state is in {run.path}: lower --lr")
+
+    # ---- the end ----
+    if args.dry_run:
+        run.dry_run_report(metrics, asked.max_steps, sum(len(row) for c in mine for row in c.rows))
+        return
+    if step == args.max_steps:
+        run.save_final(partial(save_weights, merge=args.merge))
+        run.before_after("ranking accuracy")
+        if dist.is_main():
+            last = [row for row in run.read_rows("eval.csv") if int(row["step"]) == step]
+            chosen, rejected = ([float(row[f"score_{name}"]) for row in last]
+                                for name in ("chosen", "rejected"))
+            curves.draw_calibration(chosen, rejected, calibration([c - r for c, r in zip(chosen, rejected)]),
+                                    run.path / "calibration.png")
+    run.finish()
+
+
+if __name__ == "__main__":
+    cli(main, Args)
