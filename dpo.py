@@ -132,7 +132,7 @@ class Args:
     """share of pairs that may be labelled wrongly: cDPO with sigmoid; robust corrects for it"""
     length_normalize: bool = False
     """divide each log-ratio by its completion's length before h (SimPO always does)"""
-    gamma: float = 1.0
+    simpo_gamma: float = 1.0
     """SimPO's margin"""
     reference: Literal["base", "previous"] = "base"
     """the start model, or the policy at the start of the iteration"""
@@ -869,7 +869,7 @@ def preference_loss(chosen, rejected, ref_chosen, ref_rejected, chosen_tokens, r
 
 def loss_switches(args):
     return dict(loss=args.loss, beta=args.beta, label_smoothing=args.label_smoothing,
-                length_normalize=args.length_normalize, gamma=args.gamma)
+                length_normalize=args.length_normalize, gamma=args.simpo_gamma)
 
 
 def right_against_wrong(prompt_ids, completions, correct, most):

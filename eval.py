@@ -97,7 +97,7 @@ class Args:
     """rows sampled at a time per rank; halved when memory runs out"""
     # ---- method ----
     rewards: tuple[str, ...] = ("correctness=1", "format=0.2")
-    """reward functions and weights: correctness, format, digit, mark, math, yours as file.py:name=weight"""
+    """with weights: correctness, format, digit, mark, math, model:runs/rm, yours as file.py:name=weight"""
     reward_timeout: float = 30.0
     """seconds that a call of a reward of your own may take; its row is left out and counted"""
     # ---- evaluation ----
@@ -792,8 +792,7 @@ class OneBase:
     def sampler(self, name, tokenizer, max_tokens):
         """A Sampler of the named model."""
         folder = models.resolve(self.names[name])
-        config = Path(folder) / "adapter_config.json"
-        settings = json.loads(config.read_text()) if config.exists() else {}
+        settings = models.adapter_settings(folder)
         base = models.absolute(settings["base_model_name_or_path"] if settings else folder)
         if base != self.base:
             self.model = None  # the old one goes before the next comes

@@ -52,6 +52,8 @@ class Args:
     """seed of data order, adapter initialisation and sampling noise"""
     max_steps: int = 60
     """optimizer steps in all"""
+    token_budget: int = 0
+    """end with the step in which so many tokens have been sampled for training; 0: by --max-steps alone"""
     save_every: int = 50
     """steps between checkpoints (one is always written at the end, and on SIGTERM or Ctrl-C)"""
     keep: int = 2
@@ -114,7 +116,7 @@ class Args:
     """rows sampled at a time per rank; halved when memory runs out"""
     # ---- method ----
     rewards: tuple[str, ...] = ("correctness=1", "format=0.2")
-    """reward functions and weights: correctness, format, digit, mark, math, yours as file.py:name=weight"""
+    """with weights: correctness, format, digit, mark, math, model:runs/rm, yours as file.py:name=weight"""
     reward_timeout: float = 30.0
     """seconds that a call of a reward of your own may take; its row is left out and counted"""
     group_scaling: Literal["std", "none", "loo"] = "std"
@@ -1063,7 +1065,7 @@ def mean(values):
     return sum(values) / len(values) if values else 0.0
 
 
-def log_step(run, step, args, sampled, sums, accumulated_reward, more):
+def log_step(run, step, args, sampled, sums, accumulated_reward, sampled_tokens, more):
     """Metrics of a step over all ranks, its rollouts to samples.csv, and now and then one to the terminal."""
     rows = sorted(itertools.chain(*dist.gather([csv_row(r, step) for r in sampled])),
                   key=lambda row: (row["group"], row["sample"]))
@@ -1081,7 +1083,7 @@ def log_step(run, step, args, sampled, sums, accumulated_reward, more):
         "reward": average, "reward/std": mean([(x - average) ** 2 for x in known]) ** 0.5,
         "reward/min": min(known, default=0.0), "reward/max": max(known, default=0.0),
         **{name: mean(column(name)) for name in rows[0] if name.startswith("reward/")},
-        "accumulated_reward": accumulated_reward + sum(known),
+        "accumulated_reward": accumulated_reward + sum(known), "sampled_tokens": sampled_tokens + n_tokens,
         "correct": mean(column("correct")), "tokens": n_tokens / len(rows),
         "tokens/max": max(column("tokens")), "truncated": 1 - mean(column("finished")),
         "entropy": -sum(row["logprob"] for row in rows) / n_tokens, "reward_failed": len(rows) - len(known),
@@ -1222,22 +1224,23 @@ def main(args: Args) -> None:
               f"up to {longest} tokens; {args.prompts_per_step} x {args.num_generations} samples a step")
 
     step, position, accumulated_reward, bad_steps, tokens_per_batch = 0, 0, 0.0, 0, args.tokens_per_batch
+    sampled_tokens = 0
     if args.resume:
         folder, saved = run.load()
         if folder:
             models.load_trained(folder, model, adapter)
             optimizer.load_state_dict(saved["optimizer"])
             torch.set_rng_state(saved["rng"])
-            step, position, accumulated_reward, tokens_per_batch = (
-                saved[name] for name in ("step", "position", "accumulated_reward", "tokens_per_batch"))
+            step, position, accumulated_reward, tokens_per_batch, sampled_tokens = (saved[name] for name in (
+                "step", "position", "accumulated_reward", "tokens_per_batch", "sampled_tokens"))
     with compute():
         run.self_check(self_check(model, params, sampler, [prompt_ids[e.id] for e in train[:3]], args,
                                   args.temperature, device))
         if step == 0 and not args.dry_run:
             evaluate(sampler, held_out, prompt_ids, args, step, tokenizer, run)
 
-    stop = False
-    while step < args.max_steps and not stop:
+    stop, last = False, step == args.max_steps or 0 < args.token_budget <= sampled_tokens
+    while not (last or stop):
         step += 1
         with run.profile(step), compute():
             # ---- sample and reward ----
@@ -1315,25 +1318,27 @@ def main(args: Args) -> None:
         if args.kl_in == "reward":  # of rows that the loss leaves out, too
             first_sums |= {"kl": sum(r.kl for r in rollouts),
                            "kl_tokens": sum(len(r.completion.ids) for r in rollouts)}
-        metrics = log_step(run, step, args, sampled, first_sums | {"rows": len(live)}, accumulated_reward, {
+        metrics = log_step(run, step, args, sampled, first_sums | {"rows": len(live)}, accumulated_reward,
+                           sampled_tokens, {
             "grad_norm": norm, "lr": optimizer.param_groups[0]["lr"], "questions_drawn": drawn,
             "tokens_per_batch": tokens_per_batch})
-        accumulated_reward = metrics["accumulated_reward"]
+        accumulated_reward, sampled_tokens = metrics["accumulated_reward"], metrics["sampled_tokens"]
+        last = step == args.max_steps or 0 < args.token_budget <= sampled_tokens
         if args.dry_run:
             break
 
         # ---- evaluate ----
-        if step % args.eval_every == 0 or step == args.max_steps:
+        if step % args.eval_every == 0 or last:
             with compute():
                 evaluate(sampler, held_out, prompt_ids, args, step, tokenizer, run)
 
         # ---- save ----
         stop = bad_steps >= 5 or dist.any_rank(run.stop, device)
-        if step % args.save_every == 0 or step == args.max_steps or stop:
+        if step % args.save_every == 0 or last or stop:
             run.save(step, save_weights, {
                 "optimizer": optimizer.state_dict(), "rng": torch.get_rng_state(), "step": step,
                 "position": position, "accumulated_reward": accumulated_reward,
-                "tokens_per_batch": tokens_per_batch})
+                "tokens_per_batch": tokens_per_batch, "sampled_tokens": sampled_tokens})
         if bad_steps >= 5:
             raise ValueError(f"the loss was not finite in {bad_steps} updates in a row; "
                              f"the state is in {run.path}: lower --lr")
@@ -1342,7 +1347,7 @@ def main(args: Args) -> None:
     if args.dry_run:
         run.dry_run_report(metrics, asked.max_steps, metrics["tokens_trained"])
         return
-    if step == args.max_steps:
+    if last:
         run.save_final(partial(models.save_plain, model, tokenizer, merged_state_dict(model)) if args.merge
                        else save_weights)
         run.before_after()

@@ -11,13 +11,8 @@ forward pass (unrolled has its token budget): with the wide vocabulary give 8, o
 takes 5 GB. TRL is optional: pip install trl peft datasets accelerate.
 """
 
-import importlib.util
-import json
 import os
-import re
-import resource
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -34,11 +29,10 @@ import torch
 from torch import nn
 
 import grpo
+from bench import beside
 from bench.models import read_prompts
 from common import models
 from common.run import retry_smaller
-
-PEER = ("trl", "peft", "datasets", "accelerate")
 
 
 def odd_share(ids):
@@ -100,15 +94,6 @@ def one_step(model, params, optimizer, sampler, prompt_ids, args, step, device, 
         nn.utils.clip_grad_norm_(params, args.max_grad_norm)
         optimizer.step()
     return seconds, [len(r.completion.ids) for r in rollouts]
-
-
-def peak_memory_gb():
-    """Largest resident memory of this program. (Linux's ru_maxrss counts the one that started it, too.)"""
-    status = Path("/proc/self/status")
-    own = re.search(r"VmHWM:\s*(\d+) kB", status.read_text()) if status.exists() else None
-    if own:
-        return int(own[1]) / 2**20
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)
 
 
 def unrolled(a):
@@ -204,21 +189,11 @@ def measure(a, side):
     torch.set_num_threads(a.threads)
     with tempfile.TemporaryDirectory() as folder:
         steps, lengths = unrolled(a) if side == "unrolled" else trl(a, folder)
-    steps, lengths = steps[a.warmup:], lengths[a.warmup:]
+    lengths = lengths[a.warmup:]
     flat = [n for step in lengths for n in step]
-    seconds = {name: round(statistics.median(step[name] for step in steps), 4) for name in steps[0]}
-    return {"bench": "grpo_step", "side": side, "seconds": seconds, "longest": max(flat),
-            "mean_length": round(statistics.mean(flat), 1), "tokens_per_step": round(sum(flat) / len(steps)),
-            "peak_gb": round(peak_memory_gb(), 3)}
-
-
-def run_side(words, side):
-    """One side in a process of its own. Errors: RuntimeError with the end of what it wrote."""
-    command = [sys.executable, str(Path(__file__).resolve()), *words, "--side", side]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise RuntimeError(f"{' '.join(command)} failed:\n{done.stderr[-2000:]}")
-    return json.loads(done.stdout.splitlines()[-1])
+    return {"bench": "grpo_step", "side": side, "seconds": beside.median_of(steps, a.warmup),
+            "longest": max(flat), "mean_length": round(statistics.mean(flat), 1),
+            "tokens_per_step": round(sum(flat) / len(lengths)), "peak_gb": round(beside.peak_memory_gb(), 3)}
 
 
 def main():
@@ -228,45 +203,11 @@ def main():
     parser.add_argument("--group", type=int, default=8, help="samples per prompt")
     parser.add_argument("--new", type=int, default=128, help="longest completion, tokens")
     parser.add_argument("--beta", type=float, default=0.04, help="KL coefficient; 0: no reference pass")
-    parser.add_argument("--micro", type=int, default=0, help="TRL's samples per forward pass; 0: all")
-    parser.add_argument("--rank", type=int, default=16)
-    parser.add_argument("--lr", type=float, default=1e-5)
-    parser.add_argument("--steps", type=int, default=8, help="steps of each side in each round")
-    parser.add_argument("--warmup", type=int, default=2, help="of these, not counted")
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--side", choices=("both", "unrolled", "trl"), default="both", help="one: here, once")
+    beside.add_arguments(parser)
     a = parser.parse_args()
-    if a.warmup >= a.steps:
-        parser.error(f"--warmup {a.warmup} leaves none of {a.steps} steps to count")
     if a.micro and a.prompts * a.group % a.micro:
         parser.error(f"--micro {a.micro} does not divide the {a.prompts * a.group} samples of a step")
-    if a.side != "both":
-        print(json.dumps(measure(a, a.side)))
-        return
-
-    sides = ["trl", "unrolled"]
-    if missing := [name for name in PEER if importlib.util.find_spec(name) is None]:
-        missing = " ".join(missing)
-        print(f"TRL is left out, {missing} not installed: pip install {missing}", file=sys.stderr)
-        sides = ["unrolled"]
-    rounds = []
-    for r in range(a.rounds):
-        rounds.append({side: run_side(sys.argv[1:], side) for side in sides[::-1 if r % 2 else 1]})
-        for side in sides:
-            figures = rounds[-1][side]
-            split = "  ".join(f"{name} {value:.3f}" for name, value in figures["seconds"].items())
-            line = f"round {r + 1}: {side:8s}  {split}  peak {figures['peak_gb']:.2f} GB"
-            print(line, file=sys.stderr, flush=True)
-    seconds = {side: [row[side]["seconds"]["step"] for row in rounds] for side in sides}
-    ratios = [theirs / ours for theirs, ours in zip(seconds.get("trl", []), seconds["unrolled"])]
-    print(json.dumps({
-        "bench": "grpo_step", **vars(a),
-        "seconds": {side: statistics.median(seconds[side]) for side in sides},
-        "peak_gb": {side: max(row[side]["peak_gb"] for row in rounds) for side in sides},
-        "ratio": round(statistics.median(ratios), 3) if ratios else None,
-        "ratio_range": [round(min(ratios), 3), round(max(ratios), 3)] if ratios else None, "each": rounds}))
+    beside.compare(a, parser, __file__, measure)
 
 
 if __name__ == "__main__":

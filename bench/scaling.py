@@ -17,7 +17,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from bench.grpo_step import run_side
+from bench.beside import run_side
 from bench.models import build
 
 
@@ -46,7 +46,7 @@ def main():
         for r in range(a.rounds):
             for (what, value, vocab_size, settings), rounds in zip(points, measured):
                 words = [f"--model={folder}/{vocab_size}", *(f"--{name}={x}" for name, x in settings.items())]
-                rounds.append(run_side(words, "unrolled"))
+                rounds.append(run_side(Path(__file__).with_name("grpo_step.py"), words, "unrolled"))
                 seconds = rounds[-1]["seconds"]["step"]
                 print(f"round {r + 1}: {what} {value}: {seconds:.3f} s", file=sys.stderr, flush=True)
 

@@ -128,9 +128,21 @@ def load_config(name: str):
 
 def base_of(name: str) -> str:
     """The folder or hub id that holds the weights: for an adapter's folder, the base it names."""
-    name = resolve(name)
-    adapter = Path(name) / "adapter_config.json"
-    return base_of(json.loads(adapter.read_text())["base_model_name_or_path"]) if adapter.exists() else name
+    settings = adapter_settings(name)
+    return base_of(settings["base_model_name_or_path"]) if settings else resolve(name)
+
+
+def adapter_settings(name: str) -> dict:
+    """The adapter_config.json of a model that is an adapter; {} for any other."""
+    path = Path(resolve(name)) / "adapter_config.json"
+    return json.loads(path.read_text()) if path.exists() else {}
+
+
+def check_reward_model(name: str) -> str:
+    """The name. Errors: ValueError if reward_model.py did not write what is there."""
+    if not (Path(resolve(name)) / REWARD_FILE).exists():
+        raise ValueError(f"--rewards model:{name}: no reward model; train one with reward_model.py")
+    return name
 
 
 def run_arguments(name: str) -> dict:
@@ -157,8 +169,7 @@ def fingerprint(name: str) -> str:
     for file in sorted(folder.glob("*.safetensors")):  # training moves all weights: a part of them will do
         with open(file, "rb") as handle:
             digest.update(handle.read(2**20) + str(file.stat().st_size).encode())
-    adapter = folder / "adapter_config.json"
-    below = json.loads(adapter.read_text())["base_model_name_or_path"] if adapter.exists() else ""
+    below = adapter_settings(name).get("base_model_name_or_path", "")
     return " + ".join(filter(None, [below and fingerprint(below), digest.hexdigest()[:12]]))
 
 
@@ -193,9 +204,10 @@ def load_model(name: str, dtype: torch.dtype, device: torch.device, max_tokens: 
     config = load_config(name)
     check_length(name, config, max_tokens)
     folder, base = resolve(name), base_of(name)
-    if (Path(folder) / REWARD_FILE).exists() != scores:
-        raise ValueError(f"--rewards model:{name}: no reward model; train one with reward_model.py" if scores
-                         else f"--model {name}: a reward model, no policy; use it as --rewards model:{name}")
+    if scores:
+        check_reward_model(name)
+    elif (Path(folder) / REWARD_FILE).exists():
+        raise ValueError(f"--model {name}: a reward model, no policy; use it as --rewards model:{name}")
     load_dtype = dtype if folder == base else torch.float32
     if from_scratch:
         model = AutoModelForCausalLM.from_config(config)
@@ -231,10 +243,9 @@ def merge_adapters(model, folder: str) -> None:
 
     Errors: ValueError naming the first tensor whose place or shape does not fit, with both shapes.
     """
-    path = Path(folder)
-    if not (path / "adapter_config.json").exists():
+    path, config = Path(folder), adapter_settings(folder)
+    if not config:
         return
-    config = json.loads((path / "adapter_config.json").read_text())
     merge_adapters(model, resolve(config["base_model_name_or_path"]))
     scale = config["lora_alpha"] / (config["r"] ** 0.5 if config.get("use_rslora") else config["r"])
     tensors = load_file(path / "adapter_model.safetensors")

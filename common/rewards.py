@@ -26,7 +26,7 @@ import threading
 import time
 import traceback
 from collections import Counter
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from fractions import Fraction
 from math import isfinite, isnan, nan
@@ -294,16 +294,19 @@ BUILT_IN = {function.__name__: function for function in (correctness, format, di
 class LearnedReward:
     """What a model of reward_model.py thinks of a response: its score, scaled as its reward.json says.
 
-    It holds weights of its own, beside the policy's, in `dtype`. A row longer than its context is NaN.
+    It holds weights of its own, in `dtype`, unless it is given `body`, a model that gives the hidden states
+    within switched_on(). A row longer than its context is NaN.
     Errors: ValueError if the folder holds no reward model.
     """
 
-    def __init__(self, folder, dtype, device, tokens_per_batch):
+    def __init__(self, folder, dtype, device, tokens_per_batch, body=None, switched_on=nullcontext):
         from common import data, models  # here: a user's reward process imports this file without torch
 
         self.encode_prompt, self.encode_completion = data.encode_prompt, data.encode_completion
         self.scores, self.tokenizer = models.last_token_scores, models.load_tokenizer(folder)
-        self.model = models.load_model(folder, dtype, device, scores=True).requires_grad_(False).eval()
+        models.check_reward_model(folder)
+        self.model = body or models.load_model(folder, dtype, device, scores=True).requires_grad_(False)
+        self.switched_on = switched_on
         self.head = models.load_head(models.resolve(folder)).to(device)
         self.settings = json.loads(Path(models.resolve(folder), models.REWARD_FILE).read_text())
         self.longest = self.model.config.max_position_embeddings
@@ -323,7 +326,7 @@ class LearnedReward:
         while order:  # the longest rows first, as many as fit
             n = max(1, self.tokens_per_batch // len(rows[order[-1]]))
             batch, order = order[-n:], order[:-n]
-            with torch.no_grad():
+            with torch.no_grad(), self.switched_on():
                 scores = self.scores(self.model, self.head, [rows[i] for i in batch]).tolist()
             for i, value in zip(batch, scores):
                 values[i] = (value - self.settings["mean"]) / self.settings["std"]

@@ -17,6 +17,7 @@ GROUPS = ["run", "data", "model", "LoRA", "sampling", "method", "optimizer", "ev
 OWN = {  # what a script means by these is its own
     "eval.py": {"model", "resume", "dry_run", "seed"},  # several models; no optimizer steps to go on with
     "dpo.py": {"beta"},
+    "ppo.py": {"recompute_old"},
     "reward_model.py": {"pairs", "loss", "passes", "system"}}  # its data are pairs
 EVERYWHERE = {"model", "data", "out", "seed", "max_steps", "resume", "wandb", "dry_run", "config", "device"}
 

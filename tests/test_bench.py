@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import grpo
-from bench import gpu, grpo_step, models, sampling, scaling
+from bench import beside, gpu, grpo_step, models, pairs_step, sampling, scaling
 
 ROOT = Path(__file__).resolve().parents[1]
 torch.set_num_threads(1)
@@ -109,7 +109,7 @@ def toy_step(folder):
 
 @pytest.mark.slow
 def test_grpo_step_without_trl(folder, capsys, monkeypatch):
-    monkeypatch.setattr(grpo_step, "PEER", ("trl_is_absent",))
+    monkeypatch.setattr(beside, "PEER", ("trl_is_absent",))
     (line,), _, err = run_main(grpo_step, capsys, monkeypatch, *toy_step(folder), "--beta", 0)
     assert "trl_is_absent not installed: pip install trl_is_absent" in err
     assert line["ratio"] is None and list(line["seconds"]) == ["unrolled"]
@@ -120,7 +120,7 @@ def test_grpo_step_without_trl(folder, capsys, monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(any(importlib.util.find_spec(name) is None for name in grpo_step.PEER),
+@pytest.mark.skipif(any(importlib.util.find_spec(name) is None for name in beside.PEER),
                     reason="TRL is not installed")
 def test_grpo_step_beside_trl(folder, capsys, monkeypatch):
     (line,), _, _ = run_main(grpo_step, capsys, monkeypatch, *toy_step(folder), "--micro", 4)
@@ -140,6 +140,32 @@ def test_grpo_step_refuses(folder, capsys, monkeypatch, words, message):
     with pytest.raises(SystemExit):
         run_main(grpo_step, capsys, monkeypatch, *toy_step(folder), *words)
     assert message in capsys.readouterr().err
+
+
+# ---- pairs_step.py ----
+
+TOY_PAIRS = ["--batch", 4, "--new", 12, "--steps", 2, "--warmup", 1, "--rounds", 1, "--threads", 1]
+
+
+@pytest.mark.parametrize("method", ["dpo", "sft"])
+def test_pairs_step_alone(folder, capsys, monkeypatch, method):
+    (line,), _, _ = run_main(pairs_step, capsys, monkeypatch, "--model", folder, "--method", method, *TOY_PAIRS,
+                             "--side", "unrolled")
+    assert set(line["seconds"]) == ({"reference", "step"} if method == "dpo" else {"step"})
+    assert 0 < line["seconds"]["step"] < 60 and 0.1 < line["peak_gb"] < 4
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(any(importlib.util.find_spec(name) is None for name in beside.PEER),
+                    reason="TRL is not installed")
+@pytest.mark.parametrize("words", [("dpo",), ("dpo", "--loss", "ipo"), ("dpo", "--loss", "hinge"), ("sft",)])
+def test_loss_and_gradient_norm_equal_trls(folder, capsys, monkeypatch, words):
+    """One batch of ragged pairs, the same adapter on both sides."""
+    (line,), _, _ = run_main(pairs_step, capsys, monkeypatch, "--model", folder, "--check", "--method", *words,
+                             *TOY_PAIRS)
+    assert line["tensors"] == line["ours"] and line["grad_norm"] > 0.1
+    assert line["loss"] == pytest.approx(line["trl_loss"], rel=1e-4)
+    assert line["grad_norm"] == pytest.approx(line["trl_grad_norm"], rel=1e-4)
 
 
 # ---- scaling.py ----

@@ -20,7 +20,6 @@ from reward_model import (
     add_lora,
     calibration,
     ranking_loss,
-    score_all,
 )
 from tests.commands import run
 from tests.tiny_models import some_prompts, tiny_model

@@ -1,0 +1,1471 @@
+"""PPO: a critic tells how much better each token made the answer; clipped steps on policy and critic.
+
+    J = E[min(rho_t A_t, clip(rho_t, 1 - eps, 1 + eps) A_t)]    rho_t = p(y_t) / p_old(y_t), over all tokens
+    A = GAE(gamma, lambda) of r_t = -beta (log p_old - log p_ref)_t + [t is the last token] R
+    L_V = 1/2 E[max((V - ret)^2, (V_old + clip(V - V_old, +-eps_v) - ret)^2)]    ret = A + V_old
+
+Papers: PPO, arXiv 1707.06347, eq. 7; GAE, arXiv 1506.02438, eq. 16; for language models arXiv 1909.08593 and
+2203.02155. Four roles share one frozen base: the policy and the critic are an adapter each (the critic with
+a linear head that starts at zero), the reference is the base with no adapter, the reward is a rule or the
+adapter and head of reward_model.py. Differs from the papers in:
+  - an answer that was cut off at --max-new-tokens is continued by the critic's value, not taken as ended;
+  - advantages are whitened over all tokens of the step and all ranks; returns are not;
+  - --entropy-bonus is paid in the reward of each token, so that the critic sees it, too.
+The first update's policy loss is near 0 and its clip shares are 0, by construction.
+
+    python ppo.py                                                # the embedded model
+    python ppo.py --model Qwen/Qwen2.5-3B-Instruct
+    python ppo.py --model Qwen/Qwen2.5-3B-Instruct --rewards model:runs/rm --beta 0.05
+    torchrun --nproc-per-node 8 ppo.py --model Qwen/Qwen2.5-3B-Instruct
+"""
+
+import copy
+import hashlib
+import itertools
+import json
+import math
+import random
+from collections import deque
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from common import data, dist, models, rewards
+from common.run import Run, check_out, cli, retry_smaller
+
+# Shapes: B rows, T tokens, V vocabulary, P prompts, G samples per prompt, D hidden size, L layers or a row's
+# completion tokens, H heads, K head size, R LoRA rank, N rows or tokens in all.
+
+
+@dataclass
+class Args:
+    # ---- run ----
+    out: str = ""
+    """run directory; empty: one of its own under runs/"""
+    resume: bool = False
+    """go on with the run in --out from its newest checkpoint, with its arguments"""
+    config: str = ""
+    """YAML or JSON file of arguments (a run's config.json too); the command line overrides it"""
+    seed: int = 0
+    """seed of data order, adapter initialisation and sampling noise"""
+    max_steps: int = 40
+    """optimizer steps in all"""
+    token_budget: int = 0
+    """end with the step in which so many tokens have been sampled for training; 0: by --max-steps alone"""
+    save_every: int = 50
+    """steps between checkpoints (one is always written at the end, and on SIGTERM or Ctrl-C)"""
+    keep: int = 2
+    """newest checkpoints to keep"""
+    wandb: bool = False
+    """also log to Weights & Biases"""
+    dry_run: bool = False
+    """build all, run one step at the largest sizes, print peak memory and projected time, keep nothing"""
+    profile: int = 0
+    """steps to trace with torch.profiler, from the first on"""
+    device: str = ""
+    """cuda, mps or cpu; empty: the best there is"""
+    # ---- data ----
+    data: str = ""
+    """data set name, hub id, or local .jsonl/.csv/.parquet; empty: arithmetic (embedded model), else gsm8k"""
+    level: str = ""
+    """difficulty of a generated task, such as 3 or 1-4; empty: the task's own default"""
+    train_questions: int = 0
+    """questions to train on; 0: all that are not held out"""
+    eval_questions: int = 500
+    """questions held out of the training split for evaluation (never the official test split)"""
+    system: str = ""
+    """system message, or none; empty: asks for the <think>/<answer> format (embedded model: none)"""
+    prompt_template: str = "{prompt}"
+    """text around the question, {prompt} in it"""
+    max_prompt_tokens: int = 0
+    """leave out questions with a longer prompt; 0: none"""
+    # ---- model ----
+    model: str = ""
+    """hub id, local folder or run directory; empty: the embedded model"""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """of the frozen weights and the computation; auto: bfloat16 on CUDA, else float32"""
+    full: bool = False
+    """train all weights (kept in float32) instead of an adapter"""
+    gradient_checkpointing: bool = False
+    """recompute the layers in the backward pass: less memory, about a third more time"""
+    tokens_per_batch: int = 0
+    """padded tokens per forward and backward pass and GPU, halved if out of memory; 0: 16384, CPU 2048"""
+    # ---- LoRA ----
+    lora_r: int = 32
+    """rank"""
+    lora_alpha: float = 64
+    """the adapter's output is scaled by lora_alpha / lora_r"""
+    lora_targets: tuple[str, ...] = models.PROJECTIONS
+    """linear layers to adapt"""
+    train_layers: str = ""
+    """decoder layers to adapt, such as 20-27; empty: all"""
+    merge: bool = False
+    """write final/ as a plain model with the adapter merged in, not as an adapter"""
+    # ---- sampling ----
+    prompts_per_step: int = 128
+    """questions per step, over all ranks"""
+    num_generations: int = 1
+    """G, samples per question"""
+    max_new_tokens: int = 512
+    """longest completion; a longer one counts as truncated"""
+    temperature: float = 1.0
+    """of sampling, and of the log-probs that are trained"""
+    slots: int = 256
+    """rows sampled at a time per rank; halved when memory runs out"""
+    # ---- method ----
+    rewards: tuple[str, ...] = ("correctness=1", "format=0.2")
+    """with weights: correctness, format, digit, mark, math, model:runs/rm, yours as file.py:name=weight"""
+    reward_timeout: float = 30.0
+    """seconds that a call of a reward of your own may take; its row is left out and counted"""
+    gamma: float = 1.0
+    """discount per token"""
+    gae_lambda: float = 0.95
+    """GAE's lambda: 1 is the plain return less the value, 0 one step ahead (arXiv 1506.02438 eq. 16)"""
+    ppo_epochs: int = 2
+    """passes over a step's samples"""
+    minibatches: int = 2
+    """optimizer steps per pass, each on as many rows"""
+    target_kl: float = 0.0
+    """stop a step's updates once KL(old || new), k3 per token, exceeds this, such as 0.02; 0: never"""
+    clip_eps_low: float = 0.2
+    """lower clip: the ratio counts as at least 1 - this (arXiv 1707.06347 eq. 7)"""
+    clip_eps_high: float = 0.2
+    """upper clip: the ratio counts as at most 1 + this; DAPO takes 0.28"""
+    value_clip: float = 0.2
+    """the critic's loss does not reward moving a value further than this from its old one; 0: off"""
+    critic_warmup: int = 0
+    """first steps in which only the critic learns"""
+    entropy_bonus: float = 0.0
+    """times -log p of each sampled token, in its reward"""
+    beta: float = 0.0
+    """KL coefficient towards the start model; 0: no reference pass at all"""
+    kl_estimator: Literal["k1", "k2", "k3"] = "k1"
+    """estimator of the KL term"""
+    kl_in: Literal["loss", "reward"] = "reward"
+    """KL as a loss term, or subtracted from the rewards"""
+    kl_target: float = 0.0
+    """move beta until a completion's summed KL (k1) is this, in nats (arXiv 1909.08593 eq. 4); 0: fixed"""
+    recompute_old: bool = False
+    """old log-probs by a pass of the trainer, not the sampler's own"""
+    # ---- optimizer ----
+    lr: float = 0.0
+    """AdamW's peak learning rate; 0: by the kind of model and training (`resolve`), printed at the start"""
+    warmup_steps: int = 5
+    """steps of linear warm-up"""
+    lr_schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """after the warm-up"""
+    weight_decay: float = 0.0
+    """AdamW's decoupled decay"""
+    max_grad_norm: float = 1.0
+    """clip the gradient's norm to this"""
+    critic_lr: float = 0.0
+    """the critic's peak learning rate; 0: twice the policy's"""
+    critic_max_grad_norm: float = 1.0
+    """clip the norm of the critic's gradient to this"""
+    # ---- evaluation ----
+    eval_every: int = 20
+    """steps between evaluations; one before the first step and one after the last are always made"""
+    eval_samples: int = 0
+    """samples per held-out question for pass@k, beside the greedy one; 0: none"""
+    eval_temperature: float = 0.5
+    """of those samples"""
+    eval_k: tuple[int, ...] = ()
+    """report pass@k for these k (each at most eval_samples)"""
+    show_every: int = 10
+    """steps between printed samples"""
+
+
+
+# Copied from grpo.py::LoRALinear
+class LoRALinear(nn.Module):
+    """A frozen nn.Linear with low-rank adapters, one or none of them active: y = W x + b + (alpha / r) B A x.
+
+    State: `A[name]` [R, in] and `B[name]` [out, R], float32 whatever the base's dtype (in bfloat16 AdamW's
+    small steps would round to nothing); B starts at zero, so that a fresh adapter changes no output. `active`
+    is the name of the adapter in use or None for the bare base; only `use_adapter` changes it.
+    Source: LoRA, arXiv 2106.09685 eq. 3.
+    """
+
+    def __init__(self, base: nn.Linear):
+        super().__init__()
+        self.base = base.requires_grad_(False)
+        self.A, self.B, self.scale = nn.ParameterDict(), nn.ParameterDict(), {}
+        self.in_features, self.out_features = base.in_features, base.out_features
+        self.active: str | None = None
+
+    def add(self, name: str, r: int, alpha: float) -> None:
+        device = self.base.weight.device
+        A = torch.empty(r, self.base.in_features)  # drawn on the CPU: the same start on every device
+        nn.init.kaiming_uniform_(A, a=5**0.5)
+        self.A[name] = nn.Parameter(A.to(device))
+        self.B[name] = nn.Parameter(torch.zeros(self.base.out_features, r, device=device))
+        self.scale[name] = alpha / r
+
+    def forward(self, x):
+        y = self.base(x)
+        if self.active is None:
+            return y
+        A, B = self.A[self.active].to(x.dtype), (self.scale[self.active] * self.B[self.active]).to(x.dtype)
+        rows = y.shape[:-1].numel()  # one fused product-and-sum on two-dimensional views
+        return torch.addmm(y.view(rows, -1), x.reshape(rows, -1) @ A.T, B.T).view_as(y)
+
+
+# Copied from grpo.py::add_lora
+def add_lora(model, name: str, r: int, alpha: float, targets, layers=None) -> list[nn.Parameter]:
+    """Put adapter `name` on the projections `targets` of the decoder layers (all, or those in `layers`).
+
+    Freezes every other parameter, activates the adapter, and returns its parameters in layer order.
+    Errors: ValueError if a target does not exist or r < 1.
+    """
+    if r < 1:
+        raise ValueError(f"--lora-r {r}: the rank must be 1 or more (or train all weights with --full)")
+    model.requires_grad_(False)
+    params, found = [], set()
+    for i, layer in enumerate(model.base_model.layers):
+        for path, module in list(layer.named_modules()):
+            leaf = path.rpartition(".")[2]
+            if leaf not in targets or not isinstance(module, nn.Linear | LoRALinear):
+                continue
+            found.add(leaf)
+            if layers is not None and i not in layers:
+                continue
+            if isinstance(module, nn.Linear):
+                module = LoRALinear(module)
+                layer.set_submodule(path, module)
+            module.add(name, r, alpha)
+            module.active = name
+            params += [module.A[name], module.B[name]]
+    if missing := set(targets) - found:
+        raise ValueError(f"--lora-targets {' '.join(sorted(missing))}: no such linear layer in this model "
+                         f"(it has {' '.join(sorted(found)) or 'none of those asked for'})")
+    return params
+
+
+# Copied from grpo.py::lora_modules
+def lora_modules(model) -> dict[str, LoRALinear]:
+    return {path: module for path, module in model.named_modules() if isinstance(module, LoRALinear)}
+
+
+# Copied from grpo.py::use_adapter
+@contextmanager
+def use_adapter(model, name: str | None):
+    """Within the block the model runs with adapter `name` (None: the bare base); afterwards as it was."""
+    modules = lora_modules(model).values()
+    before = [module.active for module in modules]
+    for module in modules:
+        module.active = name if name in module.A else None
+    try:
+        yield
+    finally:
+        for module, active in zip(modules, before):
+            module.active = active
+
+
+# Copied from grpo.py::enable_checkpointing
+def enable_checkpointing(model) -> None:
+    """Recompute each layer in the backward pass, with the adapter of its forward, not one active by then."""
+
+    def contexts():
+        active = next((module.active for module in lora_modules(model).values()), None)
+        return nullcontext(), use_adapter(model, active)
+
+    model.gradient_checkpointing_enable({"use_reentrant": False, "context_fn": contexts})
+
+
+# Copied from grpo.py::adapter_tensors
+def adapter_tensors(model, name: str) -> dict[str, tuple[nn.Parameter, nn.Parameter]]:
+    """(A, B) of adapter `name` by its layer's path: what `models.save_adapter` and `load_adapter` take."""
+    return {path: (module.A[name], module.B[name])
+            for path, module in lora_modules(model).items() if name in module.A}
+
+
+# Copied from grpo.py::merged_state_dict
+@torch.no_grad()
+def merged_state_dict(model) -> dict[str, torch.Tensor]:
+    """The weights of a plain model, the active adapter added in float32; the base itself is untouched."""
+    state = {key.replace(".base.", "."): value for key, value in model.state_dict().items()
+             if ".A." not in key and ".B." not in key}
+    for path, module in lora_modules(model).items():
+        if module.active is not None:
+            delta = module.scale[module.active] * module.B[module.active] @ module.A[module.active]
+            weight = module.base.weight
+            state[f"{path}.weight"] = (weight.float() + delta).to(weight.dtype)
+    return state
+
+
+# Copied from grpo.py::TokenLogprobs
+class TokenLogprobs(torch.autograd.Function):
+    """Log-probs of given tokens from hidden states, a chunk of tokens at a time: [N, V] never exists.
+
+    The slope of a log-prob by its own hidden state is known in the forward pass: W[token] - sum_v p_v W[v],
+    over the temperature. With a frozen `lm_head` that [N, D] is kept and the backward pass is one product
+    with the incoming gradient; a trainable one needs the probabilities again: each chunk is recomputed.
+    """
+
+    @staticmethod
+    def forward(ctx, hidden, weight, targets, temperature, softcap, chunk_tokens):
+        hidden_grad, weight_grad = ctx.needs_input_grad[:2]
+        logprobs = hidden.new_empty(len(hidden), dtype=torch.float32)
+        slope = torch.empty_like(hidden) if hidden_grad and not weight_grad else None
+        buffer = weight.new_empty(min(chunk_tokens, len(hidden)), weight.shape[0])
+        for i in range(0, len(hidden), chunk_tokens):
+            piece = slice(i, i + chunk_tokens)
+            logits = torch.mm(hidden[piece], weight.T, out=buffer[:len(hidden[piece])]).float()
+            logprobs[piece] = chunk_logprobs(logits, targets[piece], temperature, softcap, slope is not None)
+            if slope is not None:
+                slope[piece] = logits.to(weight.dtype) @ weight
+        ctx.save_for_backward(*((hidden, weight, targets) if weight_grad else (slope,)))
+        ctx.settings = temperature, softcap, chunk_tokens
+        return logprobs
+
+    @staticmethod
+    def backward(ctx, grad):
+        grad = grad[:, None]
+        if len(ctx.saved_tensors) == 1:
+            slope = ctx.saved_tensors[0]
+            return (grad * slope).to(slope.dtype), None, None, None, None, None
+        hidden, weight, targets = ctx.saved_tensors
+        temperature, softcap, chunk_tokens = ctx.settings
+        hidden_grad, weight_grad = torch.empty_like(hidden), torch.zeros_like(weight)
+        for i in range(0, len(hidden), chunk_tokens):
+            piece = slice(i, i + chunk_tokens)
+            slope = (hidden[piece] @ weight.T).float()
+            chunk_logprobs(slope, targets[piece], temperature, softcap, True)
+            slope = slope.mul_(grad[piece]).to(weight.dtype)
+            hidden_grad[piece] = slope @ weight
+            weight_grad.addmm_(slope.T, hidden[piece])
+        return hidden_grad, weight_grad, None, None, None, None
+
+
+# Copied from grpo.py::chunk_logprobs
+def chunk_logprobs(logits, targets, temperature, softcap, with_slope):
+    """Log-probs [n] from raw logits [n, V], float32, overwritten by d log-prob / d logits if asked for.
+
+    Everything happens in place: at this size fresh memory costs as much as the arithmetic.
+    """
+    cap_slope = None
+    if softcap:
+        logits.div_(softcap).tanh_()
+        cap_slope = 1 - logits**2 if with_slope else None
+        logits.mul_(softcap)
+    if temperature != 1:
+        logits.div_(temperature)
+    chosen = torch.log_softmax(logits, 1, out=logits).gather(1, targets[:, None])
+    if with_slope:
+        logits.exp_().div_(-temperature).scatter_add_(
+            1, targets[:, None], torch.full_like(chosen, 1 / temperature))
+        if softcap:
+            logits.mul_(cap_slope)
+    return chosen.squeeze(1)
+
+
+# Copied from grpo.py::token_logprobs
+def token_logprobs(model, input_ids, completion_mask, temperature=1.0, attention_mask=None, chunk_tokens=0):
+    """Log-prob of each completion token given all before it, as the sampler at `temperature` sees it.
+
+    Shapes: input_ids, completion_mask [B, T] -> [B, T], float32, nats, 0 outside the mask. Entry t belongs to
+    token t: this is the one place that shifts. Right-padded rows need no attention_mask (a causal model
+    never looks at what follows); left-padded rows pass theirs, [B, T], and positions count real tokens only.
+    A row's first token has nothing before it and stays 0. A completion_mask on the CPU spares a CUDA sync.
+    """
+    rows, columns = completion_mask[:, 1:].nonzero(as_tuple=True)
+    rows, columns = rows.to(input_ids.device), columns.to(input_ids.device)
+    positions = None if attention_mask is None else (attention_mask.cumsum(1) - 1).clamp(min=0)
+    hidden = model.base_model(input_ids=input_ids, attention_mask=attention_mask, position_ids=positions,
+                              use_cache=False).last_hidden_state[rows, columns]  # [N, D]
+    weight = model.get_output_embeddings().weight
+    chunk_tokens = chunk_tokens or max(16, (2**27 if weight.is_cuda else 2**24) // weight.shape[0])
+    values = TokenLogprobs.apply(hidden, weight.to(hidden.dtype), input_ids[rows, columns + 1], temperature,
+                                 getattr(model.config, "final_logit_softcapping", None), chunk_tokens)
+    return torch.zeros(input_ids.shape, device=input_ids.device).index_put((rows, columns + 1), values)
+
+
+# Copied from grpo.py::Completion
+@dataclass
+class Completion:
+    """A sampled answer: token ids (stop token included), their log-probs, whether it stopped by itself."""
+
+    ids: list[int]
+    logprobs: list[float]
+    finished: bool
+
+
+# Copied from grpo.py::noise_key
+def noise_key(*parts: int) -> int:
+    """A signed 64-bit key from integers like (seed, step, question, sample): the same on every machine."""
+    digest = hashlib.blake2b(" ".join(map(str, parts)).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little", signed=True)
+
+
+# Copied from grpo.py::uniform
+def uniform(keys, positions):
+    """A number in (0, 1) per row from its key and position: a counter hash (splitmix64), no generator state.
+
+    So a token's noise depends on neither its slot nor the batch, the number of ranks or a captured graph.
+    """
+    x = keys + positions * -7046029254386353131  # 2^64 / golden ratio; int64 products wrap around
+    x = (x ^ (x >> 30 & (1 << 34) - 1)) * -4658895280553007687
+    x = (x ^ (x >> 27 & (1 << 37) - 1)) * -7723592293110705685
+    x = x ^ (x >> 31 & (1 << 33) - 1)
+    return ((x >> 41 & (1 << 23) - 1).float() + 0.5) / (1 << 23)  # 24 bits: exact in float32, never 0 or 1
+
+
+# Copied from grpo.py::draw
+def draw(logits, temperature, u):
+    """Invert the distribution function of softmax(logits / temperature) at u; temperature 0 takes the top.
+
+    Shapes: logits [B, V] float32, overwritten; u [B] -> tokens, log-probs [B] (at temperature 0: of 1).
+    The sum runs over blocks, then inside one: faster and more exact in float32 than one long cumulative sum.
+    """
+    if temperature == 0:
+        best, tokens = logits.max(-1)
+        return tokens, best - logits.logsumexp(-1)
+    probs = torch.softmax(logits.div_(temperature) if temperature != 1 else logits, -1, out=logits)
+    width = math.gcd(probs.shape[1], 128)
+    probs = probs.view(len(probs), -1, width)  # [B, V / width, width]
+    edges = F.pad(probs.sum(-1).cumsum(-1), (1, 0))  # [B, V / width + 1]: the sum before each block, and all
+    target = u[:, None] * edges[:, -1:]
+    block = torch.searchsorted(edges, target, right=True).sub_(1).clamp_(max=probs.shape[1] - 1)  # [B, 1]
+    inside = probs.gather(1, block[:, :, None].expand(-1, -1, width)).squeeze(1).cumsum(-1)  # [B, width]
+    # rounding may leave the rest at or above the block's sum: stay below it, on a token that has probability
+    rest = torch.minimum(target - edges.gather(1, block), inside[:, -1:] * (1 - 1e-6))
+    tokens = torch.searchsorted(inside, rest, right=True).clamp_(max=width - 1).add_(block, alpha=width)
+    return tokens.squeeze(1), logits.gather(1, tokens).log().squeeze(1)
+
+
+# Copied from grpo.py::FusedLinear
+class FusedLinear:
+    """Projections of one input as one product, for the sampler: `weight` [out, in] holds theirs stacked.
+
+    In float32 the active adapters are merged into it. In bfloat16 a merge would round small updates away, so
+    they stay apart, as A [n R, in] and block-diagonal B [out, n R], and `weight` becomes the storage of the
+    modules' own weights: no second copy. `refresh` writes in place: a captured graph sees the new values.
+    """
+
+    def __init__(self, parts, dtype):
+        self.parts, self.bases = parts, [getattr(part, "base", part) for part in parts]
+        adapted = [part for part in parts if isinstance(part, LoRALinear)]
+        self.merge = bool(adapted) and dtype == torch.float32
+        self.shared = not self.merge and all(base.weight.dtype == dtype for base in self.bases)
+        weights = [base.weight.detach() for base in self.bases]
+        self.weight = weights[0] if self.shared and len(parts) == 1 else torch.cat(weights).to(dtype)
+        self.rows = self.weight.split([base.out_features for base in self.bases])  # each part's own, views
+        if self.shared:
+            for base, rows in zip(self.bases, self.rows):
+                base.weight.data = rows
+        biased = self.bases[0].bias is not None
+        self.bias = torch.cat([base.bias.detach() for base in self.bases]).to(dtype) if biased else None
+        self.A = self.B = None
+        if adapted and not self.merge:
+            rank = sum(max(len(A) for A in part.A.values()) for part in adapted)  # of any adapter made active
+            self.A = self.weight.new_zeros(rank, self.weight.shape[1])
+            self.B = self.weight.new_zeros(self.weight.shape[0], rank)
+
+    @torch.no_grad()
+    def refresh(self):
+        """Take over the present weights, biases and active adapters of the modules."""
+        if self.bias is not None:
+            self.bias.copy_(torch.cat([base.bias for base in self.bases]))
+        if self.B is not None:
+            self.B.zero_()
+        out = rank = 0
+        for part, base, rows in zip(self.parts, self.bases, self.rows):
+            if not self.shared:
+                rows.copy_(base.weight)
+            if isinstance(part, LoRALinear) and part.active:
+                A, B, scale = part.A[part.active], part.B[part.active], part.scale[part.active]
+                if self.merge:
+                    rows.addmm_(B, A, alpha=scale)
+                else:
+                    self.A[rank:rank + len(A)] = A
+                    self.B[out:out + len(B), rank:rank + len(A)] = scale * B
+                    rank += len(A)
+            out += len(rows)
+
+    def __call__(self, x):
+        y = F.linear(x, self.weight, self.bias)
+        return y if self.A is None else torch.addmm(y, x @ self.A.T, self.B.T)
+
+
+# Copied from grpo.py::SamplerLayer
+class SamplerLayer:
+    """One decoder layer of the Llama family, written out: x [N, D] -> [N, D], for any N tokens of any rows.
+
+    Covers grouped-query attention, q/k norms (Qwen3), norms around blocks and (1 + weight) norms (Gemma).
+    """
+
+    def __init__(self, layer, dtype):
+        attn, mlp = layer.self_attn, layer.mlp
+        self.qkv = FusedLinear([attn.q_proj, attn.k_proj, attn.v_proj], dtype)
+        self.out = FusedLinear([attn.o_proj], dtype)
+        self.gate_up = FusedLinear([mlp.gate_proj, mlp.up_proj], dtype)
+        self.down = FusedLinear([mlp.down_proj], dtype)
+        self.act = mlp.act_fn
+        gemma2 = hasattr(layer, "pre_feedforward_layernorm")
+        after, self.attn_norm = layer.post_attention_layernorm, layer.input_layernorm
+        self.attn_out_norm = after if gemma2 else None
+        self.mlp_norm = layer.pre_feedforward_layernorm if gemma2 else after
+        self.mlp_out_norm = layer.post_feedforward_layernorm if gemma2 else None
+        self.q_norm, self.k_norm = getattr(attn, "q_norm", None), getattr(attn, "k_norm", None)
+        self.head_dim = attn.head_dim
+        self.heads = attn.q_proj.out_features // self.head_dim
+        self.kv_heads = attn.k_proj.out_features // self.head_dim
+        self.scale, self.softcap = attn.scaling, getattr(attn, "attn_logit_softcapping", None)
+
+    def refresh(self):
+        for part in (self.qkv, self.out, self.gate_up, self.down):
+            part.refresh()
+
+    def __call__(self, x, cos, sin, attend):
+        """cos, sin [N, 1, K], sine signed as the rotated half; attend(q, k, v) -> [N, H K] keeps k and v."""
+        qkv = self.qkv(rms_norm(x, self.attn_norm)).view(len(x), -1, self.head_dim)  # [N, H + 2 Hkv, K]
+        qk, v = qkv.split([self.heads + self.kv_heads, self.kv_heads], dim=1)
+        if self.q_norm:
+            qk = torch.cat([rms_norm(qk[:, :self.heads], self.q_norm),
+                            rms_norm(qk[:, self.heads:], self.k_norm)], dim=1)
+        qk = torch.addcmul(qk * cos, qk.roll(self.head_dim // 2, -1), sin)
+        y = self.out(attend(qk[:, :self.heads], qk[:, self.heads:], v))
+        x = x + (rms_norm(y, self.attn_out_norm) if self.attn_out_norm else y)
+        gate, up = self.gate_up(rms_norm(x, self.mlp_norm)).chunk(2, -1)
+        y = self.down(self.act(gate) * up)
+        return x + (rms_norm(y, self.mlp_out_norm) if self.mlp_out_norm else y)
+
+
+# Copied from grpo.py::rms_norm
+def rms_norm(x, module):
+    """A layer's RMS norm as one fused call; Gemma stores weight - 1."""
+    weight = module.weight + 1 if "Gemma" in type(module).__name__ else module.weight
+    eps = module.eps if hasattr(module, "eps") else module.variance_epsilon
+    return F.rms_norm(x, weight.shape, weight.to(x.dtype), eps).to(x.dtype)  # autocast makes it float32
+
+
+# Copied from grpo.py::attention
+def attention(q, k, v, bias, scale, softcap):
+    """Softmax attention. Shapes: q [B, H, Q, K]; k, v [B, H, S, K]; bias [.., S] on scores, 0 or -inf."""
+    if q.is_cuda and not softcap:
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=scale)
+    scores = (q * scale) @ k.transpose(-1, -2)  # CPU: two plain products beat the fused kernel at this size
+    if softcap:
+        scores = softcap * torch.tanh(scores / softcap)
+    return scores.add_(bias).softmax(-1, dtype=torch.float32).to(q.dtype) @ v
+
+
+# Copied from grpo.py::Sampler
+class Sampler:
+    """Samples completions by continuous batching in a static KV cache of `slots` rows, one token a step each.
+
+    A row that ends leaves at once: the last live row moves into its slot, so that the live ones are always
+    the first, and the next waiting row is admitted behind them. A prompt is prefilled once for all its
+    samples. Attention reads the cache only up to the longest live row, in blocks. On CUDA a step is a
+    captured graph for each (rows, length) block and the host looks at the tokens only every `sync_every`
+    steps; what a row drew past its end is thrown away.
+    """
+
+    def __init__(self, model, stop_ids, slots=256, dtype=None, sync_every=None, graphs=None):
+        self.model, self.stop_ids, self.slots = model, set(stop_ids), slots
+        self.device = model.get_input_embeddings().weight.device
+        self.dtype = dtype or model.get_input_embeddings().weight.dtype
+        on_gpu = self.device.type == "cuda"
+        self.sync_every = sync_every or (8 if on_gpu else 1)
+        self.use_graphs = on_gpu if graphs is None else graphs
+        self.block, self.row_block = (256, 32) if on_gpu else (16, 1)
+        self.layers = [SamplerLayer(layer, self.dtype) for layer in model.base_model.layers]
+        self.head = FusedLinear([model.get_output_embeddings()], self.dtype)
+        self.softcap = getattr(model.config, "final_logit_softcapping", None)
+        self.cache = None
+
+    def _allocate(self, slots, length):
+        """Make the cache [L, 2, slots, Hkv, length, K] and the buffers of a step large enough."""
+        if (self.cache is not None and slots <= self.cache.shape[2] <= self.slots
+                and length <= self.cache.shape[4]):
+            return
+        self.cache = self.graphs = self.pool = None  # free the old ones before the new are made
+        layer, new = self.layers[0], partial(torch.zeros, device=self.device)
+        length = -(-length // self.block) * self.block
+        self.cache = new(len(self.layers), 2, slots, layer.kv_heads, length, layer.head_dim, dtype=self.dtype)
+        self.graphs, self.rows = {}, torch.arange(slots, device=self.device)
+        self.tokens, self.positions = (new(slots, dtype=torch.int64) for _ in range(2))
+        self.noise = new(slots, length)
+        self.drawn = new(self.sync_every, slots, dtype=torch.int64), new(self.sync_every, slots)
+        self.count = new(1, dtype=torch.int64)
+        self.columns = torch.arange(length, device=self.device)
+        cos, sin = self.model.base_model.rotary_emb(  # [1, length, K]
+            new(1, dtype=self.dtype), self.columns[None])
+        half = cos.shape[-1] // 2
+        self.cos = cos[0, :, None]
+        self.sin = torch.cat([-sin[0, :, :half], sin[0, :, half:]], -1)[:, None]
+
+    def _logits(self, x):
+        logits = self.head(rms_norm(x, self.model.base_model.norm)).float()
+        return self.softcap * torch.tanh(logits / self.softcap) if self.softcap else logits
+
+    def _prefill(self, prompts):
+        """Keys and values of right-padded prompts [L, 2, P, Hkv, T, K], and the logits after each [P, V]."""
+        lengths = torch.tensor([len(prompt) for prompt in prompts])
+        P, T = len(prompts), int(lengths.max())
+        ids = torch.zeros(P, T, dtype=torch.int64)
+        for row, prompt in zip(ids, prompts):
+            row[:len(prompt)] = torch.tensor(prompt)
+        x = self.model.get_input_embeddings()(ids.to(self.device)).to(self.dtype).flatten(0, 1)  # [P T, D]
+        cos, sin = self.cos[:T].repeat(P, 1, 1), self.sin[:T].repeat(P, 1, 1)
+        kept = x.new_empty(len(self.layers), 2, P, self.layers[0].kv_heads, T, self.layers[0].head_dim)
+        ahead = self.columns[:T] > self.columns[:T, None]
+        bias = torch.zeros(T, T, dtype=self.dtype, device=self.device).masked_fill(ahead, -torch.inf)
+        for i, layer in enumerate(self.layers):
+
+            def attend(q, k, v):
+                q, k, v = (t.view(P, T, -1, t.shape[-1]).transpose(1, 2) for t in (q, k, v))
+                kept[i, 0], kept[i, 1] = k, v
+                group = layer.heads // layer.kv_heads
+                k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
+                return attention(q, k, v, bias, layer.scale, layer.softcap).transpose(1, 2).reshape(P * T, -1)
+
+            x = layer(x, cos, sin, attend)
+        last = torch.arange(P) * T + lengths - 1
+        return kept, self._logits(x[last.to(self.device)])
+
+    def _decode(self, n, length, temperature):
+        """One token for each of the first n slots, reading `length` cache columns; in place: graph-safe."""
+        positions, rows = self.positions[:n], self.rows[:n]
+        x = self.model.get_input_embeddings()(self.tokens[:n]).to(self.dtype)  # [n, D]
+        cos, sin = self.cos[positions], self.sin[positions]
+        ahead = self.columns[:length] > positions[:, None]
+        bias = torch.zeros(n, length, dtype=self.dtype, device=self.device).masked_fill(
+            ahead, -torch.inf)[:, None, None]
+        for layer, (keys, values) in zip(self.layers, self.cache):
+
+            def attend(q, k, v):
+                keys[rows, :, positions], values[rows, :, positions] = k, v
+                q = q.reshape(n, layer.kv_heads, -1, layer.head_dim)  # heads of one key: as if a query each
+                return attention(q, keys[:n, :, :length], values[:n, :, :length], bias, layer.scale,
+                                 layer.softcap).reshape(n, -1)
+
+            x = layer(x, cos, sin, attend)
+        positions += 1
+        tokens, logprobs = draw(self._logits(x), temperature,
+                                self.noise[:n].gather(1, positions[:, None]).squeeze(1))
+        self.tokens[:n] = tokens
+        self.drawn[0][:, :n].index_copy_(0, self.count, tokens[None])
+        self.drawn[1][:, :n].index_copy_(0, self.count, logprobs[None])
+        self.count += 1
+
+    def _run(self, n, length, temperature):
+        """`sync_every` steps; returns their tokens and log-probs as lists [steps][n]."""
+        self.count.zero_()
+        key = (n, length, temperature)
+        graph = self.graphs.get(key)
+        for _ in range(self.sync_every):
+            graph.replay() if graph else self._decode(n, length, temperature)
+        if self.use_graphs and not graph:  # the steps just run were the warm-up
+            self.pool = self.pool or torch.cuda.graph_pool_handle()
+            self.graphs[key] = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self.graphs[key], pool=self.pool):
+                self._decode(n, length, temperature)
+        return self.drawn[0][:, :n].tolist(), self.drawn[1][:, :n].tolist()
+
+    @torch.inference_mode()
+    def sample(self, prompts, keys, max_new_tokens, temperature=1.0, progress=None):
+        """Sample len(keys[p]) completions of each prompt p, of at most `max_new_tokens` tokens.
+
+        prompts: lists of token ids. keys: for each prompt one `noise_key` per sample; equal keys give equal
+        samples of equal prompts, whatever else is sampled beside them. Returns lists of Completion shaped
+        like `keys`. progress(rows done, rows in all, [(p, g, Completion) of those that just ended]) is called
+        as rows end. Errors: ValueError: a prompt without tokens.
+        """
+        if not all(prompts):
+            raise ValueError("a prompt has no tokens; there is nothing to continue")
+        done = [[Completion([], [], False) for _ in row] for row in keys]
+        waiting = deque((p, g) for p, row in enumerate(keys) for g in range(len(row)))
+        if not waiting:
+            return done
+        total, live, prefilled = len(waiting), [], {}
+        for part in (*self.layers, self.head):
+            part.refresh()
+        self._allocate(min(self.slots, total), max(map(len, prompts)) + max_new_tokens + self.sync_every)
+        slots = self.cache.shape[2]
+
+        def record(slot_rows, tokens, logprobs):
+            """Append one step's draws; returns the slots whose row has just ended."""
+            ended = []
+            for slot, ((p, g), token, logprob) in enumerate(zip(slot_rows, tokens, logprobs)):
+                row = done[p][g]
+                if row.finished or len(row.ids) == max_new_tokens:
+                    continue  # it ended earlier, between two looks
+                row.ids.append(token)
+                row.logprobs.append(logprob)
+                row.finished = token in self.stop_ids
+                if row.finished or len(row.ids) == max_new_tokens:
+                    ended.append(slot)
+            return ended
+
+        def leave(ended):
+            rows = [(p, g, done[p][g]) for p, g in (live[slot] for slot in ended)]
+            for slot in sorted(ended, reverse=True):
+                last = len(live) - 1
+                if slot != last:
+                    p, g = live[last]
+                    filled = len(prompts[p]) + len(done[p][g].ids)
+                    self.cache[:, :, slot, :, :filled] = self.cache[:, :, last, :, :filled]
+                    for buffer in (self.tokens, self.positions, self.noise):
+                        buffer[slot] = buffer[last]
+                    live[slot] = live[last]
+                live.pop()
+            if progress and rows:
+                progress(total - len(waiting) - len(live), total, rows)
+
+        def admit():
+            new = [waiting.popleft() for _ in range(min(slots - len(live), len(waiting)))]
+            fresh = [p for p in dict.fromkeys(p for p, _ in new) if p not in prefilled]
+            while fresh:  # a bounded number of prompt tokens at a time
+                size = max(1, 16384 // max(len(prompts[p]) for p in fresh))
+                part, fresh = fresh[:size], fresh[size:]
+                kept, logits = self._prefill([prompts[p] for p in part])
+                prefilled.update((p, (kept[:, :, j, :, :len(prompts[p])], logits[j]))
+                                 for j, p in enumerate(part))
+            first = len(live)
+            for p, samples in itertools.groupby(new, key=lambda row: row[0]):
+                n, kept = len(list(samples)), prefilled[p][0]
+                self.cache[:, :, first:first + n, :, :kept.shape[-2]] = kept[:, :, None]
+                first += n
+            slot = slice(len(live), first)
+            row_keys = torch.tensor([keys[p][g] for p, g in new], device=self.device)
+            self.noise[slot] = uniform(row_keys[:, None], self.columns)
+            self.positions[slot] = torch.tensor([len(prompts[p]) for p, _ in new], device=self.device)
+            logits = torch.stack([prefilled[p][1] for p, _ in new])
+            u = self.noise[slot].gather(1, self.positions[slot, None]).squeeze(1)
+            tokens, logprobs = draw(logits, temperature, u)
+            self.tokens[slot] = tokens
+            ended = [len(live) + j for j in record(new, tokens.tolist(), logprobs.tolist())]
+            live.extend(new)
+            still = {p for p, _ in waiting}
+            for p in [p for p in prefilled if p not in still]:
+                del prefilled[p]
+            leave(ended)
+
+        while waiting or live:
+            while waiting and slots - len(live) >= max(1, min(slots // 8, len(waiting))):
+                admit()
+            if not live:
+                continue
+            n = min(slots, -(-len(live) // self.row_block) * self.row_block)
+            self.positions[len(live):n] = 0  # a free slot inside the row block still steps: keep it in bounds
+            longest = max(len(prompts[p]) + len(done[p][g].ids) for p, g in live) + self.sync_every
+            length = min(self.cache.shape[4], -(-longest // self.block) * self.block)
+            ended = set()
+            for tokens, logprobs in zip(*self._run(n, length, temperature)):
+                ended.update(record(live, tokens, logprobs))
+            leave(ended)
+        return done
+
+
+def generalized_advantages(rewards, values, bootstrap, lengths, gamma, gae_lambda):
+    """GAE of each token, and the returns that the critic is to learn.
+
+    Shapes: rewards, values [N, L], whatever stands beyond a row's length; bootstrap [N], the value of what
+    follows the last token (0 where the answer ended); lengths [N] -> advantages, returns [N, L], 0 beyond.
+    delta_t = r_t + gamma V_{t+1} - V_t; A_t = delta_t + gamma lambda A_{t+1} (arXiv 1506.02438 eq. 16);
+    returns A + V, before any whitening.
+    """
+    mask = torch.arange(rewards.shape[1]) < lengths[:, None]
+    rewards, values = (torch.where(mask, x, 0.0) for x in (rewards, values))
+    advantages, ahead = torch.zeros_like(rewards), torch.zeros(len(rewards), dtype=rewards.dtype)
+    following = torch.cat([values[:, 1:], torch.zeros(len(values), 1, dtype=values.dtype)], 1)
+    following = following.scatter(1, (lengths - 1)[:, None], bootstrap[:, None].to(values.dtype))
+    delta = torch.where(mask, rewards + gamma * following - values, 0.0)
+    for t in reversed(range(rewards.shape[1])):
+        ahead = delta[:, t] + gamma * gae_lambda * ahead
+        advantages[:, t] = ahead
+    return advantages, torch.where(mask, advantages + values, 0.0)
+
+
+def clipped_loss(logprobs, old_logprobs, advantages, mask, clip_eps_low, clip_eps_high):
+    """The clipped policy loss of each token (arXiv 1707.06347 eq. 7), and where lower and upper clip act.
+
+    Shapes: all [B, T]; 0 outside the mask, whatever stands there.
+    """
+    logprobs, old_logprobs, A = (torch.where(mask, x, 0.0) for x in (logprobs, old_logprobs, advantages))
+    rho = (logprobs - old_logprobs).exp()
+    low, high = mask & (A < 0) & (rho < 1 - clip_eps_low), mask & (A > 0) & (rho > 1 + clip_eps_high)
+    return -torch.minimum(rho * A, rho.clamp(1 - clip_eps_low, 1 + clip_eps_high) * A), low, high
+
+
+def value_loss(values, old_values, returns, mask, clip):
+    """Half the squared error of each token's value, clipped around the old value; where the clip acts.
+
+    Shapes: all [B, T]; 0 outside the mask, whatever stands there. clip 0: none.
+    """
+    values, old_values, returns = (torch.where(mask, x, 0.0) for x in (values, old_values, returns))
+    plain = (values - returns) ** 2
+    if not clip:
+        return plain / 2, torch.zeros_like(mask)
+    clipped = (old_values + (values - old_values).clamp(-clip, clip) - returns) ** 2
+    return torch.maximum(plain, clipped) / 2, mask & (clipped > plain)
+
+
+def moments(values, device):
+    """(mean, variance over N, count) of this rank's values [N] and those of all others."""
+    values = values.double()
+    sums = dist.sum_dict({"n": len(values), "sum": values.sum().item()}, device)
+    n = max(1, sums["n"])
+    mean = sums["sum"] / n
+    return mean, dist.sum_dict({"squares": ((values - mean) ** 2).sum().item()}, device)["squares"] / n, n
+
+
+def explained_variance(values, returns, device):
+    """1 - Var(returns - values) / Var(returns), over tokens [N] of all ranks; 0 where returns are equal."""
+    _, left, _ = moments(returns - values, device)
+    _, whole, _ = moments(returns, device)
+    return 1 - left / whole if whole > 1e-12 else 0.0
+
+
+def adapted_beta(beta, kl, target):
+    """The next KL coefficient: up where KL is above its target, by a tenth of the relative error, at most 2%.
+
+    Source: arXiv 1909.08593 eq. 4, K_beta = 0.1.
+    """
+    return beta * (1 + 0.1 * min(0.2, max(-0.2, kl / target - 1)))
+
+
+# Copied from grpo.py::kl_estimate
+def kl_estimate(logprobs, ref_logprobs, kind):
+    """Per-token estimate of KL(policy || reference) from tokens the policy sampled, in nats; [...] -> [...].
+
+    With d = logprob - ref: k1 = d, k2 = d^2 / 2, k3 = exp(-d) - 1 + d, never negative (Schulman,
+    "Approximating KL Divergence", 2020). As a loss term they pull differently: k1 not at all (its expected
+    gradient is 0), k2 along KL(policy || ref), k3 along KL(ref || policy); k1 in the reward pulls along
+    KL(policy || ref) again.
+    """
+    d = logprobs - ref_logprobs
+    return {"k1": d, "k2": d**2 / 2, "k3": torch.exp(-d) - 1 + d}[kind]
+
+
+# Copied from grpo.py::pass_at_k
+def pass_at_k(n, c, k):
+    """Unbiased chance that k of n samples, c of them right, hold a right one (Codex, arXiv 2107.03374 eq. 1).
+
+    Errors: ValueError if k > n.
+    """
+    if k > n:
+        raise ValueError(f"pass@{k} needs {k} samples, there are {n}")
+    return 1.0 - math.comb(n - c, k) / math.comb(n, k)
+
+
+# Copied from grpo.py::pack
+def pack(lengths, tokens_per_batch):
+    """Split rows into micro-batches of similar length: lists of row numbers, each row once.
+
+    A micro-batch, padded to its longest row, holds at most tokens_per_batch tokens (one row may exceed it).
+    """
+    batches, longest = [], 0
+    for row in sorted(range(len(lengths)), key=lambda row: -lengths[row]):
+        if not batches or (len(batches[-1]) + 1) * longest > tokens_per_batch:
+            batches.append([])
+            longest = lengths[row]
+        batches[-1].append(row)
+    return batches
+
+
+# Copied from grpo.py::learning_rate
+def learning_rate(step, args):
+    """Rate of step 1, 2, ...: linear warm-up to args.lr, then constant or linear/cosine to 0 past the end."""
+    if step < args.warmup_steps:
+        return args.lr * step / args.warmup_steps
+    done = (step - args.warmup_steps) / max(1, args.max_steps - args.warmup_steps + 1)
+    return args.lr * {"constant": 1.0, "linear": 1 - done,
+                      "cosine": (1 + math.cos(math.pi * done)) / 2}[args.lr_schedule]
+
+
+# Adapted from grpo.py::Rollout: values, and an advantage for each token
+@dataclass
+class Rollout:
+    """One sample of one question, and what is found out about it on the way to the loss."""
+
+    example: data.Example
+    group: int  # number of the question within the step, the same on every rank
+    sample: int  # 0 .. G - 1
+    prompt_ids: list[int]
+    completion: Completion
+    response: str = ""  # the text up to the stop token
+    rewards: dict[str, float] = field(default_factory=dict)
+    correct: float = 0.0
+    reward: float = 0.0  # weighted sum; NaN where a reward function failed
+    old_logprobs: torch.Tensor | None = None  # [L], as ref_logprobs, advantages and returns
+    ref_logprobs: torch.Tensor | None = None
+    values: torch.Tensor | None = None  # [L + 1]: before each token, and after the last
+    advantages: torch.Tensor | None = None
+    returns: torch.Tensor | None = None
+    kl: float = 0.0  # k1 summed over the completion, when it was sampled
+
+    def __len__(self):
+        return len(self.prompt_ids) + len(self.completion.ids)
+
+
+# Copied from grpo.py::make_batch
+def make_batch(prompt_ids, completion_ids, device):
+    """Right-padded input_ids [B, T] on the device and completion_mask [B, T] on the CPU.
+
+    The mask comes from the lengths: an end token that is also the padding token stays in it.
+    """
+    T = max(len(p) + len(c) for p, c in zip(prompt_ids, completion_ids))
+    input_ids = torch.zeros(len(prompt_ids), T, dtype=torch.int64)
+    mask = torch.zeros(len(prompt_ids), T, dtype=torch.bool)
+    for i, (p, c) in enumerate(zip(prompt_ids, completion_ids)):
+        input_ids[i, :len(p) + len(c)] = torch.tensor(p + c)
+        mask[i, len(p):len(p) + len(c)] = True
+    return input_ids.to(device, non_blocking=True), mask
+
+
+# Copied from grpo.py::completion_logprobs
+@torch.no_grad()
+def completion_logprobs(model, prompt_ids, completion_ids, temperature, tokens_per_batch, device):
+    """Log-probs [L] of each row's completion under the model as it stands, a list in the rows' order."""
+    values = [None] * len(prompt_ids)
+    for rows in pack([len(p) + len(c) for p, c in zip(prompt_ids, completion_ids)], tokens_per_batch):
+        input_ids, mask = make_batch([prompt_ids[i] for i in rows], [completion_ids[i] for i in rows], device)
+        logprobs = token_logprobs(model, input_ids, mask, temperature)
+        for i, row, of_row in zip(rows, logprobs.cpu(), mask):
+            values[i] = row[of_row]
+    return values
+
+
+# Copied from grpo.py::pad_logprobs
+def pad_logprobs(values, mask):
+    """Each row's [L] values at the places of its completion in a [B, T] tensor."""
+    padded = torch.zeros(mask.shape)
+    padded[mask] = torch.cat([torch.as_tensor(value, dtype=torch.float32) for value in values])
+    return padded
+
+
+def token_values(model, head, input_ids, completion_mask):
+    """The critic's value before each completion token, and after each row's last one.
+
+    Shapes: input_ids, completion_mask [B, T] (right-padded) -> [B, T], 0 outside the mask, and [B]; float32.
+    The value that goes with token t is read where token t is predicted, one place before it.
+    """
+    hidden = model.base_model(input_ids=input_ids, use_cache=False).last_hidden_state
+    after_each = (hidden.float() * head[0]).sum(-1)  # [B, T]; a matrix product would be rounded by autocast
+    before_each = torch.cat([torch.zeros_like(after_each[:, :1]), after_each[:, :-1]], 1)
+    last = completion_mask.shape[1] - 1 - completion_mask.flip(1).int().argmax(1)
+    mask = completion_mask.to(input_ids.device)
+    return (torch.where(mask, before_each, 0.0),
+            after_each.gather(1, last[:, None].to(input_ids.device))[:, 0])
+
+
+@torch.no_grad()
+def completion_values(model, head, prompt_ids, completion_ids, tokens_per_batch, device):
+    """Values [L + 1] of each row: before each token and after the last; a list in the rows' order."""
+    found = [None] * len(prompt_ids)
+    for rows in pack([len(p) + len(c) for p, c in zip(prompt_ids, completion_ids)], tokens_per_batch):
+        input_ids, mask = make_batch([prompt_ids[i] for i in rows], [completion_ids[i] for i in rows], device)
+        values, after = (x.cpu() for x in token_values(model, head, input_ids, mask))
+        for i, row, of_row, end in zip(rows, values, mask, after):
+            found[i] = torch.cat([row[of_row], end[None]])
+    return found
+
+
+def set_advantages(rollouts, args, beta, device):
+    """Fill in the rollouts' advantages, whitened over the tokens of all ranks, and returns."""
+    per_token = []
+    for r in rollouts:
+        each = -args.entropy_bonus * r.old_logprobs
+        if beta and args.kl_in == "reward":
+            each = each - beta * kl_estimate(r.old_logprobs, r.ref_logprobs, args.kl_estimator)
+        each[-1] += r.reward
+        per_token.append(each)
+    if not rollouts:
+        moments(torch.zeros(0), device)  # the other ranks wait for this one
+        return
+    lengths, pad = torch.tensor([len(each) for each in per_token]), partial(
+        nn.utils.rnn.pad_sequence, batch_first=True)
+    bootstrap = torch.tensor([0.0 if r.completion.finished else r.values[-1].item() for r in rollouts])
+    advantages, returns = generalized_advantages(
+        pad(per_token), pad([r.values[:-1] for r in rollouts]), bootstrap, lengths, args.gamma,
+        args.gae_lambda)
+    mean, variance, _ = moments(torch.cat([row[:n] for row, n in zip(advantages, lengths)]), device)
+    for r, A, ret, n in zip(rollouts, (advantages - mean) / (variance + 1e-8) ** 0.5, returns, lengths):
+        r.advantages, r.returns = A[:n].float(), ret[:n]
+
+
+def accumulate_gradients(model, critic, head, rollouts, args, beta, n_tokens, tokens_per_batch, device,
+                         train_policy=True):
+    """Add both losses' gradients over this rank's rollouts, over n_tokens; token sums for the metrics.
+
+    critic: (model, context that switches its weights on): another adapter on the policy's base, or its own.
+    """
+    names = ("loss", "value_loss", "approx_kl", "clip_low", "clip_high", "value_clip", "gap")
+    sums = dict.fromkeys(names, torch.zeros((), device=device))
+    for rows in pack([len(r) for r in rollouts], tokens_per_batch):
+        batch = [rollouts[i] for i in rows]
+        input_ids, cpu_mask = make_batch(
+            [r.prompt_ids for r in batch], [r.completion.ids for r in batch], device)
+        mask = cpu_mask.to(device)
+
+        def padded(name):
+            return pad_logprobs([getattr(r, name) for r in batch], cpu_mask).to(device)
+
+        with nullcontext() if train_policy else torch.no_grad():
+            logprobs = token_logprobs(model, input_ids, cpu_mask, args.temperature)  # [B, T]
+        old, advantages = padded("old_logprobs"), padded("advantages")
+        loss, low, high = clipped_loss(
+            logprobs, old, advantages, mask, args.clip_eps_low, args.clip_eps_high)
+        if beta and args.kl_in == "loss":
+            loss = loss + beta * torch.where(
+                mask, kl_estimate(logprobs, padded("ref_logprobs"), args.kl_estimator), 0.0)
+        if train_policy:
+            (loss.sum() / n_tokens).backward()
+        body, switched_on = critic
+        with switched_on():
+            values, _ = token_values(body, head, input_ids, cpu_mask)
+            old_values = pad_logprobs([r.values[:-1] for r in batch], cpu_mask).to(device)
+            critic_loss, clipped = value_loss(
+                values, old_values, padded("returns"), mask, args.value_clip)
+            (critic_loss.sum() / n_tokens).backward()
+        sampled = pad_logprobs([r.completion.logprobs for r in batch], cpu_mask).to(device)
+        gap = torch.where(mask, (logprobs.detach() - sampled).abs(), 0.0)
+        moved = torch.where(mask, kl_estimate(old, logprobs.detach(), "k3"), 0.0)
+        for name, value in (("loss", loss), ("value_loss", critic_loss), ("approx_kl", moved),
+                            ("clip_low", low), ("clip_high", high), ("value_clip", clipped), ("gap", gap)):
+            sums[name] = sums[name] + value.detach().sum()
+    return {name: value.item() for name, value in sums.items()}
+
+
+def draw_minibatches(rows, args, step):
+    """The rows in --minibatches shuffled parts, for each of --ppo-epochs anew."""
+    for epoch in range(args.ppo_epochs):
+        order = random.Random(noise_key(args.seed, step, epoch)).sample(rows, len(rows))
+        yield from (order[part::args.minibatches] for part in range(args.minibatches))
+
+
+def shared_reward(path, args, model, device):
+    """The LearnedReward of a reward_model.py run: on the policy's own base where it is an adapter on it."""
+    make = partial(rewards.LearnedReward, path, models.choose_dtype(args.dtype, device), device,
+                   args.tokens_per_batch)
+    settings = models.adapter_settings(path)
+    if args.full or not settings or models.absolute(args.model) != settings["base_model_name_or_path"]:
+        return make()
+    add_lora(model, "reward", settings["r"], settings["lora_alpha"], settings["target_modules"],
+             settings["layers_to_transform"])
+    models.load_adapter(models.resolve(path), adapter_tensors(model, "reward"))
+    return make(body=model, switched_on=partial(use_adapter, model, "reward"))
+
+
+# Adapted from grpo.py::score_rollouts: no penalty for overlong answers, whose value goes on
+def score_rollouts(rollouts, reward_functions, args, tokenizer):
+    """Fill in response, rewards, correct and reward. Returns a line on the first failed reward, or ""."""
+    for r in rollouts:
+        ids = r.completion.ids
+        r.response = tokenizer.decode(ids[:-1] if r.completion.finished else ids, skip_special_tokens=True)
+    scored = rewards.score(reward_functions, [r.example for r in rollouts], [r.response for r in rollouts],
+                           timeout_s=args.reward_timeout)
+    for i, r in enumerate(rollouts):
+        r.rewards = {name: values[i] for name, values in scored["rewards"].items()}
+        r.reward, r.correct = scored["total"][i], scored["correct"][i]
+    return scored["error"]
+
+
+# Copied from grpo.py::sample_all
+def sample_all(sampler, prompt_ids, keys, max_new_tokens, temperature, run, doing):
+    """`Sampler.sample` with progress shown and, when memory runs out on any rank, half the slots on all."""
+
+    def attempt(slots):
+        sampler.slots = slots
+        return sampler.sample(prompt_ids, keys, max_new_tokens, temperature,
+                              lambda done, total, _: run.progress(f"{doing}: sampled {done}/{total}"))
+
+    return retry_smaller(attempt, sampler.slots, run.device, 1, "slots")[0]
+
+
+# Copied from grpo.py::sample_rollouts
+def sample_rollouts(sampler, questions, prompt_ids, args, step, run):
+    """G rollouts of each (group, example), group by group."""
+    keys = [[noise_key(args.seed, step, group, g) for g in range(args.num_generations)]
+            for group, _ in questions]
+    completions = sample_all(sampler, [prompt_ids[e.id] for _, e in questions], keys, args.max_new_tokens,
+                             args.temperature, run, f"step {step}")
+    return [Rollout(example, group, g, prompt_ids[example.id], completion)
+            for (group, example), row in zip(questions, completions) for g, completion in enumerate(row)]
+
+
+# Copied from grpo.py::mean
+def mean(values):
+    return sum(values) / len(values) if values else 0.0
+
+
+# Adapted from grpo.py::csv_row: mean advantage, first value
+def csv_row(r, step):
+    extracted = rewards.extract_answer(r.response, choices=r.example.task == "choice")
+    return {"step": step, "id": r.example.id, "group": r.group, "sample": r.sample,
+            "prompt": r.example.text, "completion": r.response,
+            "answer": r.example.answer, "extracted": extracted or "",
+            "correct": int(r.correct), "reward": r.reward, **{f"reward/{k}": v for k, v in r.rewards.items()},
+            "advantage": mean(r.advantages.tolist()) if r.advantages is not None else 0.0,
+            "value": r.values[0].item() if r.values is not None else 0.0,
+            "logprob": sum(r.completion.logprobs), "tokens": len(r.completion.ids),
+            "finished": int(r.completion.finished), "level": r.example.level, "task": r.example.task,
+            "meta": json.dumps(r.example.meta)}
+
+
+# Copied from grpo.py::evaluate
+def evaluate(sampler, questions, prompt_ids, args, step, tokenizer, run):
+    """Metrics of held-out questions: greedy pass@1, pass@k if asked for, lengths; all answers go to eval.csv.
+
+    The questions are split over ranks, each answered once. Sampling noise is keyed apart from training's.
+    """
+    plan = [(0.0, 1)] + ([(args.eval_temperature, args.eval_samples)] if args.eval_samples else [])
+    rows, mine = [], dist.share(questions)
+    for temperature, n in plan:
+        keys = [[noise_key(args.seed, -1, e.id, g) for g in range(n)] for e in mine]
+        completions = sample_all(sampler, [prompt_ids[e.id] for e in mine], keys, args.max_new_tokens,
+                                 temperature, run, "evaluation")
+        rollouts = [Rollout(e, e.id, g, [], completion) for e, row in zip(mine, completions)
+                    for g, completion in enumerate(row)]
+        score_rollouts(rollouts, [], args, tokenizer)
+        rows += [csv_row(r, step) | {"sample": r.sample + (temperature > 0), "temperature": temperature}
+                 for r in rollouts]
+    rows = sorted(itertools.chain(*dist.gather(rows)), key=lambda row: (row["id"], row["sample"]))
+    run.write_rows(rows, "eval.csv")
+    greedy = [row for row in rows if row["temperature"] == 0]
+    metrics = {"eval/pass@1": mean([row["correct"] for row in greedy]), "eval/questions": len(greedy),
+               "eval/tokens": mean([row["tokens"] for row in greedy]),
+               "eval/truncated": mean([1 - row["finished"] for row in greedy])}
+    right = {}
+    for row in rows:
+        if row["temperature"] > 0:
+            right.setdefault(row["id"], []).append(row["correct"])
+    for k in args.eval_k:
+        metrics[f"eval/pass@{k} T={args.eval_temperature:g}"] = mean(
+            [pass_at_k(len(row), sum(row), k) for row in right.values()])
+    run.log(step, metrics)
+    run.print(f"step {step}: " + "  ".join(f"{name} {value:.4g}" for name, value in metrics.items()))
+
+
+# Adapted from grpo.py::log_step: the critic's metrics
+def log_step(run, step, args, sampled, accumulated_reward, sampled_tokens, more):
+    """Metrics of a step over all ranks, its rollouts to samples.csv, and now and then one to the terminal."""
+    rows = sorted(itertools.chain(*dist.gather([csv_row(r, step) for r in sampled])),
+                  key=lambda row: (row["group"], row["sample"]))
+    run.write_rows(rows)
+
+    def column(name):
+        return [row[name] for row in rows if not math.isnan(row[name])]
+
+    known, n_tokens = column("reward"), sum(column("tokens"))
+    average = mean(known)
+    metrics = {
+        "reward": average, "reward/std": mean([(x - average) ** 2 for x in known]) ** 0.5,
+        "reward/min": min(known, default=0.0), "reward/max": max(known, default=0.0),
+        **{name: mean(column(name)) for name in rows[0] if name.startswith("reward/")},
+        "accumulated_reward": accumulated_reward + sum(known), "sampled_tokens": sampled_tokens + n_tokens,
+        "correct": mean(column("correct")), "tokens": n_tokens / len(rows),
+        "tokens/max": max(column("tokens")), "truncated": 1 - mean(column("finished")),
+        "entropy": -sum(row["logprob"] for row in rows) / n_tokens, "reward_failed": len(rows) - len(known),
+        **more}
+    metrics = run.log(step, metrics, args.max_steps,
+                      show=("reward", "correct", "tokens", "kl", "approx_kl", "explained_variance",
+                            "grad_norm"))
+    if metrics["truncated"] > 0.5:
+        run.print(f"  {metrics['truncated']:.0%} of the answers hit --max-new-tokens {args.max_new_tokens}")
+    if step % args.show_every == 0:
+        row = rows[0]
+        parts = ", ".join(f"{key[7:]} {value:.2g}" for key, value in row.items() if key.startswith("reward/"))
+        run.print(f"  Q: {row['prompt']}\n  A: {row['completion']}\n"
+                  f"  reward {row['reward']:.3g} ({parts}), gold {row['answer']}")
+    return metrics
+
+
+# Copied from grpo.py::self_check
+def self_check(model, params, sampler, prompt_ids, args, temperature, device):
+    """Measure on a few short samples what must hold before training: name -> (value, largest right value).
+
+    The sampler agrees with the trainer; a row's padding changes nothing; a fresh adapter equals the base; the
+    stop token is in the mask; every adapter gets gradient; no frozen weight does.
+    """
+    exact = device.type == "cpu" and sampler.dtype == torch.float32
+    samples = sampler.sample(prompt_ids, [[noise_key(args.seed, -2, p)] for p in range(len(prompt_ids))],
+                             16, temperature)
+    # a row that did not stop by itself gets a stop token, so that each has one to look for
+    completion_ids = [c.ids if c.finished else c.ids + [min(sampler.stop_ids, default=0)] for (c,) in samples]
+    input_ids, mask = make_batch(prompt_ids, completion_ids, device)
+    logprobs = token_logprobs(model, input_ids, mask, temperature)
+    logprobs.sum().backward()
+    gap = torch.cat([row[of_row][:len(c.logprobs)] - torch.tensor(c.logprobs)
+                     for row, of_row, (c,) in zip(logprobs.detach().cpu(), mask, samples)]).abs()
+    under = partial(completion_logprobs, model, prompt_ids, completion_ids, temperature)
+    alone, padded = torch.cat(under(1, device)), torch.cat(under(10**9, device))
+    adapters = [module for module in lora_modules(model).values() if module.active]
+    checks = {
+        "sampler-trainer": (gap.max().item(), 1e-4) if exact else (gap.mean().item(), 0.05),
+        "padding": ((alone - padded).abs().max().item(), 1e-4 if exact else 0.5),
+        "stop tokens left out": (sum(not row[len(p) + len(c) - 1]
+                                     for row, p, c in zip(mask, prompt_ids, completion_ids)), 0),
+        "adapters without gradient": (sum(not module.B[module.active].grad.any() for module in adapters), 0),
+        "frozen weights with gradient": (sum(p.grad is not None for p in model.parameters()
+                                             if not p.requires_grad), 0)}
+    if adapters and not args.resume:
+        with use_adapter(model, None):
+            checks["step-0 KL"] = ((torch.cat(under(10**9, device)) - padded).abs().max().item(), 0)
+    for p in params:
+        p.grad = None
+    return checks
+
+
+def resolve(args, device):
+    """Fill in the defaults that depend on others, and refuse what cannot work, before any load or write."""
+    embedded = models.is_embedded(args.model)
+    for name in ("prompts_per_step", "num_generations", "max_new_tokens", "max_steps", "slots", "ppo_epochs",
+                 "minibatches", "save_every", "keep", "eval_questions", "eval_every", "show_every"):
+        if getattr(args, name) < 1:
+            raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be 1 or more")
+    for name in ("max_grad_norm", "critic_max_grad_norm", "temperature"):
+        if not getattr(args, name) > 0:
+            raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be more than 0")
+    for name in ("gamma", "gae_lambda"):
+        if not 0 <= getattr(args, name) <= 1:
+            raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be from 0 to 1")
+    if args.minibatches > args.prompts_per_step * args.num_generations:
+        raise ValueError(f"--minibatches {args.minibatches}: a step has only "
+                         f"{args.prompts_per_step * args.num_generations} samples")
+    if args.kl_target and not (args.beta and args.kl_in == "reward"):
+        raise ValueError(f"--kl-target {args.kl_target} adapts beta from its start: give --beta, "
+                         "with --kl-in reward")
+    if args.beta and args.kl_in == "loss" and args.kl_estimator == "k1":
+        raise ValueError("--kl-estimator k1 in the loss has an expected gradient of 0; "
+                         "use k2 or k3, or --kl-in reward")
+    if args.eval_k and max(args.eval_k) > args.eval_samples:
+        raise ValueError(f"--eval-k {max(args.eval_k)} needs --eval-samples {max(args.eval_k)} or more")
+    lr = args.lr or (5e-4 if embedded else 1e-6 if args.full else 2e-5)
+    return replace(
+        args, data=args.data or ("arithmetic" if embedded else "gsm8k"),
+        system=args.system or ("" if embedded else data.THINK_ANSWER_SYSTEM),
+        # a CPU's caches are small
+        tokens_per_batch=args.tokens_per_batch or (2048 if device.type == "cpu" else 16384),
+        lr=lr, critic_lr=args.critic_lr or 2 * lr)
+
+
+def main(args: Args) -> None:
+    # ---- set up: whatever can be wrong is found here ----
+    device = dist.setup(args.device)
+    asked = args = resolve(args, device)
+    if args.dry_run:
+        args = replace(args, max_steps=1, wandb=False, resume=False)
+    check_out(args)
+    reward_functions = rewards.parse_rewards(args.rewards, learned=models.check_reward_model)
+    tokenizer = models.load_tokenizer(args.model)
+    train, held_out = data.train_validation(args.data, n_train=args.train_questions,
+                                            n_validation=args.eval_questions, level=args.level or None,
+                                            seed=args.seed)
+    prompt_ids = {e.id: data.encode_prompt(tokenizer, e.prompt, args.system, args.prompt_template)
+                  for e in train + held_out}
+    if args.max_prompt_tokens:
+        train, held_out = ([e for e in part if len(prompt_ids[e.id]) <= args.max_prompt_tokens]
+                           for part in (train, held_out))
+        if not train or not held_out:
+            raise ValueError(f"--max-prompt-tokens {args.max_prompt_tokens} leaves {len(train)} questions "
+                             f"to train on and {len(held_out)} held out")
+    longest = max(len(prompt_ids[e.id]) for e in train + held_out)
+    if args.dry_run:
+        train = sorted(train, key=lambda e: -len(prompt_ids[e.id]))[:args.prompts_per_step]
+    torch.manual_seed(args.seed)
+    dtype = models.choose_dtype(args.dtype, device)
+    model = models.load_model(args.model, torch.float32 if args.full else dtype, device,
+                              longest + args.max_new_tokens)
+    models.check_token_ids(model, tokenizer)
+    reward_functions = [replace(f, function=shared_reward(f.function, args, model, device))
+                        if isinstance(f.function, str) else f for f in reward_functions]
+    head = nn.Parameter(torch.zeros(1, model.config.hidden_size, device=device))  # every value starts at 0
+    reference = None  # the KL's frozen model: the base with no adapter; with --full a copy of the start
+    if args.full:
+        params = [p.requires_grad_() for p in model.parameters()]
+        reference = copy.deepcopy(model).requires_grad_(False) if args.beta else None
+        critic = copy.deepcopy(model), nullcontext
+        critic_params = [*critic[0].base_model.parameters(), head]
+    else:
+        lora = args.lora_r, args.lora_alpha, args.lora_targets, models.layer_range(args.train_layers, model)
+        critic_params = [*add_lora(model, "critic", *lora), head]
+        params = add_lora(model, "policy", *lora)  # the last one added is on, and all others were frozen
+        critic = model, partial(use_adapter, model, "critic")
+        for p in critic_params:
+            p.requires_grad_()
+    adapter = None if args.full else adapter_tensors(model, "policy")
+    save_weights = partial(models.save_trained, model, tokenizer, adapter, args)
+    for body in {id(body): body for body in (model, critic[0])}.values():
+        if args.gradient_checkpointing:
+            enable_checkpointing(body)
+        body.train()  # dropout is off (load_model); gradient checkpointing acts in this mode alone
+    optimizer = torch.optim.AdamW(params, lr=args.lr, weight_decay=args.weight_decay)
+    critic_optimizer = torch.optim.AdamW(critic_params, lr=args.critic_lr, weight_decay=args.weight_decay)
+    stop_ids = models.stop_ids(model, tokenizer)
+    sampler = Sampler(model, () if args.dry_run else stop_ids, args.slots, dtype)  # dry run: full length
+    run = Run(args, __file__, device, tags=models.run_tags(args.model, args.data))
+    compute = partial(torch.autocast, device.type, torch.bfloat16,
+                      enabled=args.full and dtype == torch.bfloat16)
+    run.print(models.describe(args, model, params + critic_params, dtype))
+    run.print(f"data: {args.data}, {len(train)} questions to train on, {len(held_out)} held out, prompts "
+              f"up to {longest} tokens; {args.prompts_per_step} x {args.num_generations} samples a step")
+
+    step, position, accumulated_reward, bad_steps, tokens_per_batch = 0, 0, 0.0, 0, args.tokens_per_batch
+    beta, sampled_tokens = args.beta, 0
+    if args.resume:
+        folder, saved = run.load()
+        if folder:
+            models.load_trained(folder, model, adapter)
+            optimizer.load_state_dict(saved["optimizer"])
+            critic_optimizer.load_state_dict(saved["critic_optimizer"])
+            with torch.no_grad():
+                for p, value in zip(critic_params, saved["critic"], strict=True):
+                    p.copy_(value)
+            torch.set_rng_state(saved["rng"])
+            step, position, accumulated_reward, tokens_per_batch, sampled_tokens, beta = (
+                saved[name] for name in ("step", "position", "accumulated_reward", "tokens_per_batch",
+                                         "sampled_tokens", "beta"))
+    with compute():
+        run.self_check(self_check(model, params, sampler, [prompt_ids[e.id] for e in train[:3]], args,
+                                  args.temperature, device))
+        if step == 0 and not args.dry_run:
+            evaluate(sampler, held_out, prompt_ids, args, step, tokenizer, run)
+
+    stop, last = False, step == args.max_steps or 0 < args.token_budget <= sampled_tokens
+    while not (last or stop):
+        step += 1
+        with run.profile(step), compute():
+            # ---- sample and reward ----
+            rows = data.batch_indices(len(train), position, args.prompts_per_step, args.seed)
+            position += args.prompts_per_step
+            questions = dist.share([(i, train[row]) for i, row in enumerate(rows)])
+            with run.phase("sample"):
+                sampled = sample_rollouts(sampler, questions, prompt_ids, args, step, run)
+            with run.phase("reward"):
+                error = score_rollouts(sampled, reward_functions, args, tokenizer)
+            rollouts = [r for r in sampled if not math.isnan(r.reward)]
+
+            # ---- old and reference log-probs, values, advantages ----
+            with run.phase("logprobs"):
+                ids = [r.prompt_ids for r in rollouts], [r.completion.ids for r in rollouts]
+
+                def of_rows(attempt):
+                    nonlocal tokens_per_batch
+                    values, tokens_per_batch = retry_smaller(
+                        attempt, tokens_per_batch, device, longest + args.max_new_tokens, "tokens per batch")
+                    return values
+
+                def logprobs_under(network):
+                    return of_rows(lambda size: completion_logprobs(
+                        network, *ids, args.temperature, size, device))
+
+                old = (logprobs_under(model) if args.recompute_old
+                       else [torch.tensor(r.completion.logprobs) for r in rollouts])
+                with critic[1]():
+                    values = of_rows(lambda size: completion_values(critic[0], head, *ids, size, device))
+                ref = [None] * len(rollouts)
+                if args.beta:
+                    with use_adapter(model, None):
+                        ref = logprobs_under(reference or model)
+                for r, r.old_logprobs, r.values, r.ref_logprobs in zip(rollouts, old, values, ref):
+                    r.kl = (r.old_logprobs - r.ref_logprobs).sum().item() if args.beta else 0.0
+            set_advantages(rollouts, args, beta, device)
+
+            # ---- update ----
+            # Minibatches are drawn from all ranks' rows: the number of ranks changes no update.
+            mine = {(r.group, r.sample): r for r in rollouts}
+            everyone = sorted(itertools.chain(*dist.gather(
+                [(*key, len(r.completion.ids)) for key, r in mine.items()])))
+            finite = not dist.any_rank(any(math.isnan(sum(r.completion.logprobs)) for r in sampled), device)
+            train_policy, updates = step > args.critic_warmup, []
+            with run.phase("update"):
+                for part in draw_minibatches(everyone, args, step):
+                    batch = [mine[g, s] for g, s, _ in part if (g, s) in mine]
+                    n_tokens = max(1, sum(n for *_, n in part))
+
+                    def attempt(size):
+                        optimizer.zero_grad()
+                        critic_optimizer.zero_grad()
+                        return accumulate_gradients(model, critic, head, batch, args, beta, n_tokens, size,
+                                                    device, train_policy)
+
+                    sums, tokens_per_batch = retry_smaller(
+                        attempt, tokens_per_batch, device, longest + args.max_new_tokens, "tokens per batch")
+                    sums = {name: value / n_tokens for name, value in dist.sum_dict(sums, device).items()}
+                    if updates and 0 < args.target_kl < sums["approx_kl"]:
+                        break
+                    dist.sum_gradients(params)
+                    dist.sum_gradients(critic_params)
+                    norm = nn.utils.clip_grad_norm_(params, args.max_grad_norm).item()
+                    critic_norm = nn.utils.clip_grad_norm_(critic_params, args.critic_max_grad_norm).item()
+                    for its, peak in ((optimizer, args.lr), (critic_optimizer, args.critic_lr)):
+                        for group in its.param_groups:
+                            group["lr"] = peak * learning_rate(step, args) / args.lr
+                    if math.isfinite(norm) and math.isfinite(critic_norm) and finite:
+                        if train_policy:
+                            optimizer.step()
+                        critic_optimizer.step()
+                        bad_steps = 0
+                    else:
+                        bad_steps += 1
+                        what = "gradient" if finite else "model"
+                        run.print(f"step {step}: the {what} is not finite; the update is skipped "
+                                  f"({bad_steps} in a row)")
+                    updates.append(sums | {"grad_norm": norm, "critic_grad_norm": critic_norm})
+            optimizer.zero_grad()
+            critic_optimizer.zero_grad()
+
+        # ---- log ----
+        if error:
+            run.print(f"step {step}: {error}")
+        explained = explained_variance(torch.cat([r.values[:-1] for r in rollouts] or [torch.zeros(0)]),
+                                       torch.cat([r.returns for r in rollouts] or [torch.zeros(0)]), device)
+        totals = dist.sum_dict({"kl": sum(r.kl for r in rollouts), "rows": len(rollouts),
+                                "tokens": sum(len(r.completion.ids) for r in rollouts),
+                                "value": sum(r.values[:-1].sum().item() for r in rollouts),
+                                "return": sum(r.returns.sum().item() for r in rollouts)}, device)
+        n_tokens = max(1, totals["tokens"])
+        metrics = log_step(run, step, args, sampled, accumulated_reward, sampled_tokens, {
+            **{name: mean([u[name] for u in updates]) for name in (
+                "loss", "value_loss", "clip_low", "clip_high", "value_clip", "grad_norm",
+                "critic_grad_norm")},
+            "clip_first": updates[0]["clip_low"] + updates[0]["clip_high"], "sampler_gap": updates[0]["gap"],
+            "approx_kl": updates[-1]["approx_kl"], "updates": len(updates), "explained_variance": explained,
+            "value": totals["value"] / n_tokens, "return": totals["return"] / n_tokens,
+            "kl": totals["kl"] / n_tokens, "beta": beta, "lr": optimizer.param_groups[0]["lr"],
+            "critic_lr": critic_optimizer.param_groups[0]["lr"], "tokens_per_batch": tokens_per_batch})
+        accumulated_reward, sampled_tokens = metrics["accumulated_reward"], metrics["sampled_tokens"]
+        last = step == args.max_steps or 0 < args.token_budget <= sampled_tokens
+        if args.kl_target:
+            beta = adapted_beta(beta, totals["kl"] / max(1, totals["rows"]), args.kl_target)
+        if args.dry_run:
+            break
+
+        # ---- evaluate ----
+        if step % args.eval_every == 0 or last:
+            with compute():
+                evaluate(sampler, held_out, prompt_ids, args, step, tokenizer, run)
+
+        # ---- save ----
+        stop = bad_steps >= 5 or dist.any_rank(run.stop, device)
+        if step % args.save_every == 0 or last or stop:
+            run.save(step, save_weights, {
+                "optimizer": optimizer.state_dict(), "critic_optimizer": critic_optimizer.state_dict(),
+                "critic": [p.detach() for p in critic_params], "rng": torch.get_rng_state(), "step": step,
+                "position": position, "accumulated_reward": accumulated_reward,
+                "tokens_per_batch": tokens_per_batch, "sampled_tokens": sampled_tokens, "beta": beta})
+        if bad_steps >= 5:
+            raise ValueError(f"the loss was not finite in {bad_steps} updates in a row; "
+                             f"the state is in {run.path}: lower --lr")
+
+    # ---- the end ----
+    if args.dry_run:
+        run.dry_run_report(metrics, asked.max_steps, totals["tokens"] * len(updates) / args.minibatches)
+        return
+    if last:
+        run.save_final(partial(models.save_plain, model, tokenizer, merged_state_dict(model)) if args.merge
+                       else save_weights)
+        run.before_after()
+    run.finish()
+
+
+if __name__ == "__main__":
+    cli(main, Args)
