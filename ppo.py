@@ -1038,20 +1038,23 @@ def draw_minibatches(rows, args, step):
     """The rows in --minibatches shuffled parts, for each of --ppo-epochs anew."""
     for epoch in range(args.ppo_epochs):
         order = random.Random(noise_key(args.seed, step, epoch)).sample(rows, len(rows))
-        yield from (order[part::args.minibatches] for part in range(args.minibatches))
+        yield from filter(None, (order[part::args.minibatches] for part in range(args.minibatches)))
 
 
-def shared_reward(path, args, model, device):
-    """The LearnedReward of a reward_model.py run: on the policy's own base where it is an adapter on it."""
+def shared_reward(path, name, args, model, device):
+    """The LearnedReward of a reward_model.py run: on the policy's own base where it is an adapter on it.
+
+    The adapter is then called `name`.
+    """
     make = partial(rewards.LearnedReward, path, models.choose_dtype(args.dtype, device), device,
                    args.tokens_per_batch)
     settings = models.adapter_settings(path)
     if args.full or not settings or models.absolute(args.model) != settings["base_model_name_or_path"]:
         return make()
-    add_lora(model, "reward", settings["r"], settings["lora_alpha"], settings["target_modules"],
+    add_lora(model, name, settings["r"], settings["lora_alpha"], settings["target_modules"],
              settings["layers_to_transform"])
-    models.load_adapter(models.resolve(path), adapter_tensors(model, "reward"))
-    return make(body=model, switched_on=partial(use_adapter, model, "reward"))
+    models.load_adapter(models.resolve(path), adapter_tensors(model, name))
+    return make(body=model, switched_on=partial(use_adapter, model, name))
 
 
 # Adapted from grpo.py::score_rollouts: no penalty for overlong answers, whose value goes on
@@ -1275,8 +1278,8 @@ def main(args: Args) -> None:
     model = models.load_model(args.model, torch.float32 if args.full else dtype, device,
                               longest + args.max_new_tokens)
     models.check_token_ids(model, tokenizer)
-    reward_functions = [replace(f, function=shared_reward(f.function, args, model, device))
-                        if isinstance(f.function, str) else f for f in reward_functions]
+    reward_functions = [replace(f, function=shared_reward(f.function, f"reward{i}", args, model, device))
+                        if isinstance(f.function, str) else f for i, f in enumerate(reward_functions)]
     head = nn.Parameter(torch.zeros(1, model.config.hidden_size, device=device))  # every value starts at 0
     reference = None  # the KL's frozen model: the base with no adapter; with --full a copy of the start
     if args.full:
@@ -1379,7 +1382,7 @@ def main(args: Args) -> None:
             with run.phase("update"):
                 for part in draw_minibatches(everyone, args, step):
                     batch = [mine[g, s] for g, s, _ in part if (g, s) in mine]
-                    n_tokens = max(1, sum(n for *_, n in part))
+                    n_tokens = sum(n for *_, n in part)
 
                     def attempt(size):
                         optimizer.zero_grad()
@@ -1416,6 +1419,9 @@ def main(args: Args) -> None:
         # ---- log ----
         if error:
             run.print(f"step {step}: {error}")
+        if not updates:  # no row has a reward
+            updates.append(dict.fromkeys(("loss", "value_loss", "approx_kl", "clip_low", "clip_high",
+                                          "value_clip", "gap", "grad_norm", "critic_grad_norm"), 0.0))
         explained = explained_variance(torch.cat([r.values[:-1] for r in rollouts] or [torch.zeros(0)]),
                                        torch.cat([r.returns for r in rollouts] or [torch.zeros(0)]), device)
         totals = dist.sum_dict({"kl": sum(r.kl for r in rollouts), "rows": len(rollouts),

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import grpo
-from bench import beside, gpu, grpo_step, models, pairs_step, sampling, scaling
+from bench import algorithms, beside, gpu, grpo_step, models, pairs_step, ppo_memory, sampling, scaling
 
 ROOT = Path(__file__).resolve().parents[1]
 torch.set_num_threads(1)
@@ -181,6 +181,36 @@ def test_scaling(capsys, monkeypatch):
     assert [f["cost_per_size"] for f in figures] == [1, pytest.approx(second / first / 2, abs=1e-3)]
     assert [row.split("|")[1:4] for row in table[2:]] == [[" G ", " 2 ", " 16 "], [" G ", " 4 ", " 32 "]]
     assert {row.count("|") for row in table} == {10}
+
+
+# ---- ppo_memory.py and algorithms.py ----
+
+
+@pytest.mark.slow
+def test_ppo_memory(capsys, monkeypatch):
+    (line,), _, _ = run_main(ppo_memory, capsys, monkeypatch, "--layers", 2, "--hidden", 256, "--intermediate",
+                             1024, "--vocabulary", 100_000, "--rows", 2, "--tokens", 16)
+    one, four = line["shared"], line["four"]
+    assert four["weights_m"] > 3.5 * one["weights_m"] > 90
+    assert four["peak_gb"] - one["peak_gb"] > 0.25  # three times 28 M weights of four bytes
+    assert line["ratio"] == pytest.approx(four["peak_gb"] / one["peak_gb"], abs=2e-3)
+
+
+@pytest.mark.slow
+def test_algorithms(tmp_path, capsys, monkeypatch):
+    words = ["--seeds", 2, "--tokens", 100, "--out", tmp_path, "--more", "prompts-per-step=4",
+             "num-generations=2", "eval-questions=8", "max-new-tokens=16"]
+    _, table, _ = run_main(algorithms, capsys, monkeypatch, *words)
+    assert [row.split("|")[1].strip() for row in table[2:]] == ["grpo", "ppo"]
+    for row in table[2:]:
+        assert len(row.split("|")[3].split()) == 2 and int(row.split("|")[6].replace(",", "")) >= 100
+    assert run_main(algorithms, capsys, monkeypatch, *words)[1] == table  # from what is there
+
+
+def test_interval_over_seeds():
+    """Mean and half width, by scipy's t distribution for three values: 0.9, 0.94, 0.98."""
+    mean, width = algorithms.interval([0.9, 0.94, 0.98])
+    assert mean == pytest.approx(0.94) and width == pytest.approx(4.303 * 0.04 / 3**0.5, rel=1e-4)
 
 
 # ---- gpu.py ----

@@ -366,6 +366,8 @@ def test_minibatches_hold_each_row_once_an_epoch():
     for epoch in range(3):
         assert sorted(itertools.chain(*parts[4 * epoch:4 * epoch + 4])) == list(range(10))
     assert parts == list(ppo.draw_minibatches(list(range(10)), args, step=2))
+    assert [len(part) for part in ppo.draw_minibatches([1, 2], args, step=2)] == [1] * 6  # none is empty
+    assert list(ppo.draw_minibatches([], args, step=2)) == []
 
 
 # ---- whole runs ----
@@ -460,7 +462,7 @@ def test_a_reward_model_shares_the_base(tmp_path):
         cwd=tmp_path, script="reward_model.py")
     args = ppo.resolve(Args(), CPU)
     model = models.load_model("", torch.float32, CPU)
-    shared = ppo.shared_reward(str(tmp_path / "rm"), args, model, CPU)
+    shared = ppo.shared_reward(str(tmp_path / "rm"), "reward", args, model, CPU)
     params = add_lora(model, "policy", 4, 8, models.PROJECTIONS)
     with torch.no_grad():
         for p in params:
@@ -522,3 +524,17 @@ def test_the_recipe_compares_both(tmp_path):
         assert done.returncode == 0, done.stderr
         assert "8 questions in common, 0 left out" in done.stdout and "McNemar p" in done.stdout
     assert (tmp_path / "r" / "curves.png").stat().st_size > 1000 and "step  1/" not in done.stdout
+
+
+def test_a_step_without_any_reward_goes_on(tmp_path):
+    """Every call of the reward fails in the second step: nothing is trained in it, and it is said."""
+    (tmp_path / "r.py").write_text(
+        "calls = 0\n"
+        "def f(prompts, responses, answers):\n"
+        "    global calls\n"
+        "    calls += 1\n"
+        "    return [1.0 if calls == 1 else float('nan')] * len(prompts)\n")
+    out = run("--out", "n", *SMALL, "--max-steps", 2, "--rewards", "r.py:f", cwd=tmp_path, script="ppo.py")
+    first, second = [line for line in curves.read_metrics(tmp_path / "n") if "loss" in line]
+    assert (first["reward_failed"], second["reward_failed"]) == (0, 6) and "not a finite number" in out
+    assert second["loss"] == second["grad_norm"] == 0 and (tmp_path / "n" / "final").exists()
