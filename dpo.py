@@ -50,7 +50,7 @@ class Args:
     seed: int = 0
     """seed of data order, adapter initialisation and sampling noise"""
     max_steps: int = 0
-    """optimizer steps in all"""
+    """steps in all; 0, where it is the default: what the passes over the data make"""
     save_every: int = 50
     """steps between checkpoints (one is always written at the end, and on SIGTERM or Ctrl-C)"""
     keep: int = 2
@@ -121,7 +121,7 @@ class Args:
     pairs_per_question: int = 4
     """most pairs that one question's samples give"""
     iterations: int = 1
-    """rounds of sampling pairs from the present policy and one pass over them; 1 with --pairs"""
+    """rounds of sampling pairs from the present policy and training on them; 1 with --pairs"""
     passes: int = 1
     """passes over the pairs of an iteration"""
     loss: Literal["sigmoid", "robust", "ipo", "hinge", "simpo"] = "sigmoid"
@@ -240,7 +240,7 @@ def enable_checkpointing(model) -> None:
     """Recompute each layer in the backward pass, with the adapter of its forward, not one active by then."""
 
     def contexts():
-        active = next((module.active for module in lora_modules(model).values()), None)
+        active = next((module.active for module in lora_modules(model).values() if module.active), None)
         return nullcontext(), use_adapter(model, active)
 
     model.gradient_checkpointing_enable({"use_reentrant": False, "context_fn": contexts})
@@ -1033,8 +1033,9 @@ def main(args: Args) -> None:
                                                 seed=args.seed)
     if args.pairs:
         preferences = data.load_preferences(
-            args.pairs, seed=args.seed, level=args.level or None, pairs_per_question=args.pairs_per_question,
-            label_tokenizer=args.label_tokenizer, dropped=dropped)
+            args.pairs, seed=args.seed, level=args.level if args.pairs in data.GENERATED else None,
+            pairs_per_question=args.pairs_per_question, label_tokenizer=args.label_tokenizer,
+            dropped=dropped)
         n_held = min(args.eval_questions, len(preferences) // 10)
         fixed, held_pairs = (encode_pairs(tokenizer, part, args, dropped) for part in data.carve(
             preferences, n_validation=n_held, seed=args.seed, name=args.pairs))
@@ -1110,10 +1111,13 @@ def main(args: Args) -> None:
                      tokenizer, run)
 
     def steps_of(pairs):
+        if pairs and args.pairs and args.max_steps:
+            return args.max_steps
         return math.ceil(args.passes * len(pairs) / args.pairs_per_step)
 
-    stop, last_step = False, args.max_steps or (
-        begun + steps_of(pairs) if iteration == args.iterations else math.inf)
+    stop, last_step = False, args.max_steps or math.inf
+    if iteration == args.iterations:
+        last_step = min(last_step, begun + steps_of(pairs))
     while step < last_step and not stop:
         # ---- pairs of the next iteration ----
         if step == begun + steps_of(pairs):
@@ -1134,10 +1138,13 @@ def main(args: Args) -> None:
                 if args.reference == "previous":  # which the next step moves
                     add_reference(pairs, tokens_per_batch)
             run.print(f"iteration {iteration}: {len(pairs)} pairs")
-        last_step = args.max_steps or begun + steps_of(pairs) * (args.iterations - iteration + 1)
+        last_step = min(args.max_steps or math.inf,
+                        begun + steps_of(pairs) * (args.iterations - iteration + 1))
         step += 1
         first = (step - 1 - begun) * args.pairs_per_step
-        n = min(args.pairs_per_step, args.passes * len(pairs) - first)
+        n = args.pairs_per_step
+        if not (args.pairs and args.max_steps):  # the last step takes what is left
+            n = min(n, args.passes * len(pairs) - first)
         batch = [pairs[i] for i in data.batch_indices(len(pairs), first, n, noise_key(args.seed, iteration))]
 
         # ---- update ----

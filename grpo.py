@@ -51,7 +51,7 @@ class Args:
     seed: int = 0
     """seed of data order, adapter initialisation and sampling noise"""
     max_steps: int = 60
-    """optimizer steps in all"""
+    """steps in all; 0, where it is the default: what the passes over the data make"""
     token_budget: int = 0
     """end with the step in which so many tokens have been sampled for training; 0: by --max-steps alone"""
     save_every: int = 50
@@ -264,7 +264,7 @@ def enable_checkpointing(model) -> None:
     """Recompute each layer in the backward pass, with the adapter of its forward, not one active by then."""
 
     def contexts():
-        active = next((module.active for module in lora_modules(model).values()), None)
+        active = next((module.active for module in lora_modules(model).values() if module.active), None)
         return nullcontext(), use_adapter(model, active)
 
     model.gradient_checkpointing_enable({"use_reentrant": False, "context_fn": contexts})
@@ -1092,7 +1092,10 @@ def log_step(run, step, args, sampled, sums, accumulated_reward, sampled_tokens,
         "clip_high": sums["clip_high"] / live_tokens, "sampler_gap": sums["gap"] / live_tokens,
         "sampler_gap/max": sums["gap_max"], "tokens_trained": sums["tokens"],
         "rows_trained": sums["rows"], **more}
-    metrics = run.log(step, metrics, args.max_steps,
+    last_step = args.max_steps
+    if args.token_budget:  # as many more steps as this pace needs
+        last_step = min(last_step, math.ceil(step * args.token_budget / metrics["sampled_tokens"]))
+    metrics = run.log(step, metrics, max(step, last_step),
                       show=("reward", "correct", "tokens", "kl", "sampler_gap", "grad_norm"))
     if metrics["truncated"] > 0.5:
         run.print(f"  {metrics['truncated']:.0%} of the answers hit --max-new-tokens {args.max_new_tokens}")

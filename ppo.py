@@ -8,7 +8,8 @@ Papers: PPO, arXiv 1707.06347, eq. 7; GAE, arXiv 1506.02438, eq. 16; for languag
 2203.02155. Four roles share one frozen base: the policy and the critic are an adapter each (the critic with
 a linear head that starts at zero), the reference is the base with no adapter, the reward is a rule or the
 adapter and head of reward_model.py. Differs from the papers in:
-  - an answer that was cut off at --max-new-tokens is continued by the critic's value, not taken as ended;
+  - an answer that was cut off at --max-new-tokens is worth what the critic expects to follow, not its reward:
+    paid both, it would beat the same answer brought to its end;
   - advantages are whitened over all tokens of the step and all ranks; returns are not;
   - --entropy-bonus is paid in the reward of each token, so that the critic sees it, too.
 The first update's policy loss is near 0 and its clip shares are 0, by construction.
@@ -54,7 +55,7 @@ class Args:
     seed: int = 0
     """seed of data order, adapter initialisation and sampling noise"""
     max_steps: int = 40
-    """optimizer steps in all"""
+    """steps in all; 0, where it is the default: what the passes over the data make"""
     token_budget: int = 0
     """end with the step in which so many tokens have been sampled for training; 0: by --max-steps alone"""
     save_every: int = 50
@@ -271,7 +272,7 @@ def enable_checkpointing(model) -> None:
     """Recompute each layer in the backward pass, with the adapter of its forward, not one active by then."""
 
     def contexts():
-        active = next((module.active for module in lora_modules(model).values()), None)
+        active = next((module.active for module in lora_modules(model).values() if module.active), None)
         return nullcontext(), use_adapter(model, active)
 
     model.gradient_checkpointing_enable({"use_reentrant": False, "context_fn": contexts})
@@ -969,19 +970,23 @@ def completion_values(model, head, prompt_ids, completion_ids, tokens_per_batch,
 
 
 def set_advantages(rollouts, args, beta, device):
-    """Fill in the rollouts' advantages, whitened over the tokens of all ranks, and returns."""
+    """Fill in the rollouts' advantages, whitened over the tokens of all ranks, and returns.
+
+    The last token of a finished answer is paid its reward; a cut-off one goes on with the critic's value.
+    """
     per_token = []
     for r in rollouts:
         each = -args.entropy_bonus * r.old_logprobs
         if beta and args.kl_in == "reward":
             each = each - beta * kl_estimate(r.old_logprobs, r.ref_logprobs, args.kl_estimator)
-        each[-1] += r.reward
+        if r.completion.finished:
+            each[-1] += r.reward
         per_token.append(each)
     if not rollouts:
         moments(torch.zeros(0), device)  # the other ranks wait for this one
         return
-    lengths, pad = torch.tensor([len(each) for each in per_token]), partial(
-        nn.utils.rnn.pad_sequence, batch_first=True)
+    lengths = torch.tensor([len(each) for each in per_token])
+    pad = partial(nn.utils.rnn.pad_sequence, batch_first=True)
     bootstrap = torch.tensor([0.0 if r.completion.finished else r.values[-1].item() for r in rollouts])
     advantages, returns = generalized_advantages(
         pad(per_token), pad([r.values[:-1] for r in rollouts]), bootstrap, lengths, args.gamma,
@@ -991,11 +996,11 @@ def set_advantages(rollouts, args, beta, device):
         r.advantages, r.returns = A[:n].float(), ret[:n]
 
 
-def accumulate_gradients(model, critic, head, rollouts, args, beta, n_tokens, tokens_per_batch, device,
-                         train_policy=True):
+def accumulate_gradients(model, critic, critic_on, head, rollouts, args, beta, n_tokens, tokens_per_batch,
+                         device, train_policy=True):
     """Add both losses' gradients over this rank's rollouts, over n_tokens; token sums for the metrics.
 
-    critic: (model, context that switches its weights on): another adapter on the policy's base, or its own.
+    critic: the policy's own model, on which critic_on() switches the critic's adapter on, or another one.
     """
     names = ("loss", "value_loss", "approx_kl", "clip_low", "clip_high", "value_clip", "gap")
     sums = dict.fromkeys(names, torch.zeros((), device=device))
@@ -1018,9 +1023,8 @@ def accumulate_gradients(model, critic, head, rollouts, args, beta, n_tokens, to
                 mask, kl_estimate(logprobs, padded("ref_logprobs"), args.kl_estimator), 0.0)
         if train_policy:
             (loss.sum() / n_tokens).backward()
-        body, switched_on = critic
-        with switched_on():
-            values, _ = token_values(body, head, input_ids, cpu_mask)
+        with critic_on():
+            values, _ = token_values(critic, head, input_ids, cpu_mask)
             old_values = pad_logprobs([r.values[:-1] for r in batch], cpu_mask).to(device)
             critic_loss, clipped = value_loss(
                 values, old_values, padded("returns"), mask, args.value_clip)
@@ -1168,7 +1172,10 @@ def log_step(run, step, args, sampled, accumulated_reward, sampled_tokens, more)
         "tokens/max": max(column("tokens")), "truncated": 1 - mean(column("finished")),
         "entropy": -sum(row["logprob"] for row in rows) / n_tokens, "reward_failed": len(rows) - len(known),
         **more}
-    metrics = run.log(step, metrics, args.max_steps,
+    last_step = args.max_steps
+    if args.token_budget:  # as many more steps as this pace needs
+        last_step = min(last_step, math.ceil(step * args.token_budget / metrics["sampled_tokens"]))
+    metrics = run.log(step, metrics, max(step, last_step),
                       show=("reward", "correct", "tokens", "kl", "approx_kl", "explained_variance",
                             "grad_norm"))
     if metrics["truncated"] > 0.5:
@@ -1255,7 +1262,7 @@ def main(args: Args) -> None:
     device = dist.setup(args.device)
     asked = args = resolve(args, device)
     if args.dry_run:
-        args = replace(args, max_steps=1, wandb=False, resume=False)
+        args = replace(args, max_steps=1, wandb=False, resume=False, critic_warmup=0, target_kl=0.0)
     check_out(args)
     reward_functions = rewards.parse_rewards(args.rewards, learned=models.check_reward_model)
     tokenizer = models.load_tokenizer(args.model)
@@ -1285,18 +1292,20 @@ def main(args: Args) -> None:
     if args.full:
         params = [p.requires_grad_() for p in model.parameters()]
         reference = copy.deepcopy(model).requires_grad_(False) if args.beta else None
-        critic = copy.deepcopy(model), nullcontext
-        critic_params = [*critic[0].base_model.parameters(), head]
+        critic, critic_on = copy.deepcopy(model), nullcontext
+        critic_params = [*critic.base_model.parameters(), head]
     else:
         lora = args.lora_r, args.lora_alpha, args.lora_targets, models.layer_range(args.train_layers, model)
         critic_params = [*add_lora(model, "critic", *lora), head]
-        params = add_lora(model, "policy", *lora)  # the last one added is on, and all others were frozen
-        critic = model, partial(use_adapter, model, "critic")
-        for p in critic_params:
+        params = add_lora(model, "policy", *lora)
+        critic, critic_on = model, partial(use_adapter, model, "critic")
+        for p in critic_params:  # which adding the next adapter has frozen
             p.requires_grad_()
+        for module in lora_modules(model).values():  # a reward's adapter may stand on more layers
+            module.active = "policy" if "policy" in module.A else None
     adapter = None if args.full else adapter_tensors(model, "policy")
     save_weights = partial(models.save_trained, model, tokenizer, adapter, args)
-    for body in {id(body): body for body in (model, critic[0])}.values():
+    for body in dict.fromkeys([model, critic]):
         if args.gradient_checkpointing:
             enable_checkpointing(body)
         body.train()  # dropout is off (load_model); gradient checkpointing acts in this mode alone
@@ -1362,13 +1371,14 @@ def main(args: Args) -> None:
 
                 old = (logprobs_under(model) if args.recompute_old
                        else [torch.tensor(r.completion.logprobs) for r in rollouts])
-                with critic[1]():
-                    values = of_rows(lambda size: completion_values(critic[0], head, *ids, size, device))
+                with critic_on():
+                    values = of_rows(lambda size: completion_values(critic, head, *ids, size, device))
                 ref = [None] * len(rollouts)
                 if args.beta:
                     with use_adapter(model, None):
                         ref = logprobs_under(reference or model)
-                for r, r.old_logprobs, r.values, r.ref_logprobs in zip(rollouts, old, values, ref):
+                for i, r in enumerate(rollouts):
+                    r.old_logprobs, r.values, r.ref_logprobs = old[i], values[i], ref[i]
                     r.kl = (r.old_logprobs - r.ref_logprobs).sum().item() if args.beta else 0.0
             set_advantages(rollouts, args, beta, device)
 
@@ -1378,7 +1388,7 @@ def main(args: Args) -> None:
             everyone = sorted(itertools.chain(*dist.gather(
                 [(*key, len(r.completion.ids)) for key, r in mine.items()])))
             finite = not dist.any_rank(any(math.isnan(sum(r.completion.logprobs)) for r in sampled), device)
-            train_policy, updates = step > args.critic_warmup, []
+            train_policy, updates, approx_kl = step > args.critic_warmup, [], 0.0
             with run.phase("update"):
                 for part in draw_minibatches(everyone, args, step):
                     batch = [mine[g, s] for g, s, _ in part if (g, s) in mine]
@@ -1387,21 +1397,22 @@ def main(args: Args) -> None:
                     def attempt(size):
                         optimizer.zero_grad()
                         critic_optimizer.zero_grad()
-                        return accumulate_gradients(model, critic, head, batch, args, beta, n_tokens, size,
-                                                    device, train_policy)
+                        return accumulate_gradients(model, critic, critic_on, head, batch, args, beta,
+                                                    n_tokens, size, device, train_policy)
 
                     sums, tokens_per_batch = retry_smaller(
                         attempt, tokens_per_batch, device, longest + args.max_new_tokens, "tokens per batch")
                     sums = {name: value / n_tokens for name, value in dist.sum_dict(sums, device).items()}
-                    if updates and 0 < args.target_kl < sums["approx_kl"]:
+                    approx_kl = sums["approx_kl"]
+                    if updates and 0 < args.target_kl < approx_kl:
                         break
                     dist.sum_gradients(params)
                     dist.sum_gradients(critic_params)
                     norm = nn.utils.clip_grad_norm_(params, args.max_grad_norm).item()
                     critic_norm = nn.utils.clip_grad_norm_(critic_params, args.critic_max_grad_norm).item()
-                    for its, peak in ((optimizer, args.lr), (critic_optimizer, args.critic_lr)):
-                        for group in its.param_groups:
-                            group["lr"] = peak * learning_rate(step, args) / args.lr
+                    optimizer.param_groups[0]["lr"] = learning_rate(max(1, step - args.critic_warmup), args)
+                    critic_optimizer.param_groups[0]["lr"] = learning_rate(
+                        step, replace(args, lr=args.critic_lr))
                     if math.isfinite(norm) and math.isfinite(critic_norm) and finite:
                         if train_policy:
                             optimizer.step()
@@ -1419,6 +1430,7 @@ def main(args: Args) -> None:
         # ---- log ----
         if error:
             run.print(f"step {step}: {error}")
+        n_updates = len(updates)
         if not updates:  # no row has a reward
             updates.append(dict.fromkeys(("loss", "value_loss", "approx_kl", "clip_low", "clip_high",
                                           "value_clip", "gap", "grad_norm", "critic_grad_norm"), 0.0))
@@ -1434,7 +1446,7 @@ def main(args: Args) -> None:
                 "loss", "value_loss", "clip_low", "clip_high", "value_clip", "grad_norm",
                 "critic_grad_norm")},
             "clip_first": updates[0]["clip_low"] + updates[0]["clip_high"], "sampler_gap": updates[0]["gap"],
-            "approx_kl": updates[-1]["approx_kl"], "updates": len(updates), "explained_variance": explained,
+            "approx_kl": approx_kl, "updates": n_updates, "explained_variance": explained,
             "value": totals["value"] / n_tokens, "return": totals["return"] / n_tokens,
             "kl": totals["kl"] / n_tokens, "beta": beta, "lr": optimizer.param_groups[0]["lr"],
             "critic_lr": critic_optimizer.param_groups[0]["lr"], "tokens_per_batch": tokens_per_batch})
@@ -1464,7 +1476,7 @@ def main(args: Args) -> None:
 
     # ---- the end ----
     if args.dry_run:
-        run.dry_run_report(metrics, asked.max_steps, totals["tokens"] * len(updates) / args.minibatches)
+        run.dry_run_report(metrics, asked.max_steps, totals["tokens"] * args.ppo_epochs)
         return
     if last:
         run.save_final(partial(models.save_plain, model, tokenizer, merged_state_dict(model)) if args.merge

@@ -6,8 +6,8 @@ r is a linear head on the hidden state of the reply's last token. Paper: Instruc
 (Bradley-Terry); the margin m of Llama 2, arXiv 2307.09288, eq. 2; the centring c of arXiv 2312.09244.
 `--loss best-of-n` is the softmax over N candidates of arXiv 1909.08593, eq. 1. Differs from them in:
   - a low-rank adapter and the head are trained, on a frozen base;
-  - used as a reward (`--rewards model:runs/rm` of grpo.py and eval.py), a score is scaled to mean 0 and
-    deviation 1 over the held-out replies, as arXiv 1909.08593 does over its policy's.
+  - used as a reward (`--rewards model:runs/rm` of grpo.py, ppo.py and eval.py), a score is scaled to mean 0
+    and deviation 1 over the held-out replies, as arXiv 1909.08593 does over its policy's.
 A loss near ln 2 = 0.693 means that nothing is learnt. Ranking well is no proof of a good reward: a policy
 that is trained on it finds what it gets wrong, so look at the true accuracy beside it.
 
@@ -49,7 +49,7 @@ class Args:
     seed: int = 0
     """seed of data order, adapter initialisation and sampling noise"""
     max_steps: int = 0
-    """optimizer steps in all"""
+    """steps in all; 0, where it is the default: what the passes over the data make"""
     save_every: int = 200
     """steps between checkpoints (one is always written at the end, and on SIGTERM or Ctrl-C)"""
     keep: int = 2
@@ -220,7 +220,7 @@ def enable_checkpointing(model) -> None:
     """Recompute each layer in the backward pass, with the adapter of its forward, not one active by then."""
 
     def contexts():
-        active = next((module.active for module in lora_modules(model).values()), None)
+        active = next((module.active for module in lora_modules(model).values() if module.active), None)
         return nullcontext(), use_adapter(model, active)
 
     model.gradient_checkpointing_enable({"use_reentrant": False, "context_fn": contexts})
@@ -366,16 +366,19 @@ def evaluate(model, head, comparisons, args, step, tokens_per_batch, run):
             for c, scores in zip(mine, scored) for n in range(1, len(scores))]
     rows = sorted(itertools.chain(*dist.gather(rows)), key=lambda row: (row["id"], row["sample"]))
     run.write_rows(rows, "eval.csv")
-    chosen, rejected, longer = (torch.tensor([row[name] for row in rows], dtype=torch.float64)
-                                for name in ("score_chosen", "score_rejected", "tokens_chosen"))
-    longer -= torch.tensor([row["tokens_rejected"] for row in rows])
-    bins, scores = calibration((chosen - rejected).tolist()), torch.cat([chosen, rejected])
-    values = ranking_loss(torch.stack([chosen, rejected], 1), args.margin * torch.tensor(
-        [row["margin"] for row in rows], dtype=torch.float64), loss="pair", centre=args.centre)
-    with_length = torch.corrcoef(torch.stack([chosen - rejected, longer]))[0, 1].nan_to_num()
-    metrics = {"eval/loss": values.mean().item(),
-               "eval/ranking_accuracy": ((chosen - rejected).sign() + 1).mean().item() / 2,
-               "eval/margin": (chosen - rejected).mean().item(),
+    scored, margins = (list(itertools.chain(*dist.gather(part)))
+                       for part in (scored, [args.margin * c.preference.margin for c in mine]))
+    matrix = torch.full((len(scored), max(map(len, scored))), -math.inf, dtype=torch.float64)
+    for line, scores in zip(matrix, scored):
+        line[:len(scores)] = torch.tensor(scores)
+    ahead, longer = (torch.tensor([row[f"{name}_chosen"] - row[f"{name}_rejected"] for row in rows],
+                                  dtype=torch.float64) for name in ("score", "tokens"))
+    bins, scores = calibration(ahead.tolist()), matrix[matrix.isfinite()]
+    with_length = torch.corrcoef(torch.stack([ahead, longer]))[0, 1].nan_to_num()
+    metrics = {"eval/loss": ranking_loss(matrix, torch.tensor(margins), loss=args.loss,
+                                         centre=args.centre).mean().item(),
+               "eval/ranking_accuracy": (ahead.sign() + 1).mean().item() / 2,
+               "eval/margin": ahead.mean().item(),
                "eval/calibration_error": sum(n * abs(sure - right) for sure, right, n in bins) / len(rows),
                "eval/length_correlation": with_length.item(),
                "eval/score": scores.mean().item(), "eval/score_std": scores.std().item(),
@@ -385,6 +388,19 @@ def evaluate(model, head, comparisons, args, step, tokens_per_batch, run):
     return metrics["eval/score"], metrics["eval/score_std"]
 
 
+def draw_calibration(run, step):
+    """calibration.png from eval.csv, where matplotlib is installed."""
+    if not dist.is_main():
+        return
+    rows = [row for row in run.read_rows("eval.csv") if int(row["step"]) == step]
+    chosen, rejected = ([float(row[f"score_{name}"]) for row in rows] for name in ("chosen", "rejected"))
+    bins = calibration([c - r for c, r in zip(chosen, rejected)])
+    try:
+        curves.draw_calibration(chosen, rejected, bins, run.path / "calibration.png")
+    except ValueError as error:
+        run.print(str(error))
+
+
 def check_scores(model, head, comparisons, args, device):
     """Measure what must hold before training: name -> (value, largest right value).
 
@@ -392,7 +408,7 @@ def check_scores(model, head, comparisons, args, device):
     """
     exact = device.type == "cpu" and next(model.parameters()).dtype == torch.float32
     alone, padded = (torch.tensor(sum(score_all(model, head, comparisons, size), [])) for size in (1, 10**9))
-    accumulate_gradients(model, head, comparisons, args, len(comparisons), 10**9, device)
+    accumulate_gradients(model, head, comparisons, args, len(comparisons), args.tokens_per_batch, device)
     adapters = [module for module in lora_modules(model).values() if module.active]
     checks = {
         "padding": ((alone - padded).abs().max().item(), 1e-4 if exact else 0.5),
@@ -432,6 +448,8 @@ def resolve(args, device):
             raise ValueError(f"--{name} {getattr(args, name)}: must be 0 or more")
     if args.max_grad_norm <= 0:
         raise ValueError(f"--max-grad-norm {args.max_grad_norm}: must be more than 0 (inf: no clipping)")
+    if args.level and args.pairs and args.pairs not in data.GENERATED:
+        raise ValueError(f"--level {args.level}: for generated pairs, not for --pairs {args.pairs}")
     if args.loss == "best-of-n" and args.margin:
         raise ValueError(f"--margin {args.margin}: only with --loss pair")
     return replace(
@@ -508,7 +526,7 @@ def main(args: Args) -> None:
              "mean": scale[0], "std": max(scale[1], 1e-6)}))
 
     with compute():
-        run.self_check(check_scores(model, head, train[:3], args, device))
+        run.self_check(check_scores(model, head, sorted(train, key=len)[:3], args, device))
         if step == 0 and not args.dry_run:
             scale = evaluate(model, head, held_out, args, step, tokens_per_batch, run)
 
@@ -570,12 +588,7 @@ def main(args: Args) -> None:
     if step == args.max_steps:
         run.save_final(partial(save_weights, merge=args.merge))
         run.before_after("ranking accuracy")
-        if dist.is_main():
-            last = [row for row in run.read_rows("eval.csv") if int(row["step"]) == step]
-            chosen, rejected = ([float(row[f"score_{name}"]) for row in last]
-                                for name in ("chosen", "rejected"))
-            curves.draw_calibration(chosen, rejected, calibration([c - r for c, r in zip(chosen, rejected)]),
-                                    run.path / "calibration.png")
+        draw_calibration(run, step)
     run.finish()
 
 

@@ -43,7 +43,7 @@ class Args:
     seed: int = 0
     """seed of data order, adapter initialisation and sampling noise"""
     max_steps: int = 0
-    """optimizer steps in all"""
+    """steps in all; 0, where it is the default: what the passes over the data make"""
     save_every: int = 200
     """steps between checkpoints (one is always written at the end, and on SIGTERM or Ctrl-C)"""
     keep: int = 2
@@ -215,7 +215,7 @@ def enable_checkpointing(model) -> None:
     """Recompute each layer in the backward pass, with the adapter of its forward, not one active by then."""
 
     def contexts():
-        active = next((module.active for module in lora_modules(model).values()), None)
+        active = next((module.active for module in lora_modules(model).values() if module.active), None)
         return nullcontext(), use_adapter(model, active)
 
     model.gradient_checkpointing_enable({"use_reentrant": False, "context_fn": contexts})

@@ -78,7 +78,7 @@ def step(a):
     for r, *found in zip(rollouts, old, ref, values, scores):
         r.old_logprobs, r.ref_logprobs, r.values, r.reward = found
     ppo.set_advantages(rollouts, args, 0.1, CPU)
-    ppo.accumulate_gradients(model, critic, head, rollouts, args, 0.1, a.rows * (a.tokens - half),
+    ppo.accumulate_gradients(model, *critic, head, rollouts, args, 0.1, a.rows * (a.tokens - half),
                              args.tokens_per_batch, CPU)
     for optimizer in optimizers:
         optimizer.step()

@@ -186,6 +186,8 @@ URLS = {f"lm-human-preferences{name}": f"{OPENAI}/{file}.json" for name, file in
 def _rows(data, split):
     path = Path(data).expanduser()
     if "," in data and not path.exists():
+        if generated := [part for part in data.split(",") if part.strip() in GENERATED]:
+            raise ValueError(f"{generated[0]} is generated: no part of other data, as in {data}")
         return itertools.chain.from_iterable(_rows(part.strip(), split) for part in data.split(","))
     if data in URLS or data.startswith(("https://", "http://")):
         return _file_rows([_download(URLS.get(data, data))])
@@ -433,7 +435,9 @@ def _read(read, place, row):
         if not isinstance(row, dict):
             raise ValueError(f"a row must be an object with named columns, not a {type(row).__name__}")
         return read(row)
-    except (ValueError, TypeError) as error:  # TypeError: a number where a list belongs
+    except KeyError as error:
+        raise ValueError(f"{place}: {error} is missing") from None
+    except (ValueError, TypeError, AttributeError) as error:  # a number where a list or text belongs
         raise ValueError(f"{place}: {error}") from None
 
 
@@ -620,8 +624,9 @@ def load_preferences(data, split="train", *, limit=0, seed=0, level=None, pairs_
                      label_tokenizer="openai-community/gpt2", dropped=None) -> list[Preference]:
     """The pairs of a data set that carry a preference, in its own order.
 
-    data, split, limit, seed, level: as in `load_examples`. A run's samples.csv gives pairs of a correct and a
-    wrong finished completion of one question, each used once, at most pairs_per_question (0: all there are).
+    data, split, limit, seed: as in `load_examples`; level: of generated pairs. A run's samples.csv gives
+    pairs of a correct and a wrong finished completion of one question, each used once, at most
+    pairs_per_question (0: all there are).
     label_tokenizer: hub id or folder of GPT-2's tokenizer, for rows of token ids (lm-human-preferences).
     dropped: a Counter, which counts what was left out: prompts differ, same reply, empty reply, equal scores;
     of a samples.csv: unfinished, repeated.
@@ -639,6 +644,8 @@ def load_preferences(data, split="train", *, limit=0, seed=0, level=None, pairs_
             of_question = sampled[example.text, example.answer][_read(_is_correct, place, row)]
             if str(row.get("finished", 1)) != "1":
                 dropped["unfinished"] += 1
+            elif not example.completion.strip():
+                dropped["empty reply"] += 1
             elif example.completion in of_question:
                 dropped["repeated"] += 1
             else:
@@ -647,7 +654,7 @@ def load_preferences(data, split="train", *, limit=0, seed=0, level=None, pairs_
         if isinstance(row, dict) and row.keys() >= {"query", "sample0", "sample1", "best"}:
             tokenizer = tokenizer or load_tokenizer(label_tokenizer, "--label-tokenizer")
             prompt, (chosen, *replies) = _read(partial(_best_of, tokenizer=tokenizer), place, row)
-            rejected, *others = dict.fromkeys(r for r in replies if r != chosen) or [chosen]
+            rejected, *others = dict.fromkeys(r for r in replies if r != chosen and r.strip()) or [chosen]
             other, margin = prompt, None
         else:
             prompt, other, chosen, rejected, margin = _read(_pair, place, row)

@@ -14,6 +14,7 @@ from urllib.parse import urlparse
 from urllib.request import getproxies
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 TINY = Path(__file__).parent / "tiny"  # the embedded model
@@ -140,7 +141,11 @@ def adapter_settings(name: str) -> dict:
 
 def check_reward_model(name: str) -> str:
     """The name. Errors: ValueError if reward_model.py did not write what is there."""
-    if not (Path(resolve(name)) / REWARD_FILE).exists():
+    try:
+        folder = Path(resolve(name))
+    except ValueError as error:
+        raise ValueError(str(error).replace("--model ", "--rewards model:", 1)) from None
+    if not (folder / REWARD_FILE).exists():
         raise ValueError(f"--rewards model:{name}: no reward model; train one with reward_model.py")
     return name
 
@@ -166,9 +171,12 @@ def fingerprint(name: str) -> str:
     if not folder.is_dir():
         return str(name)
     digest = hashlib.sha256()
-    for file in sorted(folder.glob("*.safetensors")):  # training moves all weights: a part of them will do
+    for file in sorted(folder.glob("*.safetensors")):
+        size = file.stat().st_size
         with open(file, "rb") as handle:
-            digest.update(handle.read(2**20) + str(file.stat().st_size).encode())
+            for place in (0, size // 2, size * 3 // 4):  # first come embeddings, which adapters leave alone
+                handle.seek(place)
+                digest.update(handle.read(2**20))
     below = adapter_settings(name).get("base_model_name_or_path", "")
     return " + ".join(filter(None, [below and fingerprint(below), digest.hexdigest()[:12]]))
 
@@ -228,8 +236,8 @@ def check_length(name: str, config, max_tokens: int) -> None:
     limit = getattr(config, "max_position_embeddings", None) or max_tokens
     if max_tokens > limit:
         raise ValueError(f"--model {name}: prompt and completion need {max_tokens} tokens, "
-                         f"its context holds {limit}; shorten --max-new-tokens, "
-                         "or leave long prompts out with --max-prompt-tokens")
+                         f"its context holds {limit}; shorten --max-new-tokens, or leave long texts out with "
+                         "--max-prompt-tokens or --max-tokens (see --help)")
     window = getattr(config, "sliding_window", None)
     uses_window = "sliding_attention" in (getattr(config, "layer_types", None) or ["sliding_attention"])
     if window and uses_window and window < max_tokens:
@@ -404,8 +412,10 @@ def load_trained(folder, model, adapter, head=None) -> None:
 def load_head(folder) -> torch.Tensor:
     """The head [1, D] of a reward model, float32."""
     adapter = Path(folder) / "adapter_model.safetensors"
-    return (load_file(adapter)[f"base_model.model.{HEAD}"] if adapter.exists()
-            else load_file(f"{folder}/model.safetensors")[HEAD]).float()
+    file, key = (adapter, f"base_model.model.{HEAD}") if adapter.exists() else (
+        Path(folder) / "model.safetensors", HEAD)
+    with safe_open(file, "pt") as tensors:
+        return tensors.get_tensor(key).float()
 
 
 def last_token_scores(model, head, rows) -> torch.Tensor:

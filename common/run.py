@@ -100,7 +100,13 @@ def _defaults(Args, argv):
 
 
 def check_out(args) -> None:
-    """Refuse an `--out` that holds something or cannot be written. Errors: ValueError. Writes nothing."""
+    """Refuse an `--out` that holds something or cannot be written, and negative limits. Writes nothing.
+
+    Errors: ValueError.
+    """
+    for name in ("max_steps", "token_budget"):
+        if getattr(args, name, 0) < 0:
+            raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)}: cannot be negative")
     path = Path(args.out or "runs")
     if args.resume or args.dry_run:
         return

@@ -530,10 +530,11 @@ def test_several_sources_are_joined_by_commas(tmp_path):
 
 def test_pairs_per_question_and_unfinished_samples(tmp_path):
     rows = [{"prompt": "q", "completion": c, "answer": "1", "correct": right, "finished": done}
-            for c, right, done in (("a", 1, 1), ("b", 1, 1), ("c", 0, 1), ("d", 0, 0), ("e", 0, 1))]  # fmt: skip
+            for c, right, done in (("a", 1, 1), ("b", 1, 1), ("c", 0, 1), ("d", 0, 0), (" ", 0, 1), ("e", 0, 1))]
     path, dropped = lines(tmp_path / "x.jsonl", rows), Counter()
     pairs = load_preferences(path, dropped=dropped)
-    assert [(p.chosen, p.rejected) for p in pairs] == [("a", "c"), ("b", "e")] and dropped == {"unfinished": 1}
+    assert [(p.chosen, p.rejected) for p in pairs] == [("a", "c"), ("b", "e")]
+    assert dropped == {"unfinished": 1, "empty reply": 1}
     assert len(load_preferences(path, pairs_per_question=1)) == 1
 
 

@@ -175,13 +175,14 @@ def without_times(lines):
             for line in lines]
 
 
-def test_first_loss_is_ln_2_from_a_plain_base_and_from_a_run(tmp_path):
-    run("--out", "a", "--max-steps", 2, *SMALL, cwd=tmp_path, script="dpo.py")
-    run("--out", "b", "--model", "a", "--max-steps", 2, *SMALL, cwd=tmp_path, script="dpo.py")
+@pytest.mark.parametrize("more", [[], ["--full"], ["--gradient-checkpointing", "--merge"]])
+def test_first_loss_is_ln_2_from_a_plain_base_and_from_a_run(more, tmp_path):
+    run("--out", "a", "--max-steps", 2, *SMALL, *more, cwd=tmp_path, script="dpo.py")
+    run("--out", "b", "--model", "a", "--max-steps", 2, *SMALL, *more, cwd=tmp_path, script="dpo.py")
     for folder in ("a", "b"):
         first, second = train_lines(tmp_path / folder)[:2]
-        assert first["loss"] == pytest.approx(math.log(2), abs=1e-5) and second["loss"] != first["loss"]
-        assert first["margin"] == pytest.approx(0, abs=1e-4)
+        assert first["loss"] == pytest.approx(math.log(2), abs=1e-6) and second["loss"] != first["loss"]
+        assert first["margin"] == pytest.approx(0, abs=1e-6)
 
 
 @pytest.mark.parametrize("more", [["--iterations", 2, "--reference", "previous"], ["--passes", 2]])
@@ -259,7 +260,7 @@ def test_dpo_learns(tmp_path):
 
 
 def test_a_common_prefix_of_the_prompts_tokens_counts_for_nothing(toy):
-    """The loss sees completion tokens alone: with log-probs that look one token back, a prefix changes nothing."""
+    """The loss sees completion tokens: where log-probs look one token back, a prefix changes nothing."""
     model, params, pairs = toy
 
     class OneBack(torch.nn.Module):  # a body whose state is a function of the present token alone
@@ -285,7 +286,8 @@ def test_closed_form_of_the_optimum():
     On four outcomes; the pairs are labelled by Bradley-Terry with rewards r, all of them, in expectation.
     """
     torch.manual_seed(0)
-    r, ref, beta = torch.tensor([0.3, -0.7, 1.1, 0.2]).double(), torch.tensor([0.4, 0.3, 0.1, 0.2]).double(), 0.5
+    r, ref = (torch.tensor(x).double() for x in ([0.3, -0.7, 1.1, 0.2], [0.4, 0.3, 0.1, 0.2]))
+    beta = 0.5
     best = (ref.log() + r / beta).softmax(0)
 
     def objective(p):
@@ -322,7 +324,7 @@ def test_after_a_resume_the_first_loss_of_an_iteration_is_ln_2(tmp_path):
             shutil.rmtree(folder)
     run("--out", "r", "--resume", cwd=tmp_path, script="dpo.py")
     [line] = [line for line in train_lines(tmp_path / "r") if line["step"] == first]
-    assert line["loss"] == pytest.approx(math.log(2), abs=1e-5)
+    assert line["loss"] == pytest.approx(math.log(2), abs=1e-6)
 
 
 def test_its_samples_are_pairs_for_another_run(tmp_path):
@@ -330,12 +332,13 @@ def test_its_samples_are_pairs_for_another_run(tmp_path):
     run("--out", "a", *SMALL, "--max-steps", 1, cwd=tmp_path, script="dpo.py")
     rows = (tmp_path / "a" / "samples.csv").read_text().count("<answer>")
     assert rows >= 60  # 12 questions, 6 samples
-    out = run("--out", "b", "--pairs", "a/samples.csv", *SMALL, "--max-steps", 1, cwd=tmp_path, script="dpo.py")
+    out = run("--out", "b", "--pairs", "a/samples.csv", *SMALL, "--max-steps", 1, cwd=tmp_path,
+              script="dpo.py")
     assert "another model" not in out and "repeated" in out and "unfinished" not in out
     assert train_lines(tmp_path / "b")[0]["loss"] == pytest.approx(math.log(2), abs=1e-5)
-    out = run("--out", "c", "--model", "b", "--pairs", "a/samples.csv,a/samples.csv", *SMALL, "--max-steps", 1,
-              cwd=tmp_path, script="dpo.py")
+    out = run("--out", "c", "--model", "b", "--pairs", "a/samples.csv,a/samples.csv", *SMALL, "--max-steps",
+              1, cwd=tmp_path, script="dpo.py")
     assert out.count("another model's samples") == 2
-    out = run("--out", "d", "--model", "a", "--pairs", "a/samples.csv", *SMALL, "--max-steps", 1, cwd=tmp_path,
-              script="dpo.py")
+    out = run("--out", "d", "--model", "a", "--pairs", "a/samples.csv", *SMALL, "--max-steps", 1,
+              cwd=tmp_path, script="dpo.py")
     assert "another model" not in out  # what that run has become

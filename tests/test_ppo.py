@@ -1,20 +1,19 @@
-"""ppo.py: GAE, losses and whitening against golden values and a slow reference; roles that never leak; runs."""
+"""ppo.py: GAE, losses, whitening against golden values and a slow reference; roles that never leak; runs."""
 
 import itertools
 import math
 import os
 import random
-import shutil
 import signal
 import subprocess
 import sys
 import time
-from contextlib import nullcontext
 from functools import partial
 from types import SimpleNamespace
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 import grpo
 import ppo
@@ -124,7 +123,8 @@ def test_gae_of_ragged_rows_is_each_alone(gamma, lam, garbage):
     for i, (r, v, bootstrap) in enumerate(rows):
         expected = slow_gae(r, v, float(torch.tensor(bootstrap)), gamma, lam)
         assert A[i, :lengths[i]].tolist() == pytest.approx(expected, abs=1e-9)
-        assert returns[i, :lengths[i]].tolist() == pytest.approx([a + b for a, b in zip(expected, v)], abs=1e-9)
+        expected = [a + b for a, b in zip(expected, v)]
+        assert returns[i, :lengths[i]].tolist() == pytest.approx(expected, abs=1e-9)
         assert not A[i, lengths[i]:].any() and not returns[i, lengths[i]:].any()
 
 
@@ -147,7 +147,8 @@ def test_exact_policy_gradient_on_an_enumerated_policy():
     theta = torch.tensor([0.3, -0.2, 0.5], dtype=torch.float64, requires_grad=True)
     R, logp = torch.tensor([1.0, 0.0, 0.4], dtype=torch.float64), theta.log_softmax(0)
     A = R - (logp.exp() * R).sum().detach()
-    loss, *_ = clipped_loss(logp[:, None], logp.detach()[:, None], A[:, None], torch.ones(3, 1).bool(), 0.2, 0.2)
+    mask = torch.ones(3, 1).bool()
+    loss, *_ = clipped_loss(logp[:, None], logp.detach()[:, None], A[:, None], mask, 0.2, 0.2)
     (found,) = torch.autograd.grad((logp.exp().detach() * loss[:, 0]).sum(), theta)
     (expected,) = torch.autograd.grad((theta.softmax(0) * R).sum(), theta)
     assert torch.allclose(found, -expected, atol=1e-12)
@@ -171,26 +172,34 @@ def rollouts_of(lengths=(3, 9, 1, 5, 2, 7), seed=0):
 
 @pytest.fixture
 def toy():
-    """A model with adapters policy and critic, both away from their start, and a head."""
+    """A model with adapters reward, critic and policy, all away from their start, and the critic's head.
+
+    The reward's stands on more layers than the others.
+    """
     torch.manual_seed(1)
     model = tiny_model("qwen2")
-    critic_params = add_lora(model, "critic", 4, 8, models.PROJECTIONS)
-    params = add_lora(model, "policy", 4, 8, models.PROJECTIONS)
+    reward_params = add_lora(model, "reward", 2, 4, models.PROJECTIONS)
+    critic_params, params = (add_lora(model, name, 4, 8, models.PROJECTIONS, range(1, 2))
+                             for name in ("critic", "policy"))
     head = torch.nn.Parameter(0.3 * torch.randn(1, model.config.hidden_size))
     critic_params.append(head)
     with torch.no_grad():
-        for p in params + critic_params:
-            p.add_(0.02 * torch.randn_like(p)).requires_grad_()
+        for p in params + critic_params + reward_params:
+            p.add_(0.02 * torch.randn_like(p))
+    for p in params + critic_params:
+        p.requires_grad_()
+    for module in ppo.lora_modules(model).values():
+        module.active = "policy" if "policy" in module.A else None
     return SimpleNamespace(model=model, params=params, critic_params=critic_params, head=head,
-                           critic=(model, partial(use_adapter, model, "critic")))
+                           reward_params=reward_params, critic_on=partial(use_adapter, model, "critic"))
 
 
 def prepare(toy, rollouts, args, beta=0.0):
     ids = [r.prompt_ids for r in rollouts], [r.completion.ids for r in rollouts]
-    with toy.critic[1]():
+    with toy.critic_on():
         values = completion_values(toy.model, toy.head, *ids, 60, CPU)
-    for r, r.values in zip(rollouts, values):
-        pass
+    for r, row in zip(rollouts, values):
+        r.values = row
     set_advantages(rollouts, args, beta, CPU)
     return rollouts
 
@@ -199,8 +208,8 @@ def gradients(toy, rollouts, args, size=10**6, n_tokens=0, beta=0.0, train_polic
     for p in toy.params + toy.critic_params:
         p.grad = None
     n_tokens = n_tokens or sum(len(r.completion.ids) for r in rollouts)
-    sums = accumulate_gradients(toy.model, toy.critic, toy.head, rollouts, args, beta, n_tokens, size, CPU,
-                                train_policy)
+    sums = accumulate_gradients(toy.model, toy.model, toy.critic_on, toy.head, rollouts, args, beta, n_tokens,
+                                size, CPU, train_policy)
     return sums, [torch.zeros(()) if p.grad is None else p.grad.clone()
                   for p in toy.params + toy.critic_params]
 
@@ -214,7 +223,7 @@ def test_values_are_read_where_a_token_is_predicted(toy):
     """Against transformers' hidden states of each row alone; micro-batches return rows in their order."""
     rollouts = rollouts_of()
     ids = [r.prompt_ids for r in rollouts], [r.completion.ids for r in rollouts]
-    with toy.critic[1](), torch.no_grad():
+    with toy.critic_on(), torch.no_grad():
         for size in (1, 25, 10**6):
             found = completion_values(toy.model, toy.head, *ids, size, CPU)
             for r, values in zip(rollouts, found, strict=True):
@@ -231,7 +240,7 @@ def test_advantages_are_whitened_over_all_tokens_and_returns_are_not(toy):
     assert flat.std(correction=0).item() == pytest.approx(1, abs=1e-5)
     raw = []
     for r in rollouts:
-        each = [0.0] * (len(r.completion.ids) - 1) + [r.reward]
+        each = [0.0] * (len(r.completion.ids) - 1) + [r.reward if r.completion.finished else 0.0]
         bootstrap = 0.0 if r.completion.finished else r.values[-1].item()
         A = slow_gae(each, r.values[:-1].tolist(), bootstrap, 1.0, 0.9)
         assert r.returns.tolist() == pytest.approx([a + v for a, v in zip(A, r.values.tolist())], abs=1e-5)
@@ -248,7 +257,7 @@ def test_kl_and_entropy_in_the_reward(toy):
     set_advantages(rollouts, Args(gae_lambda=1.0, entropy_bonus=0.01, kl_in="reward"), 0.5, CPU)
     for r in rollouts:
         paid = -0.5 * 0.1 - 0.01 * r.old_logprobs
-        expected = paid.flip(0).cumsum(0).flip(0) + r.reward
+        expected = paid.flip(0).cumsum(0).flip(0) + (r.reward if r.completion.finished else 0.0)
         assert torch.allclose(r.returns, expected, atol=1e-5)
 
 
@@ -268,10 +277,11 @@ def test_micro_batches_change_nothing(toy, kl_in):
 
 
 def test_roles_do_not_leak(toy):
-    """A policy step leaves critic and base as they are, bit for bit; a critic step policy and base."""
+    """A policy step leaves critic, reward and base as they are, bit for bit; a critic step, the policy."""
     args = Args()
     rollouts = prepare(toy, rollouts_of(), args)
     base = {name: p.detach().clone() for name, p in toy.model.named_parameters() if not p.requires_grad}
+    assert len(base) > len(toy.reward_params) and not any(p.requires_grad for p in toy.reward_params)
     gradients(toy, rollouts, args)
     for stepped, kept in ((toy.params, toy.critic_params), (toy.critic_params, toy.params)):
         before, moved = [p.detach().clone() for p in kept], [p.detach().clone() for p in stepped]
@@ -303,7 +313,7 @@ def test_checkpointing_recomputes_with_the_adapter_of_the_forward(toy):
         for p in toy.params + toy.critic_params:
             p.grad = None
         loss = token_logprobs(toy.model, ids, mask).sum()
-        with toy.critic[1]():
+        with toy.critic_on():
             values, _ = token_values(toy.model, toy.head, ids, mask)
         with use_adapter(toy.model, None), torch.no_grad():
             token_logprobs(toy.model, ids, mask)
@@ -321,23 +331,24 @@ def unwhitened(monkeypatch):
 
 
 def test_with_a_zero_critic_it_is_reinforce(toy, monkeypatch):
-    """lambda = gamma = 1, no KL, no whitening: -mean over tokens of R grad log p, for each finished row."""
+    """lambda = gamma = 1, no KL, no whitening: -mean over tokens of R grad log p; a cut-off row earns 0."""
     unwhitened(monkeypatch)
     with torch.no_grad():
         toy.head.zero_()
     args, rollouts = Args(gae_lambda=1.0), rollouts_of()
     ids = [r.prompt_ids for r in rollouts], [r.completion.ids for r in rollouts]
-    for r, r.old_logprobs in zip(rollouts, ppo.completion_logprobs(toy.model, *ids, 1.0, 10**6, CPU)):
-        pass
+    for r, row in zip(rollouts, ppo.completion_logprobs(toy.model, *ids, 1.0, 10**6, CPU)):
+        r.old_logprobs = row
     prepare(toy, rollouts, args)
     _, found = gradients(toy, rollouts, args)
     for p in toy.params:
         p.grad = None
     n_tokens = sum(len(r.completion.ids) for r in rollouts)
     for r in rollouts:
-        logits = toy.model(torch.tensor([r.prompt_ids + r.completion.ids])).logits[0, len(r.prompt_ids) - 1:-1]
+        ids = torch.tensor([r.prompt_ids + r.completion.ids])
+        logits = toy.model(ids).logits[0, len(r.prompt_ids) - 1:-1]
         logp = logits.log_softmax(-1).gather(1, torch.tensor(r.completion.ids)[:, None])
-        (-r.reward * logp.sum() / n_tokens).backward()
+        (-r.reward * r.completion.finished * logp.sum() / n_tokens).backward()
     assert_equal(found[:len(toy.params)], [p.grad for p in toy.params], 1e-4)
 
 
@@ -353,7 +364,8 @@ def test_with_grpos_advantages_it_is_grpo(toy):
     for p in toy.params:
         p.grad = None
     n_tokens = sum(len(r.completion.ids) for r in rollouts)
-    again = grpo.accumulate_gradients(toy.model, theirs, grpo.Args(aggregation="token"), 6, n_tokens, 10**6, CPU)
+    again = grpo.accumulate_gradients(toy.model, theirs, grpo.Args(aggregation="token"), 6, n_tokens, 10**6,
+                                      CPU)
     assert_equal(found[:len(toy.params)], [p.grad for p in toy.params], 1e-6)
     assert again["loss"] == pytest.approx(sums["loss"] / n_tokens, rel=1e-5)
     assert (again["clip_low"], again["clip_high"]) == (sums["clip_low"], sums["clip_high"])
@@ -372,8 +384,9 @@ def test_minibatches_hold_each_row_once_an_epoch():
 
 # ---- whole runs ----
 
-SMALL = ["--max-steps", 3, "--prompts-per-step", 6, "--minibatches", 2, "--eval-questions", 6, "--eval-every", 2,
-         "--train-questions", 40, "--max-new-tokens", 24, "--warmup-steps", 0, "--save-every", 1, "--keep", 9]
+SMALL = ["--max-steps", 3, "--prompts-per-step", 6, "--minibatches", 2, "--eval-questions", 6, "--eval-every",
+         2, "--train-questions", 40, "--max-new-tokens", 24, "--warmup-steps", 0,
+         "--save-every", 1, "--keep", 9]
 
 
 def without_times(lines):
@@ -405,10 +418,10 @@ def test_logged_means_are_those_of_the_samples(small):
     rows = read_csv(small / "samples.csv")
     for line in curves.read_metrics(small):
         mine = [row for row in rows if int(row["step"]) == line["step"]] if "loss" in line else []
-        for name in ("reward", "reward/correctness", "reward/format", "correct", "tokens"):
-            if mine:
-                assert line[name] == pytest.approx(sum(float(row[name]) for row in mine) / len(mine), rel=1e-6)
         if mine:
+            for name in ("reward", "reward/correctness", "reward/format", "correct", "tokens"):
+                mean = sum(float(row[name]) for row in mine) / len(mine)
+                assert line[name] == pytest.approx(mean, rel=1e-6)
             entropy = -sum(float(r["logprob"]) for r in mine) / sum(int(r["tokens"]) for r in mine)
             assert line["entropy"] == pytest.approx(entropy, rel=1e-6)
 
@@ -416,8 +429,8 @@ def test_logged_means_are_those_of_the_samples(small):
 def test_two_ranks_make_the_same_run(small, tmp_path):
     run("--out", "two", *SMALL, "--beta", 0.05, "--kl-target", 1, cwd=tmp_path, script="ppo.py", ranks=2)
     for a, b in zip(curves.read_metrics(small), curves.read_metrics(tmp_path / "two"), strict=True):
-        for name in ("reward", "loss", "value_loss", "explained_variance", "grad_norm", "critic_grad_norm", "kl",
-                     "approx_kl", "eval/pass@1", "beta", "return"):
+        for name in ("reward", "loss", "value_loss", "explained_variance", "grad_norm", "critic_grad_norm",
+                     "kl", "approx_kl", "eval/pass@1", "beta", "return"):
             assert a.get(name, 0.0) == pytest.approx(b.get(name, 0.0), rel=2e-3, abs=2e-5), name
 
 
@@ -443,9 +456,10 @@ def test_killed_and_resumed_is_the_same_bit_for_bit(small, tmp_path):
     assert all(torch.equal(a, b) for a, b in zip(ours["critic"], theirs["critic"], strict=True))
 
 
-@pytest.mark.parametrize("more", [["--full", "--beta", 0.1], ["--gradient-checkpointing"], ["--recompute-old"],
-                                  ["--critic-warmup", 1], ["--target-kl", 1e-9, "--beta", 0.1, "--kl-in", "loss",
-                                   "--kl-estimator", "k3"], ["--num-generations", 2, "--merge"]])
+@pytest.mark.parametrize("more", [
+    ["--full", "--beta", 0.1], ["--gradient-checkpointing"], ["--recompute-old"], ["--critic-warmup", 1],
+    ["--target-kl", 1e-9, "--beta", 0.1, "--kl-in", "loss", "--kl-estimator", "k3"],
+    ["--num-generations", 2, "--merge"]])
 def test_switches_run(more, tmp_path):
     run("--out", "r", *SMALL, "--max-steps", 2, *more, cwd=tmp_path, script="ppo.py")
     lines = [line for line in curves.read_metrics(tmp_path / "r") if "loss" in line]
@@ -456,8 +470,9 @@ def test_switches_run(more, tmp_path):
         assert lines[0]["approx_kl"] < 1e-9 < lines[1]["approx_kl"]
 
 
-def test_a_reward_model_shares_the_base(tmp_path):
-    """Its scores are those of the model loaded apart, and training moves none of its bits."""
+@pytest.mark.parametrize("more", [[], ["--gradient-checkpointing"]])
+def test_a_reward_model_shares_the_base(more, tmp_path):
+    """Its scores are those of the model loaded apart, whatever the policy's adapter is."""
     run("--out", "rm", "--max-steps", 2, "--train-pairs", 40, "--eval-pairs", 10, "--pairs-per-step", 4,
         cwd=tmp_path, script="reward_model.py")
     args = ppo.resolve(Args(), CPU)
@@ -471,21 +486,90 @@ def test_a_reward_model_shares_the_base(tmp_path):
     alone = rewards.LearnedReward(str(tmp_path / "rm"), torch.float32, CPU, 100)
     texts = ["<answer>3</answer>", "<think>1+2=3</think><answer>3</answer>"]
     assert shared(["Compute 1+2."] * 2, texts) == pytest.approx(alone(["Compute 1+2."] * 2, texts), abs=1e-4)
-    before = [x.detach().clone() for pair in adapter_tensors(model, "reward").values() for x in pair]
     assert all(not x.requires_grad for pair in adapter_tensors(model, "reward").values() for x in pair)
-    torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.1)
-    run("--out", "p", "--rewards", "model:rm", *SMALL, "--max-steps", 1, cwd=tmp_path, script="ppo.py")
+    run("--out", "p", "--rewards", "model:rm", *SMALL, "--max-steps", 1, "--train-layers", "2-3", *more,
+        cwd=tmp_path, script="ppo.py")  # the reward's adapter stands on all four layers
     [line] = [line for line in curves.read_metrics(tmp_path / "p") if "loss" in line]
     assert line["reward"] == pytest.approx(line["reward/rm"]) and "correct" in line
-    after = [x for pair in adapter_tensors(model, "reward").values() for x in pair]
-    assert all(torch.equal(a, b) for a, b in zip(before, after))
+
+
+def test_a_cut_off_answer_never_beats_the_same_one_finished(toy, monkeypatch):
+    """With a critic that expects what is then paid: both are as good as expected."""
+    unwhitened(monkeypatch)
+    (done,), (cut,) = rollouts_of()[:1], rollouts_of()[:1]
+    cut.completion.finished = False
+    for r in (done, cut):
+        r.reward, r.values = 1.0, torch.full((len(r.completion.ids) + 1,), 0.8)
+    set_advantages([done], Args(), 0.0, CPU)
+    set_advantages([cut], Args(), 0.0, CPU)
+    assert (cut.advantages < done.advantages).all() and cut.returns[-1].item() == pytest.approx(0.8)
+
+
+def test_the_critics_gradient_row_by_row(toy):
+    """By autograd on half the mean of (V - return)^2, from transformers' hidden states, clip and all."""
+    rollouts, args = rollouts_of(), Args(value_clip=0.1)
+    prepare(toy, rollouts, args)
+    rng = random.Random(3)
+    for r in rollouts:  # old values elsewhere, so that the clip acts on some
+        r.values = r.values + torch.tensor([rng.choice([0.0, 0.3]) for _ in r.values])
+    sums, found = gradients(toy, rollouts, args)
+    for p in toy.critic_params:
+        p.grad = None
+    n_tokens, total, held = sum(len(r.completion.ids) for r in rollouts), 0.0, 0
+    for r in rollouts:
+        with toy.critic_on():
+            ids = torch.tensor([r.prompt_ids + r.completion.ids])
+            hidden = toy.model.base_model(ids).last_hidden_state[0]
+        V, first = hidden @ toy.head[0], len(r.prompt_ids) - 1
+        for t, (ret, old) in enumerate(zip(r.returns, r.values[:-1])):
+            value = V[first + t]
+            near = old + (value - old).clamp(-0.1, 0.1)
+            total = total + torch.maximum((value - ret) ** 2, (near - ret) ** 2) / 2
+            held += int((near - ret) ** 2 > (value - ret) ** 2)
+    (total / n_tokens).backward()
+    assert_equal(found[len(toy.params):], [p.grad for p in toy.critic_params], 1e-4)
+    assert sums["value_loss"] == pytest.approx(total.item(), rel=1e-4) and 0 < sums["value_clip"] == held
+
+
+def test_approx_kl_and_the_kl_loss_by_hand(toy):
+    """k3 of the old policy against the new one; the KL loss is added, not taken away."""
+    args = Args(kl_in="loss", kl_estimator="k2")
+    rollouts = prepare(toy, rollouts_of(), args)
+    ids = [r.prompt_ids for r in rollouts], [r.completion.ids for r in rollouts]
+    new = ppo.completion_logprobs(toy.model, *ids, 1.0, 10**6, CPU)
+    moved = torch.cat([n - r.old_logprobs for n, r in zip(new, rollouts)])
+    expected = (torch.exp(moved) - 1 - moved).sum()
+    plain, _ = gradients(toy, rollouts, args)
+    assert plain["approx_kl"] == pytest.approx(expected.item(), rel=1e-4)
+    with_kl, _ = gradients(toy, rollouts, args, beta=0.5)
+    kl = sum(((n - r.ref_logprobs) ** 2 / 2).sum() for n, r in zip(new, rollouts)).item()
+    assert with_kl["loss"] - plain["loss"] == pytest.approx(0.5 * kl, rel=1e-3)
+
+
+def test_each_gradient_has_a_norm_of_its_own(small, tmp_path):
+    """A critic clipped to nothing leaves the policy's first step as it was."""
+    run("--out", "c", *SMALL, "--max-steps", 1, "--critic-max-grad-norm", 1e-9, "--beta", 0.05, "--kl-target",
+        1, cwd=tmp_path, script="ppo.py")
+    ours, theirs = (load_file(folder / "checkpoints/step-1/adapter_model.safetensors")
+                    for folder in (tmp_path / "c", small))
+    assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
+
+
+def test_a_rank_without_rows_joins_in(tmp_path):
+    small = ["--max-steps", 2, "--prompts-per-step", 1, "--minibatches", 1, "--eval-questions", 2,
+             "--max-new-tokens", 16, "--train-questions", 8]
+    for ranks in (1, 2):
+        run("--out", f"r{ranks}", *small, cwd=tmp_path, script="ppo.py", ranks=ranks)
+    one, two = (load_file(tmp_path / f"r{ranks}/final/adapter_model.safetensors") for ranks in (1, 2))
+    assert all(torch.allclose(one[key], two[key], atol=1e-6) for key in one)
 
 
 @pytest.mark.parametrize("words, parts", [
     (["--gamma", 1.5], ["--gamma 1.5"]), (["--ppo-epochs", 0], ["--ppo-epochs 0"]),
     (["--kl-target", 6], ["--kl-target 6", "--beta"]), (["--minibatches", 200], ["--minibatches 200", "128"]),
     (["--beta", 0.1, "--kl-in", "loss"], ["expected gradient of 0"]),
-    (["--rewards", "model:nowhere"], ["nowhere"])])
+    (["--rewards", "model:nowhere/x/y"], ["--rewards model:nowhere"]),
+    (["--max-steps", -1], ["--max-steps -1"]), (["--token-budget", -1], ["--token-budget -1"])])
 def test_mistakes_are_one_line(words, parts, tmp_path):
     error = run(*words, cwd=tmp_path, script="ppo.py", fails=True)
     assert all(part in error for part in parts) and list(tmp_path.iterdir()) == []
