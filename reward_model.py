@@ -106,8 +106,8 @@ class Args:
     """pairs per optimizer step, over all ranks"""
     pairs_per_question: int = 4
     """most pairs that one question's samples give"""
-    passes: int = 1
-    """passes over the pairs, where --max-steps is 0"""
+    passes: int = 0
+    """passes over the pairs, where --max-steps is 0; 0: one, and two over generated pairs"""
     loss: Literal["pair", "best-of-n"] = "pair"
     """Bradley-Terry of chosen against rejected, or softmax of the best against all other candidates"""
     margin: float = 0.0
@@ -439,11 +439,11 @@ def encode(tokenizer, preferences, args, dropped):
 def resolve(args, device):
     """Fill in the defaults that depend on others, and refuse what cannot work, before any load or write."""
     embedded = models.is_embedded(args.model)
-    for name in ("pairs_per_step", "passes", "pairs_per_question", "save_every", "keep", "eval_pairs",
+    for name in ("pairs_per_step", "pairs_per_question", "save_every", "keep", "eval_pairs",
                  "eval_every"):
         if getattr(args, name) < 1:
             raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be 1 or more")
-    for name in ("margin", "centre"):
+    for name in ("margin", "centre", "passes"):
         if getattr(args, name) < 0:
             raise ValueError(f"--{name} {getattr(args, name)}: must be 0 or more")
     if args.max_grad_norm <= 0:
@@ -452,8 +452,9 @@ def resolve(args, device):
         raise ValueError(f"--level {args.level}: for generated pairs, not for --pairs {args.pairs}")
     if args.loss == "best-of-n" and args.margin:
         raise ValueError(f"--margin {args.margin}: only with --loss pair")
+    pairs = args.pairs or ("arithmetic" if embedded else "ultrafeedback")
     return replace(
-        args, pairs=args.pairs or ("arithmetic" if embedded else "ultrafeedback"),
+        args, pairs=pairs, passes=args.passes or (2 if pairs in data.GENERATED else 1),
         # a CPU's caches are small
         tokens_per_batch=args.tokens_per_batch or (2048 if device.type == "cpu" else 16384),
         lr=args.lr or (3e-4 if embedded else 1e-5 if args.full else 1e-4))
