@@ -19,7 +19,6 @@ The first loss is ln 2 = 0.693 (robust too), IPO 1 / (4 beta^2), hinge 1, by con
 import copy
 import hashlib
 import itertools
-import json
 import math
 from collections import Counter, deque
 from contextlib import contextmanager, nullcontext
@@ -405,6 +404,11 @@ class Completion:
     ids: list[int]
     logprobs: list[float]
     finished: bool
+
+    def text(self, tokenizer):
+        """What it says, without the stop token and other special tokens."""
+        ids = self.ids[:-1] if self.finished else self.ids
+        return tokenizer.decode(ids, skip_special_tokens=True)
 
 
 # Copied from grpo.py::noise_key
@@ -883,11 +887,6 @@ def right_against_wrong(prompt_ids, completions, correct, most):
     return [Pair(prompt_ids, good, bad) for good, bad in list(zip(chosen, rejected))[:most]]
 
 
-def decode(tokenizer, completion):
-    ids = completion.ids[:-1] if completion.finished else completion.ids
-    return tokenizer.decode(ids, skip_special_tokens=True)
-
-
 def sample_pairs(sampler, questions, prompt_ids, args, iteration, step, tokenizer, run):
     """Pairs from G samples of each question under the present policy, the same list on all ranks.
 
@@ -902,23 +901,14 @@ def sample_pairs(sampler, questions, prompt_ids, args, iteration, step, tokenize
         if args.dry_run:  # at the largest sizes, right or wrong
             found.append((i, [Pair(prompt_ids[e.id], row[0].ids, row[1].ids)], []))
             continue
-        texts = [decode(tokenizer, c) for c in row]
+        texts = [c.text(tokenizer) for c in row]
         correct = rewards.judge([e] * len(row), texts)
         pairs = right_against_wrong(prompt_ids[e.id], row, correct, args.pairs_per_question)
-        found.append((i, pairs, [answer_row(e, step, g, text, right, c)
-                                 for g, (text, right, c) in enumerate(zip(texts, correct, row))]))
+        found.append((i, pairs, [{"step": step} | rewards.answer_row(e, g, c, text, right)
+                                 for g, (c, text, right) in enumerate(zip(row, texts, correct))]))
     found = sorted(itertools.chain(*dist.gather(found)), key=lambda row: row[0])
     run.write_rows([row for _, _, rows in found for row in rows])
     return [pair for _, pairs, _ in found for pair in pairs]
-
-
-def answer_row(e, step, sample, text, correct, completion):
-    """A row of samples.csv or eval.csv: one answer to Example e."""
-    return {"step": step, "id": e.id, "sample": sample, "prompt": e.text, "completion": text,
-            "answer": e.answer, "extracted": rewards.extract_answer(text, choices=e.task == "choice") or "",
-            "correct": int(correct), "logprob": sum(completion.logprobs), "tokens": len(completion.ids),
-            "finished": int(completion.finished), "level": e.level, "task": e.task,
-            "meta": json.dumps(e.meta)}
 
 
 def summed_logprobs(model, pairs, tokens_per_batch, run):
@@ -962,23 +952,15 @@ def evaluate(model, sampler, questions, prompt_ids, pairs, args, step, tokens_pe
     metrics, mine = {}, dist.share(questions)
     completions = sample_all(sampler, [prompt_ids[e.id] for e in mine], [[0]] * len(mine),
                              args.max_new_tokens, 0.0, run, "evaluation")
-    texts = [decode(tokenizer, c) for (c,) in completions]
-    rows = [answer_row(e, step, 0, text, right, c)
+    texts = [c.text(tokenizer) for (c,) in completions]
+    rows = [rewards.answer_row(e, 0, c, text, right)
             for e, text, right, (c,) in zip(mine, texts, rewards.judge(mine, texts), completions)]
-    rows = sorted(itertools.chain(*dist.gather(rows)), key=lambda row: row["id"])
-    run.write_rows(rows, "eval.csv")
-    if rows:
-        metrics = {"eval/pass@1": sum(row["correct"] for row in rows) / len(rows),
-                   "eval/questions": len(rows),
-                   "eval/tokens": sum(row["tokens"] for row in rows) / len(rows),
-                   "eval/truncated": 1 - sum(row["finished"] for row in rows) / len(rows)}
     if pairs:
         columns = zip(*summed_logprobs(model, pairs, tokens_per_batch, run),
                       *zip(*[(p.ref_chosen, p.ref_rejected, len(p.chosen), len(p.rejected)) for p in pairs]))
         _, margin = preference_loss(*torch.tensor(list(columns)).unbind(1), **loss_switches(args))
         metrics["eval/ranking_accuracy"] = (margin.sign() + 1).mean().item() / 2  # a tie is half right
-    run.log(step, metrics)
-    run.print(f"step {step}: " + "  ".join(f"{name} {value:.4g}" for name, value in metrics.items()))
+    run.log_evaluation(step, dist.gather_rows(rows, "id"), metrics)
 
 
 def encode_pairs(tokenizer, preferences, args, dropped):

@@ -16,13 +16,11 @@
 """
 
 import argparse
-import copy
 import hashlib
 import importlib.util
 import itertools
 import json
 import math
-import random
 import sys
 import time
 from collections import Counter, deque
@@ -97,7 +95,7 @@ class Args:
     """rows sampled at a time per rank; halved when memory runs out"""
     # ---- method ----
     rewards: tuple[str, ...] = ("correctness=1", "format=0.2")
-    """with weights: correctness, format, digit, mark, math, model:runs/rm, yours as file.py:name=weight"""
+    """with weights: correctness, format, digit, mark, math, answer-prob, model:RUN, or your file.py:name=1"""
     reward_timeout: float = 30.0
     """seconds that a call of a reward of your own may take; its row is left out and counted"""
     # ---- evaluation ----
@@ -205,6 +203,11 @@ class Completion:
     ids: list[int]
     logprobs: list[float]
     finished: bool
+
+    def text(self, tokenizer):
+        """What it says, without the stop token and other special tokens."""
+        ids = self.ids[:-1] if self.finished else self.ids
+        return tokenizer.decode(ids, skip_special_tokens=True)
 
 
 # Copied from grpo.py::noise_key
@@ -616,12 +619,6 @@ def majority(answers, correct):
     return float(max(votes, key=lambda vote: vote[1])[2]) if votes else 0.0
 
 
-def repetition(ids, n=4):
-    """Share of the n-grams of a completion's tokens that stood in it before; near 1 in a circle."""
-    grams = list(zip(*(ids[i:] for i in range(n))))
-    return 1 - len(set(grams)) / len(grams) if grams else 0.0
-
-
 def mcnemar(wrong_to_right, right_to_wrong):
     """Exact two-sided p of McNemar's test: chance of so uneven a split of the changes if both were alike."""
     n = wrong_to_right + right_to_wrong
@@ -639,21 +636,6 @@ def bootstrap(differences, seed=0, draws=10_000):
 # ---- measuring ----
 
 
-def few_shot_messages(examples, question, preamble):
-    """The question, after worked examples as earlier turns of the chat; the preamble is in front of each."""
-
-    def ask(prompt):
-        turns = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else copy.deepcopy(prompt)
-        turns[-1]["content"] = "\n\n".join(filter(None, [preamble, turns[-1]["content"]]))
-        return turns
-
-    messages = []
-    for e in examples:
-        messages += [*ask(e.prompt), {"role": "assistant", "content": e.completion}]
-    messages += ask(question)
-    return messages if len(messages) > 1 else messages[0]["content"]
-
-
 def answer_all(sampler, questions, prompts, prompt_ids, reward_functions, args, tokenizer, run, label):
     """Every question's greedy answer (sample 0) and --samples more: rows of samples.csv, those of all ranks.
 
@@ -665,10 +647,6 @@ def answer_all(sampler, questions, prompts, prompt_ids, reward_functions, args, 
         keys = [[noise_key(args.seed, -1, e.id, g) for g in range(n)] for e in mine]
         right, started = Counter(), time.monotonic()
 
-        def text_of(completion):
-            ids = completion.ids[:-1] if completion.finished else completion.ids
-            return tokenizer.decode(ids, skip_special_tokens=True)
-
         def progress(done, total, ended):
             if run.stop:
                 raise SystemExit("stopped: --resume goes on with what is not measured yet")
@@ -676,7 +654,7 @@ def answer_all(sampler, questions, prompts, prompt_ids, reward_functions, args, 
                 return
             for p, _, c in ended:
                 e = mine[p]
-                right["n"] += rewards.judge([e], [text_of(c)])[0]
+                right["n"] += rewards.judge([e], [c.text(tokenizer)])[0]
             left = (time.monotonic() - started) / done * (total - done)
             run.progress(f"{label} T={temperature:g}: {done}/{total} answers, {right['n'] / done:.1%} right, "
                          f"ETA {clock(left)}")
@@ -688,10 +666,10 @@ def answer_all(sampler, questions, prompts, prompt_ids, reward_functions, args, 
                                   progress)
 
         completions = retry_smaller(attempt, sampler.slots, run.device, 1, "slots")[0]
-        flat = [(e, g, c, text_of(c)) for e, row in zip(mine, completions) for g, c in enumerate(row)]
+        flat = [(e, g, c, c.text(tokenizer)) for e, row in zip(mine, completions) for g, c in enumerate(row)]
         for part in range(0, len(flat), 100):  # so that a reward that hangs has few rows to try one by one
             rows += scored_rows(flat[part:part + 100], prompts, reward_functions, args, temperature, run)
-    return sorted(itertools.chain(*dist.gather(rows)), key=lambda row: (row["id"], row["sample"]))
+    return dist.gather_rows(rows, "id", "sample")
 
 
 def scored_rows(flat, prompts, reward_functions, args, temperature, run):
@@ -701,17 +679,13 @@ def scored_rows(flat, prompts, reward_functions, args, temperature, run):
     if scored["error"]:
         run.print(scored["error"])
     by_latex = scored["rewards"].get("math", scored["correct"])  # NaN where it hung: not right
+    right = [(by_latex if e.task == "math" else scored["correct"])[i] == 1 for i, e in enumerate(of)]
     return [{
-        "id": e.id, "sample": g + (temperature > 0), "temperature": temperature, "prompt": prompts[e.id],
-        "completion": text, "answer": e.answer,
-        "extracted": rewards.extract_answer(text, choices=e.task == "choice") or "",
-        "correct": int((by_latex if e.task == "math" else scored["correct"])[i] == 1),
-        "reward": scored["total"][i],
+        "temperature": temperature, "reward": scored["total"][i],
         **{f"reward/{name}": values[i] for name, values in scored["rewards"].items()},
-        "format": rewards.format([""], [text], [""])[0], "repetition": repetition(c.ids),
-        "logprob": sum(c.logprobs), "tokens": len(c.ids), "finished": int(c.finished), "level": e.level,
-        "task": e.task, "meta": json.dumps(e.meta), "seed": args.seed}
-        for i, (e, g, c, text) in enumerate(flat)]
+        "format": rewards.format([""], [text], [""])[0],
+        **rewards.answer_row(e, g + (temperature > 0), c, text, right[i]), "prompt": prompts[e.id],
+        "seed": args.seed} for i, (e, g, c, text) in enumerate(flat)]
 
 
 def best_by(rewards, correct):
@@ -761,7 +735,7 @@ def summarise(rows, ks, temperature, mixed=None, learned=()):
     metrics |= {"format": sum(row["format"] == 1 for row in first) / n,
                 "truncated": sum(not row["finished"] for row in first) / n,
                 "no_answer": sum(not row["extracted"] for row in first) / n,
-                "repetition": mean(first, "repetition"), "tokens": mean(first, "tokens"),
+                **rewards.text_metrics(first),
                 "reward_failed": sum(math.isnan(value) for row in rows for name, value in row.items()
                                      if name.startswith("reward/"))}
     return metrics, mixed
@@ -827,7 +801,8 @@ def resolve(args):
     if samples and not args.eval_temperature > 0:
         raise ValueError(f"--eval-temperature {args.eval_temperature}: samples must differ; use more than 0")
     trained_on = of_run.get("data", "")
-    trained_on = "" if Path(trained_on).exists() else trained_on  # a file is no test split
+    if Path(trained_on).exists() or trained_on.startswith("mmmlu/"):  # these have no test split of their own
+        trained_on = ""
     template = args.prompt_template
     return replace(
         args, samples=samples, data=args.data or trained_on or ("arithmetic" if embedded else "gsm8k"),
@@ -844,18 +819,7 @@ def choose_questions(args):
     questions = data.load_examples(args.data, args.split, level=level, limit=args.limit, seed=args.seed)
     if args.data in data.GENERATED and not args.limit:
         questions = questions[:500]
-    if not args.few_shot:
-        return questions, []
-    asked = {data.prompt_text(e.prompt) for e in questions}
-    try:
-        pool = data.load_examples(args.data, "train", level=level, seed=args.seed)
-    except ValueError:  # MMLU keeps its examples to show apart
-        pool = data.load_examples(args.data, "dev", level=level, seed=args.seed)
-    pool = [replace(e, completion=e.completion or f"Answer: {e.answer}") for e in pool
-            if (e.completion or e.answer) and data.prompt_text(e.prompt) not in asked]
-    if len(pool) < args.few_shot:
-        raise ValueError(f"--few-shot {args.few_shot}: {args.data} has {len(pool)} worked examples to show")
-    return questions, random.Random(args.seed).sample(pool, args.few_shot)
+    return questions, data.worked_examples(args.data, args.few_shot, questions, level=level, seed=args.seed)
 
 
 def forget_unfinished(run, results, done):
@@ -909,7 +873,7 @@ def main(args: Args) -> None:
             continue
         begun, tokenizer = time.monotonic(), tokenizers[name]
         label = " ".join(filter(None, [name or "embedded", repr(preamble) if preamble else ""]))
-        messages = {e.id: few_shot_messages(examples, e.prompt, preamble) for e in questions}
+        messages = {e.id: data.few_shot_messages(examples, e.prompt, preamble) for e in questions}
         prompts = {id: data.prompt_text(message) for id, message in messages.items()}
         prompt_ids = {id: data.encode_prompt(tokenizer, message, args.system, args.prompt_template)
                       for id, message in messages.items()}

@@ -20,7 +20,6 @@ The loss is near 0 at every step, by construction: watch the reward.
 import copy
 import hashlib
 import itertools
-import json
 import math
 from collections import deque
 from contextlib import contextmanager, nullcontext
@@ -116,7 +115,7 @@ class Args:
     """rows sampled at a time per rank; halved when memory runs out"""
     # ---- method ----
     rewards: tuple[str, ...] = ("correctness=1", "format=0.2")
-    """with weights: correctness, format, digit, mark, math, model:runs/rm, yours as file.py:name=weight"""
+    """with weights: correctness, format, digit, mark, math, answer-prob, model:RUN, or your file.py:name=1"""
     reward_timeout: float = 30.0
     """seconds that a call of a reward of your own may take; its row is left out and counted"""
     group_scaling: Literal["std", "none", "loo"] = "std"
@@ -380,6 +379,11 @@ class Completion:
     ids: list[int]
     logprobs: list[float]
     finished: bool
+
+    def text(self, tokenizer):
+        """What it says, without the stop token and other special tokens."""
+        ids = self.ids[:-1] if self.finished else self.ids
+        return tokenizer.decode(ids, skip_special_tokens=True)
 
 
 def noise_key(*parts: int) -> int:
@@ -955,8 +959,7 @@ def sampler_weights(old_logprobs, sampled_logprobs, mask, kind, cap):
 def score_rollouts(rollouts, reward_functions, args, tokenizer):
     """Fill in response, rewards, correct and reward. Returns a line on the first failed reward, or ""."""
     for r in rollouts:
-        ids = r.completion.ids
-        r.response = tokenizer.decode(ids[:-1] if r.completion.finished else ids, skip_special_tokens=True)
+        r.response = r.completion.text(tokenizer)
     scored = rewards.score(reward_functions, [r.example for r in rollouts], [r.response for r in rollouts],
                            timeout_s=args.reward_timeout)
     for i, r in enumerate(rollouts):
@@ -1018,14 +1021,9 @@ def collect(sampler, questions, prompt_ids, reward_functions, args, step, positi
 
 
 def csv_row(r, step):
-    extracted = rewards.extract_answer(r.response, choices=r.example.task == "choice")
-    return {"step": step, "id": r.example.id, "group": r.group, "sample": r.sample,
-            "prompt": r.example.text, "completion": r.response,
-            "answer": r.example.answer, "extracted": extracted or "",
-            "correct": int(r.correct), "reward": r.reward, **{f"reward/{k}": v for k, v in r.rewards.items()},
-            "advantage": r.advantage, "logprob": sum(r.completion.logprobs), "tokens": len(r.completion.ids),
-            "finished": int(r.completion.finished), "level": r.example.level, "task": r.example.task,
-            "meta": json.dumps(r.example.meta)}
+    return {"step": step, "group": r.group, "reward": r.reward,
+            **{f"reward/{k}": v for k, v in r.rewards.items()}, "advantage": r.advantage,
+            **rewards.answer_row(r.example, r.sample, r.completion, r.response, r.correct)}
 
 
 def evaluate(sampler, questions, prompt_ids, args, step, tokenizer, run):
@@ -1044,21 +1042,13 @@ def evaluate(sampler, questions, prompt_ids, args, step, tokenizer, run):
         score_rollouts(rollouts, [], args, tokenizer)
         rows += [csv_row(r, step) | {"sample": r.sample + (temperature > 0), "temperature": temperature}
                  for r in rollouts]
-    rows = sorted(itertools.chain(*dist.gather(rows)), key=lambda row: (row["id"], row["sample"]))
-    run.write_rows(rows, "eval.csv")
-    greedy = [row for row in rows if row["temperature"] == 0]
-    metrics = {"eval/pass@1": mean([row["correct"] for row in greedy]), "eval/questions": len(greedy),
-               "eval/tokens": mean([row["tokens"] for row in greedy]),
-               "eval/truncated": mean([1 - row["finished"] for row in greedy])}
-    right = {}
+    rows, right = dist.gather_rows(rows, "id", "sample"), {}
     for row in rows:
-        if row["temperature"] > 0:
+        if row["sample"] > 0:
             right.setdefault(row["id"], []).append(row["correct"])
-    for k in args.eval_k:
-        metrics[f"eval/pass@{k} T={args.eval_temperature:g}"] = mean(
-            [pass_at_k(len(row), sum(row), k) for row in right.values()])
-    run.log(step, metrics)
-    run.print(f"step {step}: " + "  ".join(f"{name} {value:.4g}" for name, value in metrics.items()))
+    run.log_evaluation(step, rows, {
+        f"eval/pass@{k} T={args.eval_temperature:g}": mean(
+            [pass_at_k(len(row), sum(row), k) for row in right.values()]) for k in args.eval_k})
 
 
 def mean(values):
@@ -1067,8 +1057,7 @@ def mean(values):
 
 def log_step(run, step, args, sampled, sums, accumulated_reward, sampled_tokens, more):
     """Metrics of a step over all ranks, its rollouts to samples.csv, and now and then one to the terminal."""
-    rows = sorted(itertools.chain(*dist.gather([csv_row(r, step) for r in sampled])),
-                  key=lambda row: (row["group"], row["sample"]))
+    rows = dist.gather_rows([csv_row(r, step) for r in sampled], "group", "sample")
     run.write_rows(rows)
 
     def column(name):
@@ -1183,9 +1172,18 @@ def main(args: Args) -> None:
         args = replace(args, max_steps=1, wandb=False, resume=False)
     check_out(args)
     dtype = models.choose_dtype(args.dtype, device)
-    reward_functions = rewards.parse_rewards(args.rewards, partial(
-        rewards.LearnedReward, dtype=dtype, device=device, tokens_per_batch=args.tokens_per_batch))
     tokenizer = models.load_tokenizer(args.model)
+
+    def policy_logprobs(prefixes, answers):  # for the reward answer-prob, under the weights of the moment
+        return retry_smaller(
+            lambda size: completion_logprobs(model, prefixes, answers, 1.0, size, device),
+            args.tokens_per_batch, device, longest + args.max_new_tokens, "tokens per batch")[0]
+
+    reward_functions = rewards.parse_rewards(
+        args.rewards,
+        partial(rewards.LearnedReward, dtype=dtype, device=device, tokens_per_batch=args.tokens_per_batch),
+        partial(rewards.AnswerProbability, tokenizer, lambda e: prompt_ids[e.id], policy_logprobs,
+                args.max_new_tokens))
     train, held_out = data.train_validation(args.data, n_train=args.train_questions,
                                             n_validation=args.eval_questions, level=args.level or None,
                                             seed=args.seed)

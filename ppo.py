@@ -23,7 +23,6 @@ The first update's policy loss is near 0 and its clip shares are 0, by construct
 import copy
 import hashlib
 import itertools
-import json
 import math
 import random
 from collections import deque
@@ -120,7 +119,7 @@ class Args:
     """rows sampled at a time per rank; halved when memory runs out"""
     # ---- method ----
     rewards: tuple[str, ...] = ("correctness=1", "format=0.2")
-    """with weights: correctness, format, digit, mark, math, model:runs/rm, yours as file.py:name=weight"""
+    """with weights: correctness, format, digit, mark, math, answer-prob, model:RUN, or your file.py:name=1"""
     reward_timeout: float = 30.0
     """seconds that a call of a reward of your own may take; its row is left out and counted"""
     gamma: float = 1.0
@@ -394,6 +393,11 @@ class Completion:
     ids: list[int]
     logprobs: list[float]
     finished: bool
+
+    def text(self, tokenizer):
+        """What it says, without the stop token and other special tokens."""
+        ids = self.ids[:-1] if self.finished else self.ids
+        return tokenizer.decode(ids, skip_special_tokens=True)
 
 
 # Copied from grpo.py::noise_key
@@ -809,18 +813,18 @@ def value_loss(values, old_values, returns, mask, clip):
 
 
 def moments(values, device):
-    """(mean, variance over N, count) of this rank's values [N] and those of all others."""
+    """(mean, variance over N) of this rank's values [N] and those of all others."""
     values = values.double()
     sums = dist.sum_dict({"n": len(values), "sum": values.sum().item()}, device)
     n = max(1, sums["n"])
     mean = sums["sum"] / n
-    return mean, dist.sum_dict({"squares": ((values - mean) ** 2).sum().item()}, device)["squares"] / n, n
+    return mean, dist.sum_dict({"squares": ((values - mean) ** 2).sum().item()}, device)["squares"] / n
 
 
 def explained_variance(values, returns, device):
     """1 - Var(returns - values) / Var(returns), over tokens [N] of all ranks; 0 where returns are equal."""
-    _, left, _ = moments(returns - values, device)
-    _, whole, _ = moments(returns, device)
+    _, left = moments(returns - values, device)
+    _, whole = moments(returns, device)
     return 1 - left / whole if whole > 1e-12 else 0.0
 
 
@@ -991,7 +995,7 @@ def set_advantages(rollouts, args, beta, device):
     advantages, returns = generalized_advantages(
         pad(per_token), pad([r.values[:-1] for r in rollouts]), bootstrap, lengths, args.gamma,
         args.gae_lambda)
-    mean, variance, _ = moments(torch.cat([row[:n] for row, n in zip(advantages, lengths)]), device)
+    mean, variance = moments(torch.cat([row[:n] for row, n in zip(advantages, lengths)]), device)
     for r, A, ret, n in zip(rollouts, (advantages - mean) / (variance + 1e-8) ** 0.5, returns, lengths):
         r.advantages, r.returns = A[:n].float(), ret[:n]
 
@@ -1065,8 +1069,7 @@ def shared_reward(path, name, args, model, device):
 def score_rollouts(rollouts, reward_functions, args, tokenizer):
     """Fill in response, rewards, correct and reward. Returns a line on the first failed reward, or ""."""
     for r in rollouts:
-        ids = r.completion.ids
-        r.response = tokenizer.decode(ids[:-1] if r.completion.finished else ids, skip_special_tokens=True)
+        r.response = r.completion.text(tokenizer)
     scored = rewards.score(reward_functions, [r.example for r in rollouts], [r.response for r in rollouts],
                            timeout_s=args.reward_timeout)
     for i, r in enumerate(rollouts):
@@ -1105,16 +1108,11 @@ def mean(values):
 
 # Adapted from grpo.py::csv_row: mean advantage, first value
 def csv_row(r, step):
-    extracted = rewards.extract_answer(r.response, choices=r.example.task == "choice")
-    return {"step": step, "id": r.example.id, "group": r.group, "sample": r.sample,
-            "prompt": r.example.text, "completion": r.response,
-            "answer": r.example.answer, "extracted": extracted or "",
-            "correct": int(r.correct), "reward": r.reward, **{f"reward/{k}": v for k, v in r.rewards.items()},
+    return {"step": step, "group": r.group, "reward": r.reward,
+            **{f"reward/{k}": v for k, v in r.rewards.items()},
             "advantage": mean(r.advantages.tolist()) if r.advantages is not None else 0.0,
             "value": r.values[0].item() if r.values is not None else 0.0,
-            "logprob": sum(r.completion.logprobs), "tokens": len(r.completion.ids),
-            "finished": int(r.completion.finished), "level": r.example.level, "task": r.example.task,
-            "meta": json.dumps(r.example.meta)}
+            **rewards.answer_row(r.example, r.sample, r.completion, r.response, r.correct)}
 
 
 # Copied from grpo.py::evaluate
@@ -1134,28 +1132,19 @@ def evaluate(sampler, questions, prompt_ids, args, step, tokenizer, run):
         score_rollouts(rollouts, [], args, tokenizer)
         rows += [csv_row(r, step) | {"sample": r.sample + (temperature > 0), "temperature": temperature}
                  for r in rollouts]
-    rows = sorted(itertools.chain(*dist.gather(rows)), key=lambda row: (row["id"], row["sample"]))
-    run.write_rows(rows, "eval.csv")
-    greedy = [row for row in rows if row["temperature"] == 0]
-    metrics = {"eval/pass@1": mean([row["correct"] for row in greedy]), "eval/questions": len(greedy),
-               "eval/tokens": mean([row["tokens"] for row in greedy]),
-               "eval/truncated": mean([1 - row["finished"] for row in greedy])}
-    right = {}
+    rows, right = dist.gather_rows(rows, "id", "sample"), {}
     for row in rows:
-        if row["temperature"] > 0:
+        if row["sample"] > 0:
             right.setdefault(row["id"], []).append(row["correct"])
-    for k in args.eval_k:
-        metrics[f"eval/pass@{k} T={args.eval_temperature:g}"] = mean(
-            [pass_at_k(len(row), sum(row), k) for row in right.values()])
-    run.log(step, metrics)
-    run.print(f"step {step}: " + "  ".join(f"{name} {value:.4g}" for name, value in metrics.items()))
+    run.log_evaluation(step, rows, {
+        f"eval/pass@{k} T={args.eval_temperature:g}": mean(
+            [pass_at_k(len(row), sum(row), k) for row in right.values()]) for k in args.eval_k})
 
 
 # Adapted from grpo.py::log_step: the critic's metrics
 def log_step(run, step, args, sampled, accumulated_reward, sampled_tokens, more):
     """Metrics of a step over all ranks, its rollouts to samples.csv, and now and then one to the terminal."""
-    rows = sorted(itertools.chain(*dist.gather([csv_row(r, step) for r in sampled])),
-                  key=lambda row: (row["group"], row["sample"]))
+    rows = dist.gather_rows([csv_row(r, step) for r in sampled], "group", "sample")
     run.write_rows(rows)
 
     def column(name):
@@ -1264,8 +1253,17 @@ def main(args: Args) -> None:
     if args.dry_run:
         args = replace(args, max_steps=1, wandb=False, resume=False, critic_warmup=0, target_kl=0.0)
     check_out(args)
-    reward_functions = rewards.parse_rewards(args.rewards, learned=models.check_reward_model)
     tokenizer = models.load_tokenizer(args.model)
+
+    def policy_logprobs(prefixes, answers):  # for the reward answer-prob, under the weights of the moment
+        return retry_smaller(
+            lambda size: completion_logprobs(model, prefixes, answers, 1.0, size, device),
+            args.tokens_per_batch, device, longest + args.max_new_tokens, "tokens per batch")[0]
+
+    reward_functions = rewards.parse_rewards(
+        args.rewards, models.check_reward_model,
+        partial(rewards.AnswerProbability, tokenizer, lambda e: prompt_ids[e.id], policy_logprobs,
+                args.max_new_tokens))
     train, held_out = data.train_validation(args.data, n_train=args.train_questions,
                                             n_validation=args.eval_questions, level=args.level or None,
                                             seed=args.seed)
@@ -1430,10 +1428,7 @@ def main(args: Args) -> None:
         # ---- log ----
         if error:
             run.print(f"step {step}: {error}")
-        n_updates = len(updates)
-        if not updates:  # no row has a reward
-            updates.append(dict.fromkeys(("loss", "value_loss", "approx_kl", "clip_low", "clip_high",
-                                          "value_clip", "gap", "grad_norm", "critic_grad_norm"), 0.0))
+        first = updates[0] if updates else dict.fromkeys(("clip_low", "clip_high", "gap"), 0.0)  # no rewards
         explained = explained_variance(torch.cat([r.values[:-1] for r in rollouts] or [torch.zeros(0)]),
                                        torch.cat([r.returns for r in rollouts] or [torch.zeros(0)]), device)
         totals = dist.sum_dict({"kl": sum(r.kl for r in rollouts), "rows": len(rollouts),
@@ -1445,8 +1440,8 @@ def main(args: Args) -> None:
             **{name: mean([u[name] for u in updates]) for name in (
                 "loss", "value_loss", "clip_low", "clip_high", "value_clip", "grad_norm",
                 "critic_grad_norm")},
-            "clip_first": updates[0]["clip_low"] + updates[0]["clip_high"], "sampler_gap": updates[0]["gap"],
-            "approx_kl": approx_kl, "updates": n_updates, "explained_variance": explained,
+            "clip_first": first["clip_low"] + first["clip_high"], "sampler_gap": first["gap"],
+            "approx_kl": approx_kl, "updates": len(updates), "explained_variance": explained,
             "value": totals["value"] / n_tokens, "return": totals["return"] / n_tokens,
             "kl": totals["kl"] / n_tokens, "beta": beta, "lr": optimizer.param_groups[0]["lr"],
             "critic_lr": critic_optimizer.param_groups[0]["lr"], "tokens_per_batch": tokens_per_batch})

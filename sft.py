@@ -381,6 +381,11 @@ class Completion:
     logprobs: list[float]
     finished: bool
 
+    def text(self, tokenizer):
+        """What it says, without the stop token and other special tokens."""
+        ids = self.ids[:-1] if self.finished else self.ids
+        return tokenizer.decode(ids, skip_special_tokens=True)
+
 
 # Copied from grpo.py::noise_key
 def noise_key(*parts: int) -> int:
@@ -828,26 +833,14 @@ def evaluate(model, sampler, questions, encoded, args, step, tokens_per_batch, t
                                 tokens_per_batch, run.device, 1, "tokens per batch")
     sums = dist.sum_dict({"nll": -sum(row.sum().item() for row in logprobs),
                           "tokens": sum(len(c) for _, c in targets)}, run.device)
-    metrics = {"eval/loss": sums["nll"] / max(1, sums["tokens"])}
     asked = [e for e in mine if e.answer]
     completions = sample_all(sampler, [encoded[e.id][0] for e in asked], [[0]] * len(asked),
                              args.max_new_tokens, 0.0, run, "evaluation")
-    texts = [tokenizer.decode(c.ids[:-1] if c.finished else c.ids, skip_special_tokens=True)
-             for (c,) in completions]
-    rows = [{"step": step, "id": e.id, "sample": 0, "prompt": e.text, "completion": text, "answer": e.answer,
-             "extracted": rewards.extract_answer(text, choices=e.task == "choice") or "",
-             "correct": int(right),
-             "logprob": sum(c.logprobs), "tokens": len(c.ids), "finished": int(c.finished)}
+    texts = [c.text(tokenizer) for (c,) in completions]
+    rows = [rewards.answer_row(e, 0, c, text, right)
             for e, text, right, (c,) in zip(asked, texts, rewards.judge(asked, texts), completions)]
-    rows = sorted(itertools.chain(*dist.gather(rows)), key=lambda row: row["id"])
-    if rows:
-        run.write_rows(rows, "eval.csv")
-        metrics |= {"eval/pass@1": sum(row["correct"] for row in rows) / len(rows),
-                    "eval/questions": len(rows),
-                    "eval/tokens": sum(row["tokens"] for row in rows) / len(rows),
-                    "eval/truncated": 1 - sum(row["finished"] for row in rows) / len(rows)}
-    run.log(step, metrics)
-    run.print(f"step {step}: " + "  ".join(f"{name} {value:.4g}" for name, value in metrics.items()))
+    run.log_evaluation(step, dist.gather_rows(rows, "id"),
+                       {"eval/loss": sums["nll"] / max(1, sums["tokens"])})
 
 
 def resolve(args, device):

@@ -19,7 +19,9 @@ import random
 import re
 import zlib
 from collections import Counter, defaultdict
-from dataclasses import dataclass, field
+from contextlib import suppress
+from copy import deepcopy
+from dataclasses import dataclass, field, replace
 from functools import lru_cache, partial
 from pathlib import Path
 
@@ -63,6 +65,8 @@ class Preference:
 # training set.
 
 SPLITS = ("validation", "test", "train", "train", "train")  # by hash of the prompt, modulo 5
+HINT = "{prompt} (The answer is {answer}.)"  # of arithmetic-hinted; star.py asks again in these words
+GIVEN_UP = 3  # highest level that arithmetic-hinted's authors try without a hint
 WORKED_SHARE = 0.4  # of arithmetic-mixed's demonstrations: a corpus where most authors skip the working ...
 SLIP = 2  # ... and then are off by up to this much, each error as likely as the right answer
 GENERATED_ROWS = 10_000  # where no number is asked for
@@ -112,6 +116,7 @@ def _countdown(rng, level):
 GENERATED = {  # name: (problem maker, highest level, level where none is given)
     "arithmetic": (_arithmetic, 8, 3),
     "arithmetic-mixed": (_arithmetic, 8, 3),  # the same problems; all but WORKED_SHARE state a guess alone
+    "arithmetic-hinted": (_arithmetic, 8, 3),  # half have a hint and are worked; a hard one without is not
     "countdown": (_countdown, 4, 1),
 }
 
@@ -153,11 +158,14 @@ def _generate(data, split, level, limit, seed, filter):
         digest = hashlib.sha256(prompt.encode()).digest()
         if SPLITS[int.from_bytes(digest[:8], "big") % len(SPLITS)] != split:
             continue
-        if data == "arithmetic-mixed":
-            author = random.Random(f"author {seed} {prompt}")
-            if author.random() >= WORKED_SHARE:
-                guess = int(problem["answer"]) + author.randint(-SLIP, SLIP)
-                problem["completion"] = f"<answer>{guess}</answer>"
+        author = random.Random(f"author {seed} {prompt}")
+        if data == "arithmetic-hinted" and author.random() < 0.5:
+            problem["prompt"] = HINT.format(**problem)
+        elif data == "arithmetic-hinted" and row_level > GIVEN_UP:
+            problem["completion"] = "<answer>?</answer>"
+        elif data != "arithmetic" and make is _arithmetic and author.random() >= WORKED_SHARE:
+            guess = int(problem["answer"]) + author.randint(-SLIP, SLIP)
+            problem["completion"] = f"<answer>{guess}</answer>"
         # All splits read one stream of draws, so their ids never meet either.
         examples.append(Example(id=draw, level=row_level, **problem))
 
@@ -192,13 +200,17 @@ def _rows(data, split):
     if data in URLS or data.startswith(("https://", "http://")):
         return _file_rows([_download(URLS.get(data, data))])
     if data in HUB:
+        if (data, split) == ("mmlu", "train"):  # its auxiliary_train is other people's data
+            split = "dev+validation"
         return _hub_rows(HUB["math500" if (data, split) == ("math", "test") else data], split)
+    if data.startswith("mmmlu/"):  # which has no other split
+        return _hub_rows([data.replace("mmmlu/", "openai/MMMLU:")], "test")
     if path.is_dir():
         return _file_rows(_split_files(path, split))
     if path.exists() or _suffix(path) in READERS:
         return _file_rows([path])
     if re.fullmatch(r"[\w.-]+/[\w.-]+(:[\w.-]+)?", data):
-        return _hub_rows([data.replace("mmmlu/", "openai/MMMLU:")], split)
+        return _hub_rows([data], split)
     names = f"{', '.join([*GENERATED, *HUB, *URLS])}, mmmlu/LOCALE, an org/name[:config] on the hub, a URL"
     raise ValueError(f"unknown data {data!r}: use {names}, or a local {' '.join(READERS)} file or folder")
 
@@ -224,13 +236,19 @@ def _suffix(path):
 
 
 def _split_files(folder, split):
-    """train.jsonl, train-00000-of-00002.parquet, data/train-*.parquet, or all files of the folder train/."""
+    """train.jsonl, train-00000-of-00002.parquet, data/train-*.parquet, or all files of the folder train/.
+
+    Where there is no train split (MMLU), dev and validation together.
+    """
     for name in ("validation", "valid", "val", "dev") if split == "validation" else (split,):
         patterns = (f"{name}.*", f"{name}-*", f"data/{name}-*", f"{name}/*")
         files = [file for pattern in patterns for file in sorted(folder.glob(pattern))]
         files = [file for file in files if _suffix(file) in READERS]
         if files:
             return files
+    if split == "train":
+        with suppress(ValueError):
+            return _split_files(folder, "dev") + _split_files(folder, "val")
     raise ValueError(f"no split {split!r}: {_listing(folder)}")
 
 
@@ -385,7 +403,7 @@ def _choice(row):
     if answer not in tuple(letters):
         raise ValueError(f"the answer is {answer!r}, not one of {', '.join(letters)}")
     lines = [_text(row, "question"), *(f"{letter}) {choice}" for letter, choice in zip(letters, choices))]
-    meta = {"subject": row["subject"]} if row.get("subject") else {}
+    meta = {"choices": len(choices)} | ({"subject": row["subject"]} if row.get("subject") else {})
     return dict(prompt="\n".join(lines), answer=answer, completion=completion, task="choice", meta=meta)
 
 
@@ -532,6 +550,43 @@ def train_validation(data, *, n_train=0, n_validation=0, level=None, seed=0, fil
     return train, load_examples(data, "validation", level=level, limit=n_validation, seed=seed)
 
 
+def load_generations(sources, dropped=None) -> list[tuple[Example, bool]]:
+    """(example with its completion, right?) of every finished answer in runs' samples.csv, in their order.
+
+    sources: paths. An answer that a question has twice counts once; the id is that of the question's first.
+    dropped: a Counter: unfinished, empty reply, repeated. Errors: ValueError with file and line number.
+    """
+    dropped = Counter() if dropped is None else dropped
+    found, ids, seen = [], {}, set()
+    for number, (place, row) in enumerate(itertools.chain.from_iterable(_rows(str(s), "") for s in sources)):
+        example = _answer_of(number, place, row)
+        question = example.text, example.answer
+        example = replace(example, id=ids.setdefault(question, number))
+        reason = _unusable(row, example, seen)
+        if reason:
+            dropped[reason] += 1
+        else:
+            found.append((example, _read(_is_correct, place, row)))
+        seen.add((*question, example.completion))
+    if not found:
+        raise ValueError(f"{' '.join(map(str, sources))}: no finished answers; left out: {dict(dropped)}")
+    return found
+
+
+def _answer_of(number, place, row):
+    """The Example, with completion, that a row of a samples.csv holds."""
+    return Example(id=number, **_read(_fields, place, row))
+
+
+def _unusable(row, example, seen):
+    """Why an answer of a samples.csv teaches nothing, or "". seen: (prompt text, gold answer, completion)."""
+    if str(row.get("finished", 1)) != "1":
+        return "unfinished"
+    if not example.completion.strip():
+        return "empty reply"
+    return "repeated" if (example.text, example.answer, example.completion) in seen else ""
+
+
 # ------------------------------------------------------------------------------------------------------------
 # Preferences
 
@@ -636,20 +691,16 @@ def load_preferences(data, split="train", *, limit=0, seed=0, level=None, pairs_
     if data in GENERATED:
         return _sample(_generated_preferences(data, level, seed), limit, seed)
     dropped = Counter() if dropped is None else dropped
-    pairs, sampled, tokenizer, number = [], defaultdict(lambda: ({}, {})), None, -1
+    pairs, sampled, seen, tokenizer, number = [], defaultdict(lambda: ([], [])), set(), None, -1
     for number, (place, row) in enumerate(_rows(data, split)):
         others = ()
         if isinstance(row, dict) and row.keys() >= {"prompt", "completion", "correct"}:
-            example = Example(id=number, **_read(_plain, place, row))
-            of_question = sampled[example.text, example.answer][_read(_is_correct, place, row)]
-            if str(row.get("finished", 1)) != "1":
-                dropped["unfinished"] += 1
-            elif not example.completion.strip():
-                dropped["empty reply"] += 1
-            elif example.completion in of_question:
-                dropped["repeated"] += 1
+            example = _answer_of(number, place, row)
+            if reason := _unusable(row, example, seen):
+                dropped[reason] += 1
             else:
-                of_question[example.completion] = example
+                sampled[example.text, example.answer][_read(_is_correct, place, row)].append(example)
+            seen.add((example.text, example.answer, example.completion))
             continue
         if isinstance(row, dict) and row.keys() >= {"query", "sample0", "sample1", "best"}:
             tokenizer = tokenizer or load_tokenizer(label_tokenizer, "--label-tokenizer")
@@ -669,7 +720,7 @@ def load_preferences(data, split="train", *, limit=0, seed=0, level=None, pairs_
         else:
             pairs.append(Preference(number, prompt, chosen, rejected, margin or 0.0, tuple(others)))
     for wrong, right in sampled.values():
-        for good, bad in list(zip(right.values(), wrong.values()))[:pairs_per_question or None]:
+        for good, bad in list(zip(right, wrong))[:pairs_per_question or None]:
             pairs.append(Preference(good.id, good.prompt, good.completion, bad.completion))
     if not pairs:
         raise ValueError(f"{data} has no pairs among its {number + 1} rows; left out: {dict(dropped)}")
@@ -689,6 +740,40 @@ THINK_ANSWER_SYSTEM = (
 def prompt_text(prompt):
     """A prompt as one text: the string itself, or what the chat messages say."""
     return prompt if isinstance(prompt, str) else "\n\n".join(message["content"] for message in prompt)
+
+
+def worked_examples(data, n, asked, *, level=None, seed=0) -> list[Example]:
+    """n examples of the train split (or dev) with a completion to show, none of them in `asked`.
+
+    Errors: ValueError if there are too few.
+    """
+    if not n:
+        return []
+    texts = {e.text for e in asked}
+    try:
+        pool = load_examples(data, "dev" if data == "mmlu" else "train", level=level, seed=seed)
+    except ValueError:
+        pool = load_examples(data, "dev", level=level, seed=seed)
+    pool = [replace(e, completion=e.completion or f"Answer: {e.answer}") for e in pool
+            if (e.completion or e.answer) and e.text not in texts]
+    if len(pool) < n:
+        raise ValueError(f"--few-shot {n}: {data} has {len(pool)} worked examples to show")
+    return random.Random(seed).sample(pool, n)
+
+
+def few_shot_messages(examples, question, preamble=""):
+    """The question, after worked examples as earlier turns of the chat; the preamble is in front of each."""
+
+    def ask(prompt):
+        turns = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else deepcopy(prompt)
+        turns[-1]["content"] = "\n\n".join(filter(None, [preamble, turns[-1]["content"]]))
+        return turns
+
+    messages = []
+    for e in examples:
+        messages += [*ask(e.prompt), {"role": "assistant", "content": e.completion}]
+    messages += ask(question)
+    return messages if len(messages) > 1 else messages[0]["content"]
 
 
 @lru_cache(maxsize=2)

@@ -72,6 +72,12 @@ def gather(value):
     return gathered
 
 
+def gather_rows(rows: list[dict], *keys) -> list[dict]:
+    """Every rank's rows, sorted by the columns `keys`: the same list on all ranks, whatever their number."""
+    everyone = [row for of_rank in gather(rows) for row in of_rank]
+    return sorted(everyone, key=lambda row: [row[key] for key in keys])
+
+
 def broadcast(value):
     """Rank 0's `value` on every rank."""
     box = [value]

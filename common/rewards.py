@@ -8,7 +8,8 @@ goes into any file and is named with its weight, `path/my_rewards.py:brevity=0.5
 
 It may name any of the columns `tasks`, `metas`, `ids` as further parameters. It runs in a process of its own:
 where it raises or hangs, that costs the rows at fault (reward NaN), not the run. The built-in rewards never
-evaluate model text and take time linear in its length. `model:runs/rm` is a model of reward_model.py.
+evaluate model text and take time linear in its length. `model:runs/rm` is a model of reward_model.py, and
+`answer-prob` the probability that the policy itself gives to the gold answer after its rationale.
 """
 
 import ast
@@ -25,11 +26,13 @@ import sys
 import threading
 import time
 import traceback
+import unicodedata
 from collections import Counter
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from fractions import Fraction
-from math import isfinite, isnan, nan
+from functools import lru_cache
+from math import exp, isfinite, isnan, nan
 from pathlib import Path
 
 TAGS = ("<think>", "</think>", "<answer>", "</answer>")
@@ -198,27 +201,46 @@ def extract_answer(text: str, choices: bool = False) -> str | None:
     )
 
 
-_LETTER = r"[\s*_(\[$\"'`]{0,6}([A-E])(?![A-Za-z0-9'\u2019])(?!\s*(?:,|/|or\b|and\b)\s*\(?[A-E]\b)"
+# "answer" in the languages of MMMLU and of the African MMLU sets, accents and vowel marks left out (`_fold`)
+_ANSWER_WORDS = (
+    "ans(?:wer)?", "réponse", "respuesta", "resposta", "risposta", "antwort", "jawaban", "jibu", "ìdáhùn",
+    "azịza", "impendulo", "mhinduro", "amsa", "መልስ", "መልሱ", "答案", "答え", "正解", "정답", "답", "إجابة",
+    "اجابة", "جواب", "उत्तर", "উত্তর")
+_LATIN = r"[0-9A-Za-z\u00c0-\u02af\u1e00-\u1eff]"
+_LETTER = (rf"[\s*_(\[$\"'`]{{0,6}}([A-E])(?!{_LATIN}|['\u2019])"
+           r"(?!\s*(?:,|/|or\b|and\b)\s*\(?[A-E]\b)")
 _LINK_WORD = r"\b(?i:is|be|will|would|must|therefore|thus|the|correct|option|choice|letter)\b"
 _LINK = rf"(?:[ *_]{{0,4}}(?:[:=,-]|{_LINK_WORD})){{0,5}}"
+
+
+def _fold(text):
+    """Full-width letters as plain ones, without accents and vowel marks, which many writers leave out."""
+    return "".join(c for c in unicodedata.normalize("NFKD", text) if unicodedata.category(c) != "Mn")
+
+
 _CHOICE_FORMS = (  # the first form found counts, and of that form the last
     re.compile(rf"\b(?i:ans(?:wer)?)\b(?: (?i:to|for) [^\n.?!:=]{{1,80}}?)?{_LINK}{_LETTER}"),
     re.compile(rf"\b(?i:option|choice)\b{_LINK}{_LETTER}(?![\s*)\]]{{1,4}}(?:is (?:not|in|wrong)|can))"),
     re.compile(r"\b([A-E])[)\]*]{0,4} (?:is|must be) (?:the )?(?:correct|right|true|best|answer)\b"),
-    re.compile(r"(?:^|\n)[*_(\[$]{0,4}([A-E])[*_)\].$:]{0,4}\Z"),  # a last line that is a letter alone
+    re.compile(rf"(?i:{_fold('|'.join(_ANSWER_WORDS[1:]))})[^\n.?!A-Z]{{0,40}}?(?<!{_LATIN}){_LETTER}"),
+    re.compile(r"(?:^|\n)[*_(\[$]{0,4}([A-E])[*_)\].$:]{0,4}\Z"),  # a last line that is a letter alone ...
+    re.compile(rf"[:=]{_LETTER}[^\n\w]{{0,4}}\Z"),  # ... or ends in ": B"
 )
 
 
 def extract_choice(text: str) -> str | None:
     """The letter "A" to "E" that a response settles on, None where it settles on none.
 
-    After </think>: the tag or box, else "the answer is (B)", "option B", "B is correct", or a last line "B".
+    After </think>: the tag or box, else "the answer is (B)" ("Ìdáhùn ni B", "答案是B"), "option B",
+    "B is correct", a last line "B" or "...: B", or "B) ..." if it is the only option that is written out.
     """
-    tail = text.rpartition("</think>")[2].partition("<think>")[0].strip()
+    tail = _fold(text.rpartition("</think>")[2].partition("<think>")[0].strip())
     if marked := _marked(tail):
         marked = _undress(marked[:300])
         tail = "answer: " + (marked.upper() if len(marked) == 1 else marked)
-    return next((found[-1] for form in _CHOICE_FORMS if (found := form.findall(tail))), None)
+    options = re.findall(r"(?:^|\n)[\s*_(\[]{0,4}([A-E])[)\].:]", tail)
+    return next((found[-1] for form in _CHOICE_FORMS if (found := form.findall(tail))),
+                options[0] if len(options) == 1 else None)
 
 
 # ---- The built-in rewards, each 0 to 1 per row.
@@ -312,14 +334,13 @@ class LearnedReward:
         self.longest = self.model.config.max_position_embeddings
         self.tokens_per_batch = tokens_per_batch
 
-    def __call__(self, prompts, responses):
-        """prompts: texts or chat messages."""
+    def __call__(self, examples, responses):
         import torch
 
         system, template = self.settings["system"], self.settings["prompt_template"]
         rows = [self.encode_prompt(self.tokenizer, p, system, template)
                 + self.encode_completion(self.tokenizer, r, self.tokenizer.eos_token_id)
-                for p, r in zip(prompts, responses, strict=True)]
+                for p, r in zip([e.prompt for e in examples], responses, strict=True)]
         order = sorted((i for i, row in enumerate(rows) if len(row) <= self.longest),
                        key=lambda i: len(rows[i]))
         values = [nan] * len(rows)
@@ -333,30 +354,115 @@ class LearnedReward:
         return values
 
 
+# ---- The policy's own probability of the gold answer as a reward.
+
+
+def rationale(response: str) -> str:
+    """What a response says before its answer: all up to the last <answer>, or all there is; thinking closed.
+
+    "" where there is nothing but tags.
+    """
+    before = response.rpartition("<answer>")[0] if "<answer>" in response else response
+    before = before.partition("</answer>")[0]
+    if before.rfind("<think>") > before.rfind("</think>"):
+        before += "</think>"
+    return before if re.sub("|".join(TAGS), "", before).strip() else ""
+
+
+def leave_one_out(values, groups) -> list[float]:
+    """Each value minus the mean of the others of its group: sums to 0 over a group; 0 where it is alone.
+
+    As a baseline it leaves the expected policy gradient as it is, for the others do not depend on the sample
+    (RLOO, arXiv 2402.14740); minus the mean of all, as in Quiet-STaR, is (n - 1) / n of it. NaN has no part.
+    """
+    members = {}
+    for group, value in zip(groups, values, strict=True):
+        if not isnan(value):
+            members.setdefault(group, []).append(value)
+    left = []
+    for group, value in zip(groups, values):
+        n = len(members.get(group, ()))
+        left.append(nan if isnan(value) else
+                    (value - sum(members[group]) / n) * n / (n - 1) if n > 1 else 0.0)
+    return left
+
+
+class AnswerProbability:
+    """log p(gold answer | prompt, rationale) under the policy that is trained: a reward without a verifier.
+
+    Source: Quiet-STaR, arXiv 2403.09629 section 4.4. The gold answer stands between <answer> and </answer>,
+    whose closing mark counts, or "7" would be as probable as "72". options, joined by "+":
+    "mean": per token, not the sum; "exp": the probability itself, bounded by 0 and 1;
+    "prior": minus the same without a rationale; "others": minus the mean of the question's other rationales.
+    It rewards rationales that hedge where several answers are equally likely: E[log p] punishes those that
+    name one, E[p] ("exp") does not.
+
+    prompt_ids(example) gives ids; logprobs(prefixes, answers) the log-probs [L] of each answer's tokens. A
+    rationale is cut where it, the marks and the answer would exceed max_new_tokens; an answer that exceeds
+    them alone is NaN. Errors: ValueError for an unknown option.
+    """
+
+    OPTIONS = ("mean", "exp", "prior", "others")
+
+    def __init__(self, tokenizer, prompt_ids, logprobs, max_new_tokens, options):
+        self.tokenizer, self.prompt_ids, self.logprobs = tokenizer, prompt_ids, logprobs
+        self.max_new_tokens, self.options = max_new_tokens, set(filter(None, options.split("+")))
+        if unknown := self.options - set(self.OPTIONS):
+            raise ValueError(f"reward answer-prob:{options}: unknown {', '.join(sorted(unknown))}; "
+                             f"take {', '.join(self.OPTIONS)}, joined by +")
+
+    def __call__(self, examples, responses):
+        rows = [(e, rationale(response)) for e, response in zip(examples, responses, strict=True)]
+        if "prior" in self.options:
+            rows += [(e, "") for e in examples]
+        encode = lru_cache(None)(lambda text: self.tokenizer(text, add_special_tokens=False)["input_ids"])
+        prefixes, answers, scored = [], [], []
+        for i, (e, before) in enumerate(rows):
+            mark, answer = encode("<answer>"), encode(f"{e.answer}</answer>")
+            room = self.max_new_tokens - len(mark) - len(answer)
+            if room >= 0:
+                prefixes.append(self.prompt_ids(e) + encode(before)[:room] + mark)
+                answers.append(answer)
+                scored.append(i)
+        values = [nan] * len(rows)
+        for i, row in zip(scored, self.logprobs(prefixes, answers)):
+            value = (row.mean() if "mean" in self.options else row.sum()).item()
+            values[i] = exp(value) if "exp" in self.options else value
+        if "prior" in self.options:
+            values = [value - prior for value, prior in zip(values, values[len(examples):])]
+        return leave_one_out(values, [e.id for e in examples]) if "others" in self.options else values
+
+
 # ---- Weighing and adding up.
 
 
 @dataclass(frozen=True)
 class RewardFunction:
-    """A weighted reward; `function` is a built-in, a LearnedReward, or the _Worker of another process."""
+    """A weighted reward; `function`: a built-in, LearnedReward, AnswerProbability, or another's _Worker."""
 
     name: str
     weight: float
     function: object
 
 
-def parse_rewards(specs: list[str], learned=LearnedReward) -> list[RewardFunction]:
-    """Reward functions from "name", "name=weight", "path/file.py:name=weight" or "model:runs/rm=weight".
+def parse_rewards(specs: list[str], learned=LearnedReward, answer_prob=None) -> list[RewardFunction]:
+    """Reward functions from "name", "name=weight", "file.py:name", "model:runs/rm" or "answer-prob:options".
 
     The weight is 1 unless given. A file is imported here, in its own process, and a model is loaded, so that
-    mistakes end the run before anything expensive. learned(folder) makes the LearnedReward.
+    mistakes end the run before anything expensive. learned(folder) makes the LearnedReward, and
+    answer_prob(options) the AnswerProbability; None where there is no policy to ask.
     Errors: ValueError for an unknown name, a missing file or function, a bad weight, a name used twice.
     """
     parsed = []
     for spec in specs:
         target, _, weight = spec.partition("=")
         path, colon, name = target.rpartition(":")
-        is_model = target.startswith("model:")
+        is_model, is_prob = target.startswith("model:"), target.partition(":")[0] == "answer-prob"
+        if is_prob:
+            name, path = "answer-prob", target.partition(":")[2]
+            if answer_prob is None:
+                raise ValueError(f"reward {spec!r} asks the policy in training, which grpo.py, ppo.py and "
+                                 "star.py have")
         if is_model:  # runs/rm, runs/rm/final and runs/rm/checkpoints/step-9 are all called rm
             path, parts = target.removeprefix("model:"), Path(target.removeprefix("model:")).parts
             name = next((part for part in reversed(parts)
@@ -367,15 +473,15 @@ def parse_rewards(specs: list[str], learned=LearnedReward) -> list[RewardFunctio
             raise ValueError(f"the weight of reward {spec!r} is not a number: write it as name=0.5") from None
         if any(name == other.name for other in parsed):
             raise ValueError(f"two rewards are named {name!r}: each needs a name of its own")
-        if not colon and name not in BUILT_IN:
-            raise ValueError(f"unknown reward {name!r}: take {', '.join(BUILT_IN)}, path/file.py:function or "
-                             "model:runs/rm")
-        if colon and not is_model and not Path(path).is_file():
+        if not colon and not is_prob and name not in BUILT_IN:
+            raise ValueError(f"unknown reward {name!r}: take {', '.join(BUILT_IN)}, answer-prob, "
+                             "path/file.py:function or model:runs/rm")
+        if colon and not is_model and not is_prob and not Path(path).is_file():
             raise ValueError(f"reward {spec!r}: no file {path!r} (write path/file.py:function=weight)")
         if target == "math" and importlib.util.find_spec("math_verify") is None:
             raise ValueError("reward 'math' needs the package math_verify: pip install math-verify")
-        function = (learned(path) if is_model else _Worker(path or __file__, name) if colon or name == "math"
-                    else BUILT_IN[name])
+        function = (learned(path) if is_model else answer_prob(path) if is_prob
+                    else _Worker(path or __file__, name) if colon or name == "math" else BUILT_IN[name])
         parsed.append(RewardFunction(name, weight, function))
     return parsed
 
@@ -403,8 +509,8 @@ def score(reward_functions, examples, responses, prompts=None, timeout_s: float 
         if isinstance(reward.function, _Worker):
             values, problem = reward.function(prompts, responses, answers, columns, timeout_s)
             error = error or (problem and f"reward {reward.name!r}: {problem}")
-        elif isinstance(reward.function, LearnedReward):  # asked as it was trained
-            values = reward.function([e.prompt for e in examples], responses)
+        elif isinstance(reward.function, LearnedReward | AnswerProbability):  # they encode the prompt
+            values = reward.function(examples, responses)
         else:
             values = reward.function(prompts, responses, answers, **columns)
         rewards[reward.name] = values
@@ -413,6 +519,72 @@ def score(reward_functions, examples, responses, prompts=None, timeout_s: float 
     failed = sum(isnan(value) for value in total)
     correct = judge(examples, responses)  # the reward of that name may be a user's
     return {"rewards": rewards, "total": total, "correct": correct, "failed": failed, "error": error}
+
+
+# ---- An answer as a row of samples.csv or eval.csv, and what rows come to.
+
+
+def repetition(ids, n=4) -> float:
+    """Share of the n-grams of a completion's tokens that stood in it before; near 1 in a circle."""
+    grams = list(zip(*(ids[i:] for i in range(n))))
+    return 1 - len(set(grams)) / len(grams) if grams else 0.0
+
+
+def language(text: str) -> str:
+    """The code of the language that a text is surely in ("en", "yo", "am"), by CLD2; "" where it is not sure.
+
+    "" too where the text is short, or pycld2 is not installed. Source: github.com/CLD2Owners/cld2.
+    """
+    if importlib.util.find_spec("pycld2") is None:
+        return ""
+    import pycld2
+
+    plain = "".join(c if c.isprintable() else " " for c in re.sub("|".join(TAGS), " ", text))
+    try:
+        sure, _, found = pycld2.detect(plain.encode(), isPlainText=True)
+    except (pycld2.error, UnicodeEncodeError):  # no text
+        return ""
+    return found[0][1] if sure else ""
+
+
+def answer_row(example, sample, completion, text, correct) -> dict:
+    """What samples.csv and eval.csv hold of every answer. completion: a script's Completion; text: its text.
+
+    in_language: whether the answer is in the question's language, "" where that cannot be told.
+    """
+    asked, given = language(example.text), language(text)
+    return {"id": example.id, "sample": sample, "prompt": example.text, "completion": text,
+            "answer": example.answer,
+            "extracted": extract_answer(text, choices=example.task == "choice") or "",
+            "correct": int(correct), "logprob": sum(completion.logprobs), "tokens": len(completion.ids),
+            "finished": int(completion.finished), "repetition": repetition(completion.ids),
+            "in_language": int(asked == given) if asked and given else "",
+            "level": example.level, "task": example.task, "meta": json.dumps(example.meta)}
+
+
+def text_metrics(rows) -> dict:
+    """Means over rows of `answer_row`: tokens, repetition, and in_language where it can be told of some."""
+    told = [row["in_language"] for row in rows if row["in_language"] != ""]
+    n = max(1, len(rows))
+    return {"tokens": sum(row["tokens"] for row in rows) / n,
+            "repetition": sum(row["repetition"] for row in rows) / n} | (
+                {"in_language": sum(told) / len(told)} if told else {})
+
+
+def answer_metrics(rows) -> dict:
+    """eval/pass@1 and more of held-out answers (rows of `answer_row`), by level if there are several."""
+    if not rows:
+        return {}
+
+    def right(rows):
+        return sum(row["correct"] for row in rows) / len(rows)
+
+    levels = sorted({row["level"] for row in rows})
+    return {"eval/pass@1": right(rows), "eval/questions": len(rows),
+            **{f"eval/{name}": value for name, value in text_metrics(rows).items()},
+            "eval/truncated": 1 - sum(row["finished"] for row in rows) / len(rows),
+            **{f"eval/pass@1 level {level}": right([row for row in rows if row["level"] == level])
+               for level in levels if len(levels) > 1}}
 
 
 # ---- Other people's functions, in a process of their own: no fork (CUDA, threads), no pickle, no signals.

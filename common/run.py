@@ -28,7 +28,7 @@ from pathlib import Path
 
 import torch
 
-from common import curves, dist, models
+from common import curves, dist, models, rewards
 
 
 def cli(main, Args) -> None:
@@ -289,6 +289,16 @@ class Run:
             self._table = (self._table + rows)[-200:]  # wandb tables are rewritten whole: keep the newest
             table = self._wandb.Table(columns=list(rows[0]), data=[list(row.values()) for row in self._table])
             self._wandb.log({"samples": table}, commit=False)
+
+    def log_evaluation(self, step, rows, more) -> None:
+        """Held-out answers (rows of `rewards.answer_row`, of all ranks) to eval.csv, and what they come to.
+
+        The answer of sample 0 is the greedy one, which counts; `more`: further metrics.
+        """
+        self.write_rows([{"step": step} | row for row in rows], "eval.csv")
+        metrics = rewards.answer_metrics([row for row in rows if row["sample"] == 0]) | more
+        self.log(step, metrics)
+        self.print(f"step {step}: " + "  ".join(f"{name} {value:.4g}" for name, value in metrics.items()))
 
     def read_rows(self, file_name):
         return read_csv(self.path / file_name) if (self.path / file_name).exists() else []

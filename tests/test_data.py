@@ -308,15 +308,15 @@ def test_mmlu_in_three_layouts():
         {"": 0, "Question": question, **dict(zip("ABCD", choices)), "Answer": answer, "Subject": "anatomy"},
     ):
         fields = common.data._fields(row)
-        assert fields.pop("meta") == {"subject": "anatomy"}
-        assert Example(id=0, **fields) == owner
+        assert fields.pop("meta") == {"subject": "anatomy", "choices": 4}
+        assert Example(id=0, **fields, meta={"choices": 4}) == owner
 
 
 def test_other_scripts_survive_the_tokenizer_byte_for_byte(qwen):
     amharic = load_examples(DATA / "mmlu_african" / "am", "test")
     igbo = load_examples(DATA / "mmlu_african" / "mmmlu_layout" / "mmlu_IG.csv")
     assert len(amharic) == len(igbo) == 604
-    assert igbo[0].meta == {"subject": "clinical_knowledge"} and igbo[0].answer == "A"
+    assert igbo[0].meta == {"subject": "clinical_knowledge", "choices": 4} and igbo[0].answer == "A"
     for example in amharic[:100] + igbo[:100]:
         text = qwen.decode(encode_prompt(qwen, example.prompt))
         assert text.endswith(f"<|im_start|>user\n{example.prompt}<|im_end|>\n<|im_start|>assistant\n")

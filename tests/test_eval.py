@@ -15,7 +15,7 @@ import torch
 
 import eval
 from common import curves, data, models, rewards
-from eval import bootstrap, majority, mcnemar, pass_at_k, repetition, summarise, wilson
+from eval import bootstrap, majority, mcnemar, pass_at_k, summarise, wilson
 from tests.commands import run
 
 torch.set_num_threads(1)
@@ -78,16 +78,16 @@ def test_majority(answers, correct, expected):
 
 def test_repetition_sees_circles_in_any_language():
     """A1.11, in bytes: what a tokenizer without Yoruba makes of it."""
-    assert repetition(list(("ṣe " * 50).encode())) > 0.95
+    assert rewards.repetition(list(("ṣe " * 50).encode())) > 0.95
     text = "Ìdáhùn náà ni pé omi máa ń hó ní ọgọ́rùn-ún ìwọ̀n, nítorí náà B ni ìdáhùn tí ó tọ̀nà jù lọ."
-    assert repetition(list(text.encode())) < 0.2  # words of two letters come again
-    assert repetition([]) == repetition([1, 2]) == 0
+    assert rewards.repetition(list(text.encode())) < 0.2  # words of two letters come again
+    assert rewards.repetition([]) == rewards.repetition([1, 2]) == 0
 
 
 def answer_rows(outcomes):
     """Rows of samples.csv from {id: [correct of sample 0, 1, ...]}."""
     return [{"id": id, "sample": g, "correct": c, "extracted": "5" if c else f"wrong {id} {g}", "format": 1.0,
-             "finished": 1, "repetition": 0.0, "tokens": 4}
+             "finished": 1, "repetition": 0.0, "in_language": "", "tokens": 4}
             for id, of in outcomes.items() for g, c in enumerate(of)]
 
 

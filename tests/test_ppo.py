@@ -68,8 +68,8 @@ def test_golden_value_clip():
 
 
 def test_golden_moments_and_explained_variance():
-    mean, variance, n = moments(torch.tensor([1.0, 2.0, 3.0]), CPU)
-    assert (mean, n) == (2.0, 3) and (3 - mean) / variance**0.5 == pytest.approx(1.224745, abs=1e-6)
+    mean, variance = moments(torch.tensor([1.0, 2.0, 3.0]), CPU)
+    assert mean == 2.0 and (3 - mean) / variance**0.5 == pytest.approx(1.224745, abs=1e-6)
     returns = torch.tensor([1.0, 2.0, 3.0, 4.0])
     assert explained_variance(returns, returns, CPU) == 1.0
     assert explained_variance(returns + 5, returns, CPU) == 1.0  # a constant is no variance
@@ -327,7 +327,7 @@ def test_checkpointing_recomputes_with_the_adapter_of_the_forward(toy):
 
 
 def unwhitened(monkeypatch):
-    monkeypatch.setattr(ppo, "moments", lambda values, device: (0.0, 1.0, len(values)))
+    monkeypatch.setattr(ppo, "moments", lambda values, device: (0.0, 1.0))
 
 
 def test_with_a_zero_critic_it_is_reinforce(toy, monkeypatch):
@@ -485,7 +485,8 @@ def test_a_reward_model_shares_the_base(more, tmp_path):
     assert shared.model is model
     alone = rewards.LearnedReward(str(tmp_path / "rm"), torch.float32, CPU, 100)
     texts = ["<answer>3</answer>", "<think>1+2=3</think><answer>3</answer>"]
-    assert shared(["Compute 1+2."] * 2, texts) == pytest.approx(alone(["Compute 1+2."] * 2, texts), abs=1e-4)
+    asked = [data.Example(0, "Compute 1+2.")] * 2
+    assert shared(asked, texts) == pytest.approx(alone(asked, texts), abs=1e-4)
     assert all(not x.requires_grad for pair in adapter_tensors(model, "reward").values() for x in pair)
     run("--out", "p", "--rewards", "model:rm", *SMALL, "--max-steps", 1, "--train-layers", "2-3", *more,
         cwd=tmp_path, script="ppo.py")  # the reward's adapter stands on all four layers

@@ -214,7 +214,7 @@ def test_the_reward_of_a_run_is_its_score(more, tmp_path):
     settings = json.loads((path / "final" / "reward.json").read_text())
     tokenizer = models.load_tokenizer("")
     replies = ["<answer>3</answer>", "<think>1+2=3</think><answer>3</answer>", "no", ""]
-    values = reward(["Compute 1+2."] * 4, replies)
+    values = reward([Example(0, "Compute 1+2.")] * 4, replies)
     rows = [data.encode_prompt(tokenizer, "Compute 1+2.") + data.encode_completion(
         tokenizer, reply, tokenizer.eos_token_id) for reply in replies]
     with torch.no_grad():
@@ -223,7 +223,7 @@ def test_the_reward_of_a_run_is_its_score(more, tmp_path):
     assert len(set(values)) == 4
     last = [row for row in read_csv(path / "eval.csv") if row["step"] == "4"]  # the run's own
     expected = [(float(row["score_chosen"]) - settings["mean"]) / settings["std"] for row in last]
-    found = reward([row["prompt"] for row in last], [row["chosen"] for row in last])
+    found = reward([Example(0, row["prompt"]) for row in last], [row["chosen"] for row in last])
     assert found == pytest.approx(expected, abs=1e-4) and len(last) == 20
     if more:  # a plain model for others
         theirs = AutoModelForSequenceClassification.from_pretrained(path / "final")
@@ -239,7 +239,7 @@ def test_the_reward_of_a_run_is_its_score(more, tmp_path):
 def test_a_row_beyond_the_context_is_nan(small):
     reward = rewards.LearnedReward(str(small[0]), torch.float32, CPU, 60)
     reward.longest = 30
-    assert [math.isnan(value) for value in reward(["q"] * 2, ["1", "1" * 60])] == [False, True]
+    assert [math.isnan(value) for value in reward([Example(0, "q")] * 2, ["1", "1" * 60])] == [False, True]
 
 
 def without_times(lines):
