@@ -105,7 +105,7 @@ class Args:
     """write final/ as a plain model with the adapter merged in, not as an adapter"""
     # ---- sampling ----
     questions: int = 256
-    """questions to sample pairs from, in each iteration"""
+    """questions to sample answers to, in each iteration"""
     num_generations: int = 8
     """G, samples per question"""
     max_new_tokens: int = 512
@@ -113,7 +113,7 @@ class Args:
     slots: int = 256
     """rows sampled at a time per rank; halved when memory runs out"""
     sample_temperature: float = 1.0
-    """of the samples that pairs are made of (the log-probs are those of temperature 1)"""
+    """of the samples to learn from (the log-probs are those of temperature 1)"""
     # ---- method ----
     pairs_per_step: int = 32
     """pairs per optimizer step, over all ranks"""

@@ -1,0 +1,1373 @@
+"""STaR: sample answers with their reasoning, keep those that are right, train on them, and begin again.
+
+    iteration n:  z, y ~ M_{n-1}(. | x), kept where y is right; where none is, z, y ~ M_{n-1}(. | x, hint)
+                  M_n = M_0 trained to give z, y for x, without the hint
+
+Paper: STaR, arXiv 2203.14465, algorithm 1. Differs from it in:
+  - a question gives at most --per-question answers, of which equal ones count once;
+  - explaining a failed question from its answer (--rationalize) is a switch; such an answer counts only if it
+    has a rationale and does not quote the hint;
+  - --restart previous trains M_n from M_{n-1}, with its optimizer, and not from M_0;
+  - --strategy: reinforce trains all samples, weighed by their centred reward; dpo right against wrong ones
+    (arXiv 2305.18290); soft all rationales with the gold answer, weighed by exp(r) / sum exp(r).
+
+    python star.py                                                   # the embedded model, on two CPU cores
+    python star.py --model Qwen/Qwen2.5-3B-Instruct --rationalize    # GSM8K on one GPU
+    python star.py --model Qwen/Qwen2.5-3B-Instruct --data mmmlu/YO_NG --strategy dpo
+    python star.py --generations runs/a/samples.csv runs/b/samples.csv --iterations 1
+    torchrun --nproc-per-node 8 star.py --model Qwen/Qwen2.5-3B-Instruct
+"""
+
+import hashlib
+import itertools
+import math
+from collections import Counter, deque
+from contextlib import contextmanager, nullcontext
+from dataclasses import astuple, dataclass, field, replace
+from functools import partial
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from common import data, dist, models, rewards
+from common.data import HINT
+from common.run import Run, check_out, cli, retry_smaller
+
+# Shapes: B rows, T tokens, V vocabulary, P prompts, G samples per prompt, D hidden size, H heads, K head
+# size, R LoRA rank, N rows or tokens in all.
+
+
+@dataclass
+class Args:
+    # ---- run ----
+    out: str = ""
+    """run directory; empty: one of its own under runs/"""
+    resume: bool = False
+    """go on with the run in --out from its newest checkpoint, with its arguments"""
+    config: str = ""
+    """YAML or JSON file of arguments (a run's config.json too); the command line overrides it"""
+    seed: int = 0
+    """seed of data order, adapter initialisation and sampling noise"""
+    max_steps: int = 0
+    """steps in all; 0, where it is the default: what the passes over the data make"""
+    token_budget: int = 0
+    """end with the iteration in which so many tokens have been sampled for it; 0: by --iterations alone"""
+    save_every: int = 50
+    """steps between checkpoints (one is always written at the end, and on SIGTERM or Ctrl-C)"""
+    keep: int = 2
+    """newest checkpoints to keep"""
+    wandb: bool = False
+    """also log to Weights & Biases"""
+    dry_run: bool = False
+    """build all, run one step at the largest sizes, print peak memory and projected time, keep nothing"""
+    profile: int = 0
+    """steps to trace with torch.profiler, from the first on"""
+    device: str = ""
+    """cuda, mps or cpu; empty: the best there is"""
+    # ---- data ----
+    data: str = ""
+    """data set name, hub id, or local .jsonl/.csv/.parquet; empty: arithmetic (embedded model), else gsm8k"""
+    generations: tuple[str, ...] = ()
+    """runs' samples.csv, united: the first iteration's answers, in place of sampling"""
+    eval_generations: tuple[str, ...] = ()
+    """runs' samples.csv, united: evaluate by loss and ranking of these, in place of held-out questions"""
+    level: str = ""
+    """difficulty of a generated task, such as 3 or 1-4; empty: the task's own default"""
+    train_questions: int = 0
+    """questions to train on; 0: all that are not held out"""
+    eval_questions: int = 500
+    """questions held out of the training split for evaluation (never the official test split)"""
+    few_shot: int = 0
+    """worked examples before each question while the first iteration samples; never trained, nor evaluated"""
+    system: str = ""
+    """system message, or none; empty: asks for the <think>/<answer> format (embedded model: none)"""
+    prompt_template: str = "{prompt}"
+    """text around the question, {prompt} in it"""
+    max_prompt_tokens: int = 0
+    """leave out questions with a longer prompt; 0: none"""
+    # ---- model ----
+    model: str = ""
+    """hub id, local folder or run directory; empty: the embedded model"""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """of the frozen weights and the computation; auto: bfloat16 on CUDA, else float32"""
+    full: bool = False
+    """train all weights (kept in float32) instead of an adapter"""
+    gradient_checkpointing: bool = False
+    """recompute the layers in the backward pass: less memory, about a third more time"""
+    tokens_per_batch: int = 0
+    """padded tokens per forward and backward pass and GPU, halved if out of memory; 0: 16384, CPU 2048"""
+    # ---- LoRA ----
+    lora_r: int = 32
+    """rank"""
+    lora_alpha: float = 64
+    """the adapter's output is scaled by lora_alpha / lora_r"""
+    lora_targets: tuple[str, ...] = models.PROJECTIONS
+    """linear layers to adapt"""
+    train_layers: str = ""
+    """decoder layers to adapt, such as 20-27; empty: all"""
+    merge: bool = False
+    """write final/ as a plain model with the adapter merged in, not as an adapter"""
+    # ---- sampling ----
+    questions: int = 256
+    """questions to sample answers to, in each iteration"""
+    num_generations: int = 4
+    """G, samples per question"""
+    max_new_tokens: int = 512
+    """longest completion; a longer one counts as truncated"""
+    slots: int = 256
+    """rows sampled at a time per rank; halved when memory runs out"""
+    sample_temperature: float = 1.0
+    """of the samples to learn from (the log-probs are those of temperature 1)"""
+    # ---- method ----
+    rewards: tuple[str, ...] = ("correctness=1",)
+    """with weights: correctness, format, digit, mark, math, answer-prob, model:RUN, or your file.py:name=1"""
+    reward_timeout: float = 30.0
+    """seconds that a call of a reward of your own may take; its row is left out and counted"""
+    batch_size: int = 64
+    """rows per step, over all ranks"""
+    iterations: int = 3
+    """rounds of sampling from the present policy and training on what was kept"""
+    strategy: Literal["sft", "reinforce", "dpo", "soft"] = "sft"
+    """likelihood of right answers; of all, by centred reward; right against wrong; of all, by exp(reward)"""
+    restart: Literal["base", "previous"] = "base"
+    """what an iteration trains: the start model's weights (STaR), or those of the iteration before"""
+    rationalize: bool = False
+    """ask again, with the answer as a hint, where no sample was right (--strategy sft and dpo)"""
+    hint: str = HINT
+    """how: {prompt} and {answer} in it; or mark: (CORRECT) behind the right option of a choice"""
+    per_question: int = 4
+    """most rows that one question gives (--strategy sft and dpo); 0: no limit"""
+    epochs: float = 1.0
+    """passes over an iteration's rows; 0: sample and evaluate only"""
+    first_steps: int = 0
+    """optimizer steps of the first iteration, in place of --epochs; 0: by --epochs (STaR: 40)"""
+    step_growth: float = 1.2
+    """each iteration makes so many times the steps or passes of the one before; 1.2 is of the paper"""
+    beta: float = 0.1
+    """pull to the model that the iteration started from, with --strategy dpo"""
+    # ---- optimizer ----
+    lr: float = 0.0
+    """AdamW's peak learning rate; 0: by the kind of model and training (`resolve`), printed at the start"""
+    warmup_steps: int = 5
+    """steps of linear warm-up"""
+    weight_decay: float = 0.0
+    """AdamW's decoupled decay"""
+    max_grad_norm: float = 1.0
+    """clip the gradient's norm to this"""
+    # ---- evaluation ----
+    eval_every: int = 0
+    """steps between further evaluations; one before the first step and one after each iteration are made"""
+
+
+# Copied from grpo.py::LoRALinear
+class LoRALinear(nn.Module):
+    """A frozen nn.Linear with low-rank adapters, one or none of them active: y = W x + b + (alpha / r) B A x.
+
+    State: `A[name]` [R, in] and `B[name]` [out, R], float32 whatever the base's dtype (in bfloat16 AdamW's
+    small steps would round to nothing); B starts at zero, so that a fresh adapter changes no output. `active`
+    is the name of the adapter in use or None for the bare base; only `use_adapter` changes it.
+    Source: LoRA, arXiv 2106.09685 eq. 3.
+    """
+
+    def __init__(self, base: nn.Linear):
+        super().__init__()
+        self.base = base.requires_grad_(False)
+        self.A, self.B, self.scale = nn.ParameterDict(), nn.ParameterDict(), {}
+        self.in_features, self.out_features = base.in_features, base.out_features
+        self.active: str | None = None
+
+    def add(self, name: str, r: int, alpha: float) -> None:
+        device = self.base.weight.device
+        A = torch.empty(r, self.base.in_features)  # drawn on the CPU: the same start on every device
+        nn.init.kaiming_uniform_(A, a=5**0.5)
+        self.A[name] = nn.Parameter(A.to(device))
+        self.B[name] = nn.Parameter(torch.zeros(self.base.out_features, r, device=device))
+        self.scale[name] = alpha / r
+
+    def forward(self, x):
+        y = self.base(x)
+        if self.active is None:
+            return y
+        A, B = self.A[self.active].to(x.dtype), (self.scale[self.active] * self.B[self.active]).to(x.dtype)
+        rows = y.shape[:-1].numel()  # one fused product-and-sum on two-dimensional views
+        return torch.addmm(y.view(rows, -1), x.reshape(rows, -1) @ A.T, B.T).view_as(y)
+
+
+# Copied from grpo.py::add_lora
+def add_lora(model, name: str, r: int, alpha: float, targets, layers=None) -> list[nn.Parameter]:
+    """Put adapter `name` on the projections `targets` of the decoder layers (all, or those in `layers`).
+
+    Freezes every other parameter, activates the adapter, and returns its parameters in layer order.
+    Errors: ValueError if a target does not exist or r < 1.
+    """
+    if r < 1:
+        raise ValueError(f"--lora-r {r}: the rank must be 1 or more (or train all weights with --full)")
+    model.requires_grad_(False)
+    params, found = [], set()
+    for i, layer in enumerate(model.base_model.layers):
+        for path, module in list(layer.named_modules()):
+            leaf = path.rpartition(".")[2]
+            if leaf not in targets or not isinstance(module, nn.Linear | LoRALinear):
+                continue
+            found.add(leaf)
+            if layers is not None and i not in layers:
+                continue
+            if isinstance(module, nn.Linear):
+                module = LoRALinear(module)
+                layer.set_submodule(path, module)
+            module.add(name, r, alpha)
+            module.active = name
+            params += [module.A[name], module.B[name]]
+    if missing := set(targets) - found:
+        raise ValueError(f"--lora-targets {' '.join(sorted(missing))}: no such linear layer in this model "
+                         f"(it has {' '.join(sorted(found)) or 'none of those asked for'})")
+    return params
+
+
+# Copied from grpo.py::lora_modules
+def lora_modules(model) -> dict[str, LoRALinear]:
+    return {path: module for path, module in model.named_modules() if isinstance(module, LoRALinear)}
+
+
+# Copied from grpo.py::use_adapter
+@contextmanager
+def use_adapter(model, name: str | None):
+    """Within the block the model runs with adapter `name` (None: the bare base); afterwards as it was."""
+    modules = lora_modules(model).values()
+    before = [module.active for module in modules]
+    for module in modules:
+        module.active = name if name in module.A else None
+    try:
+        yield
+    finally:
+        for module, active in zip(modules, before):
+            module.active = active
+
+
+# Copied from grpo.py::enable_checkpointing
+def enable_checkpointing(model) -> None:
+    """Recompute each layer in the backward pass, with the adapter of its forward, not one active by then."""
+
+    def contexts():
+        active = next((module.active for module in lora_modules(model).values() if module.active), None)
+        return nullcontext(), use_adapter(model, active)
+
+    model.gradient_checkpointing_enable({"use_reentrant": False, "context_fn": contexts})
+
+
+# Copied from grpo.py::adapter_tensors
+def adapter_tensors(model, name: str) -> dict[str, tuple[nn.Parameter, nn.Parameter]]:
+    """(A, B) of adapter `name` by its layer's path: what `models.save_adapter` and `load_adapter` take."""
+    return {path: (module.A[name], module.B[name])
+            for path, module in lora_modules(model).items() if name in module.A}
+
+
+# Copied from grpo.py::merged_state_dict
+@torch.no_grad()
+def merged_state_dict(model) -> dict[str, torch.Tensor]:
+    """The weights of a plain model, the active adapter added in float32; the base itself is untouched."""
+    state = {key.replace(".base.", "."): value for key, value in model.state_dict().items()
+             if ".A." not in key and ".B." not in key}
+    for path, module in lora_modules(model).items():
+        if module.active is not None:
+            delta = module.scale[module.active] * module.B[module.active] @ module.A[module.active]
+            weight = module.base.weight
+            state[f"{path}.weight"] = (weight.float() + delta).to(weight.dtype)
+    return state
+
+
+# Copied from grpo.py::TokenLogprobs
+class TokenLogprobs(torch.autograd.Function):
+    """Log-probs of given tokens from hidden states, a chunk of tokens at a time: [N, V] never exists.
+
+    The slope of a log-prob by its own hidden state is known in the forward pass: W[token] - sum_v p_v W[v],
+    over the temperature. With a frozen `lm_head` that [N, D] is kept and the backward pass is one product
+    with the incoming gradient; a trainable one needs the probabilities again: each chunk is recomputed.
+    """
+
+    @staticmethod
+    def forward(ctx, hidden, weight, targets, temperature, softcap, chunk_tokens):
+        hidden_grad, weight_grad = ctx.needs_input_grad[:2]
+        logprobs = hidden.new_empty(len(hidden), dtype=torch.float32)
+        slope = torch.empty_like(hidden) if hidden_grad and not weight_grad else None
+        buffer = weight.new_empty(min(chunk_tokens, len(hidden)), weight.shape[0])
+        for i in range(0, len(hidden), chunk_tokens):
+            piece = slice(i, i + chunk_tokens)
+            logits = torch.mm(hidden[piece], weight.T, out=buffer[:len(hidden[piece])]).float()
+            logprobs[piece] = chunk_logprobs(logits, targets[piece], temperature, softcap, slope is not None)
+            if slope is not None:
+                slope[piece] = logits.to(weight.dtype) @ weight
+        ctx.save_for_backward(*((hidden, weight, targets) if weight_grad else (slope,)))
+        ctx.settings = temperature, softcap, chunk_tokens
+        return logprobs
+
+    @staticmethod
+    def backward(ctx, grad):
+        grad = grad[:, None]
+        if len(ctx.saved_tensors) == 1:
+            slope = ctx.saved_tensors[0]
+            return (grad * slope).to(slope.dtype), None, None, None, None, None
+        hidden, weight, targets = ctx.saved_tensors
+        temperature, softcap, chunk_tokens = ctx.settings
+        hidden_grad, weight_grad = torch.empty_like(hidden), torch.zeros_like(weight)
+        for i in range(0, len(hidden), chunk_tokens):
+            piece = slice(i, i + chunk_tokens)
+            slope = (hidden[piece] @ weight.T).float()
+            chunk_logprobs(slope, targets[piece], temperature, softcap, True)
+            slope = slope.mul_(grad[piece]).to(weight.dtype)
+            hidden_grad[piece] = slope @ weight
+            weight_grad.addmm_(slope.T, hidden[piece])
+        return hidden_grad, weight_grad, None, None, None, None
+
+
+# Copied from grpo.py::chunk_logprobs
+def chunk_logprobs(logits, targets, temperature, softcap, with_slope):
+    """Log-probs [n] from raw logits [n, V], float32, overwritten by d log-prob / d logits if asked for.
+
+    Everything happens in place: at this size fresh memory costs as much as the arithmetic.
+    """
+    cap_slope = None
+    if softcap:
+        logits.div_(softcap).tanh_()
+        cap_slope = 1 - logits**2 if with_slope else None
+        logits.mul_(softcap)
+    if temperature != 1:
+        logits.div_(temperature)
+    chosen = torch.log_softmax(logits, 1, out=logits).gather(1, targets[:, None])
+    if with_slope:
+        logits.exp_().div_(-temperature).scatter_add_(
+            1, targets[:, None], torch.full_like(chosen, 1 / temperature))
+        if softcap:
+            logits.mul_(cap_slope)
+    return chosen.squeeze(1)
+
+
+# Copied from grpo.py::token_logprobs
+def token_logprobs(model, input_ids, completion_mask, temperature=1.0, attention_mask=None, chunk_tokens=0):
+    """Log-prob of each completion token given all before it, as the sampler at `temperature` sees it.
+
+    Shapes: input_ids, completion_mask [B, T] -> [B, T], float32, nats, 0 outside the mask. Entry t belongs to
+    token t: this is the one place that shifts. Right-padded rows need no attention_mask (a causal model
+    never looks at what follows); left-padded rows pass theirs, [B, T], and positions count real tokens only.
+    A row's first token has nothing before it and stays 0. A completion_mask on the CPU spares a CUDA sync.
+    """
+    rows, columns = completion_mask[:, 1:].nonzero(as_tuple=True)
+    rows, columns = rows.to(input_ids.device), columns.to(input_ids.device)
+    positions = None if attention_mask is None else (attention_mask.cumsum(1) - 1).clamp(min=0)
+    hidden = model.base_model(input_ids=input_ids, attention_mask=attention_mask, position_ids=positions,
+                              use_cache=False).last_hidden_state[rows, columns]  # [N, D]
+    weight = model.get_output_embeddings().weight
+    chunk_tokens = chunk_tokens or max(16, (2**27 if weight.is_cuda else 2**24) // weight.shape[0])
+    values = TokenLogprobs.apply(hidden, weight.to(hidden.dtype), input_ids[rows, columns + 1], temperature,
+                                 getattr(model.config, "final_logit_softcapping", None), chunk_tokens)
+    return torch.zeros(input_ids.shape, device=input_ids.device).index_put((rows, columns + 1), values)
+
+
+# Copied from grpo.py::make_batch
+def make_batch(prompt_ids, completion_ids, device):
+    """Right-padded input_ids [B, T] on the device and completion_mask [B, T] on the CPU.
+
+    The mask comes from the lengths: an end token that is also the padding token stays in it.
+    """
+    T = max(len(p) + len(c) for p, c in zip(prompt_ids, completion_ids))
+    input_ids = torch.zeros(len(prompt_ids), T, dtype=torch.int64)
+    mask = torch.zeros(len(prompt_ids), T, dtype=torch.bool)
+    for i, (p, c) in enumerate(zip(prompt_ids, completion_ids)):
+        input_ids[i, :len(p) + len(c)] = torch.tensor(p + c)
+        mask[i, len(p):len(p) + len(c)] = True
+    return input_ids.to(device, non_blocking=True), mask
+
+
+# Copied from grpo.py::pack
+def pack(lengths, tokens_per_batch):
+    """Split rows into micro-batches of similar length: lists of row numbers, each row once.
+
+    A micro-batch, padded to its longest row, holds at most tokens_per_batch tokens (one row may exceed it).
+    """
+    batches, longest = [], 0
+    for row in sorted(range(len(lengths)), key=lambda row: -lengths[row]):
+        if not batches or (len(batches[-1]) + 1) * longest > tokens_per_batch:
+            batches.append([])
+            longest = lengths[row]
+        batches[-1].append(row)
+    return batches
+
+
+# Copied from grpo.py::completion_logprobs
+@torch.no_grad()
+def completion_logprobs(model, prompt_ids, completion_ids, temperature, tokens_per_batch, device):
+    """Log-probs [L] of each row's completion under the model as it stands, a list in the rows' order."""
+    values = [None] * len(prompt_ids)
+    for rows in pack([len(p) + len(c) for p, c in zip(prompt_ids, completion_ids)], tokens_per_batch):
+        input_ids, mask = make_batch([prompt_ids[i] for i in rows], [completion_ids[i] for i in rows], device)
+        logprobs = token_logprobs(model, input_ids, mask, temperature)
+        for i, row, of_row in zip(rows, logprobs.cpu(), mask):
+            values[i] = row[of_row]
+    return values
+
+
+# Copied from grpo.py::Completion
+@dataclass
+class Completion:
+    """A sampled answer: token ids (stop token included), their log-probs, whether it stopped by itself."""
+
+    ids: list[int]
+    logprobs: list[float]
+    finished: bool
+
+    def text(self, tokenizer):
+        """What it says, without the stop token and other special tokens."""
+        ids = self.ids[:-1] if self.finished else self.ids
+        return tokenizer.decode(ids, skip_special_tokens=True)
+
+
+# Copied from grpo.py::noise_key
+def noise_key(*parts: int) -> int:
+    """A signed 64-bit key from integers like (seed, step, question, sample): the same on every machine."""
+    digest = hashlib.blake2b(" ".join(map(str, parts)).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little", signed=True)
+
+
+# Copied from grpo.py::uniform
+def uniform(keys, positions):
+    """A number in (0, 1) per row from its key and position: a counter hash (splitmix64), no generator state.
+
+    So a token's noise depends on neither its slot nor the batch, the number of ranks or a captured graph.
+    """
+    x = keys + positions * -7046029254386353131  # 2^64 / golden ratio; int64 products wrap around
+    x = (x ^ (x >> 30 & (1 << 34) - 1)) * -4658895280553007687
+    x = (x ^ (x >> 27 & (1 << 37) - 1)) * -7723592293110705685
+    x = x ^ (x >> 31 & (1 << 33) - 1)
+    return ((x >> 41 & (1 << 23) - 1).float() + 0.5) / (1 << 23)  # 24 bits: exact in float32, never 0 or 1
+
+
+# Copied from grpo.py::draw
+def draw(logits, temperature, u):
+    """Invert the distribution function of softmax(logits / temperature) at u; temperature 0 takes the top.
+
+    Shapes: logits [B, V] float32, overwritten; u [B] -> tokens, log-probs [B] (at temperature 0: of 1).
+    The sum runs over blocks, then inside one: faster and more exact in float32 than one long cumulative sum.
+    """
+    if temperature == 0:
+        best, tokens = logits.max(-1)
+        return tokens, best - logits.logsumexp(-1)
+    probs = torch.softmax(logits.div_(temperature) if temperature != 1 else logits, -1, out=logits)
+    width = math.gcd(probs.shape[1], 128)
+    probs = probs.view(len(probs), -1, width)  # [B, V / width, width]
+    edges = F.pad(probs.sum(-1).cumsum(-1), (1, 0))  # [B, V / width + 1]: the sum before each block, and all
+    target = u[:, None] * edges[:, -1:]
+    block = torch.searchsorted(edges, target, right=True).sub_(1).clamp_(max=probs.shape[1] - 1)  # [B, 1]
+    inside = probs.gather(1, block[:, :, None].expand(-1, -1, width)).squeeze(1).cumsum(-1)  # [B, width]
+    # rounding may leave the rest at or above the block's sum: stay below it, on a token that has probability
+    rest = torch.minimum(target - edges.gather(1, block), inside[:, -1:] * (1 - 1e-6))
+    tokens = torch.searchsorted(inside, rest, right=True).clamp_(max=width - 1).add_(block, alpha=width)
+    return tokens.squeeze(1), logits.gather(1, tokens).log().squeeze(1)
+
+
+# Copied from grpo.py::FusedLinear
+class FusedLinear:
+    """Projections of one input as one product, for the sampler: `weight` [out, in] holds theirs stacked.
+
+    In float32 the active adapters are merged into it. In bfloat16 a merge would round small updates away, so
+    they stay apart, as A [n R, in] and block-diagonal B [out, n R], and `weight` becomes the storage of the
+    modules' own weights: no second copy. `refresh` writes in place: a captured graph sees the new values.
+    """
+
+    def __init__(self, parts, dtype):
+        self.parts, self.bases = parts, [getattr(part, "base", part) for part in parts]
+        adapted = [part for part in parts if isinstance(part, LoRALinear)]
+        self.merge = bool(adapted) and dtype == torch.float32
+        self.shared = not self.merge and all(base.weight.dtype == dtype for base in self.bases)
+        weights = [base.weight.detach() for base in self.bases]
+        self.weight = weights[0] if self.shared and len(parts) == 1 else torch.cat(weights).to(dtype)
+        self.rows = self.weight.split([base.out_features for base in self.bases])  # each part's own, views
+        if self.shared:
+            for base, rows in zip(self.bases, self.rows):
+                base.weight.data = rows
+        biased = self.bases[0].bias is not None
+        self.bias = torch.cat([base.bias.detach() for base in self.bases]).to(dtype) if biased else None
+        self.A = self.B = None
+        if adapted and not self.merge:
+            rank = sum(max(len(A) for A in part.A.values()) for part in adapted)  # of any adapter made active
+            self.A = self.weight.new_zeros(rank, self.weight.shape[1])
+            self.B = self.weight.new_zeros(self.weight.shape[0], rank)
+
+    @torch.no_grad()
+    def refresh(self):
+        """Take over the present weights, biases and active adapters of the modules."""
+        if self.bias is not None:
+            self.bias.copy_(torch.cat([base.bias for base in self.bases]))
+        if self.B is not None:
+            self.B.zero_()
+        out = rank = 0
+        for part, base, rows in zip(self.parts, self.bases, self.rows):
+            if not self.shared:
+                rows.copy_(base.weight)
+            if isinstance(part, LoRALinear) and part.active:
+                A, B, scale = part.A[part.active], part.B[part.active], part.scale[part.active]
+                if self.merge:
+                    rows.addmm_(B, A, alpha=scale)
+                else:
+                    self.A[rank:rank + len(A)] = A
+                    self.B[out:out + len(B), rank:rank + len(A)] = scale * B
+                    rank += len(A)
+            out += len(rows)
+
+    def __call__(self, x):
+        y = F.linear(x, self.weight, self.bias)
+        return y if self.A is None else torch.addmm(y, x @ self.A.T, self.B.T)
+
+
+# Copied from grpo.py::SamplerLayer
+class SamplerLayer:
+    """One decoder layer of the Llama family, written out: x [N, D] -> [N, D], for any N tokens of any rows.
+
+    Covers grouped-query attention, q/k norms (Qwen3), norms around blocks and (1 + weight) norms (Gemma).
+    """
+
+    def __init__(self, layer, dtype):
+        attn, mlp = layer.self_attn, layer.mlp
+        self.qkv = FusedLinear([attn.q_proj, attn.k_proj, attn.v_proj], dtype)
+        self.out = FusedLinear([attn.o_proj], dtype)
+        self.gate_up = FusedLinear([mlp.gate_proj, mlp.up_proj], dtype)
+        self.down = FusedLinear([mlp.down_proj], dtype)
+        self.act = mlp.act_fn
+        gemma2 = hasattr(layer, "pre_feedforward_layernorm")
+        after, self.attn_norm = layer.post_attention_layernorm, layer.input_layernorm
+        self.attn_out_norm = after if gemma2 else None
+        self.mlp_norm = layer.pre_feedforward_layernorm if gemma2 else after
+        self.mlp_out_norm = layer.post_feedforward_layernorm if gemma2 else None
+        self.q_norm, self.k_norm = getattr(attn, "q_norm", None), getattr(attn, "k_norm", None)
+        self.head_dim = attn.head_dim
+        self.heads = attn.q_proj.out_features // self.head_dim
+        self.kv_heads = attn.k_proj.out_features // self.head_dim
+        self.scale, self.softcap = attn.scaling, getattr(attn, "attn_logit_softcapping", None)
+
+    def refresh(self):
+        for part in (self.qkv, self.out, self.gate_up, self.down):
+            part.refresh()
+
+    def __call__(self, x, cos, sin, attend):
+        """cos, sin [N, 1, K], sine signed as the rotated half; attend(q, k, v) -> [N, H K] keeps k and v."""
+        qkv = self.qkv(rms_norm(x, self.attn_norm)).view(len(x), -1, self.head_dim)  # [N, H + 2 Hkv, K]
+        qk, v = qkv.split([self.heads + self.kv_heads, self.kv_heads], dim=1)
+        if self.q_norm:
+            qk = torch.cat([rms_norm(qk[:, :self.heads], self.q_norm),
+                            rms_norm(qk[:, self.heads:], self.k_norm)], dim=1)
+        qk = torch.addcmul(qk * cos, qk.roll(self.head_dim // 2, -1), sin)
+        y = self.out(attend(qk[:, :self.heads], qk[:, self.heads:], v))
+        x = x + (rms_norm(y, self.attn_out_norm) if self.attn_out_norm else y)
+        gate, up = self.gate_up(rms_norm(x, self.mlp_norm)).chunk(2, -1)
+        y = self.down(self.act(gate) * up)
+        return x + (rms_norm(y, self.mlp_out_norm) if self.mlp_out_norm else y)
+
+
+# Copied from grpo.py::rms_norm
+def rms_norm(x, module):
+    """A layer's RMS norm as one fused call; Gemma stores weight - 1."""
+    weight = module.weight + 1 if "Gemma" in type(module).__name__ else module.weight
+    eps = module.eps if hasattr(module, "eps") else module.variance_epsilon
+    return F.rms_norm(x, weight.shape, weight.to(x.dtype), eps).to(x.dtype)  # autocast makes it float32
+
+
+# Copied from grpo.py::attention
+def attention(q, k, v, bias, scale, softcap):
+    """Softmax attention. Shapes: q [B, H, Q, K]; k, v [B, H, S, K]; bias [.., S] on scores, 0 or -inf."""
+    if q.is_cuda and not softcap:
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=scale)
+    scores = (q * scale) @ k.transpose(-1, -2)  # CPU: two plain products beat the fused kernel at this size
+    if softcap:
+        scores = softcap * torch.tanh(scores / softcap)
+    return scores.add_(bias).softmax(-1, dtype=torch.float32).to(q.dtype) @ v
+
+
+# Copied from grpo.py::Sampler
+class Sampler:
+    """Samples completions by continuous batching in a static KV cache of `slots` rows, one token a step each.
+
+    A row that ends leaves at once: the last live row moves into its slot, so that the live ones are always
+    the first, and the next waiting row is admitted behind them. A prompt is prefilled once for all its
+    samples. Attention reads the cache only up to the longest live row, in blocks. On CUDA a step is a
+    captured graph for each (rows, length) block and the host looks at the tokens only every `sync_every`
+    steps; what a row drew past its end is thrown away.
+    """
+
+    def __init__(self, model, stop_ids, slots=256, dtype=None, sync_every=None, graphs=None):
+        self.model, self.stop_ids, self.slots = model, set(stop_ids), slots
+        self.device = model.get_input_embeddings().weight.device
+        self.dtype = dtype or model.get_input_embeddings().weight.dtype
+        on_gpu = self.device.type == "cuda"
+        self.sync_every = sync_every or (8 if on_gpu else 1)
+        self.use_graphs = on_gpu if graphs is None else graphs
+        self.block, self.row_block = (256, 32) if on_gpu else (16, 1)
+        self.layers = [SamplerLayer(layer, self.dtype) for layer in model.base_model.layers]
+        self.head = FusedLinear([model.get_output_embeddings()], self.dtype)
+        self.softcap = getattr(model.config, "final_logit_softcapping", None)
+        self.cache = None
+
+    def _allocate(self, slots, length):
+        """Make the cache [L, 2, slots, Hkv, length, K] and the buffers of a step large enough."""
+        if (self.cache is not None and slots <= self.cache.shape[2] <= self.slots
+                and length <= self.cache.shape[4]):
+            return
+        self.cache = self.graphs = self.pool = None  # free the old ones before the new are made
+        layer, new = self.layers[0], partial(torch.zeros, device=self.device)
+        length = -(-length // self.block) * self.block
+        self.cache = new(len(self.layers), 2, slots, layer.kv_heads, length, layer.head_dim, dtype=self.dtype)
+        self.graphs, self.rows = {}, torch.arange(slots, device=self.device)
+        self.tokens, self.positions = (new(slots, dtype=torch.int64) for _ in range(2))
+        self.noise = new(slots, length)
+        self.drawn = new(self.sync_every, slots, dtype=torch.int64), new(self.sync_every, slots)
+        self.count = new(1, dtype=torch.int64)
+        self.columns = torch.arange(length, device=self.device)
+        cos, sin = self.model.base_model.rotary_emb(  # [1, length, K]
+            new(1, dtype=self.dtype), self.columns[None])
+        half = cos.shape[-1] // 2
+        self.cos = cos[0, :, None]
+        self.sin = torch.cat([-sin[0, :, :half], sin[0, :, half:]], -1)[:, None]
+
+    def _logits(self, x):
+        logits = self.head(rms_norm(x, self.model.base_model.norm)).float()
+        return self.softcap * torch.tanh(logits / self.softcap) if self.softcap else logits
+
+    def _prefill(self, prompts):
+        """Keys and values of right-padded prompts [L, 2, P, Hkv, T, K], and the logits after each [P, V]."""
+        lengths = torch.tensor([len(prompt) for prompt in prompts])
+        P, T = len(prompts), int(lengths.max())
+        ids = torch.zeros(P, T, dtype=torch.int64)
+        for row, prompt in zip(ids, prompts):
+            row[:len(prompt)] = torch.tensor(prompt)
+        x = self.model.get_input_embeddings()(ids.to(self.device)).to(self.dtype).flatten(0, 1)  # [P T, D]
+        cos, sin = self.cos[:T].repeat(P, 1, 1), self.sin[:T].repeat(P, 1, 1)
+        kept = x.new_empty(len(self.layers), 2, P, self.layers[0].kv_heads, T, self.layers[0].head_dim)
+        ahead = self.columns[:T] > self.columns[:T, None]
+        bias = torch.zeros(T, T, dtype=self.dtype, device=self.device).masked_fill(ahead, -torch.inf)
+        for i, layer in enumerate(self.layers):
+
+            def attend(q, k, v):
+                q, k, v = (t.view(P, T, -1, t.shape[-1]).transpose(1, 2) for t in (q, k, v))
+                kept[i, 0], kept[i, 1] = k, v
+                group = layer.heads // layer.kv_heads
+                k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
+                return attention(q, k, v, bias, layer.scale, layer.softcap).transpose(1, 2).reshape(P * T, -1)
+
+            x = layer(x, cos, sin, attend)
+        last = torch.arange(P) * T + lengths - 1
+        return kept, self._logits(x[last.to(self.device)])
+
+    def _decode(self, n, length, temperature):
+        """One token for each of the first n slots, reading `length` cache columns; in place: graph-safe."""
+        positions, rows = self.positions[:n], self.rows[:n]
+        x = self.model.get_input_embeddings()(self.tokens[:n]).to(self.dtype)  # [n, D]
+        cos, sin = self.cos[positions], self.sin[positions]
+        ahead = self.columns[:length] > positions[:, None]
+        bias = torch.zeros(n, length, dtype=self.dtype, device=self.device).masked_fill(
+            ahead, -torch.inf)[:, None, None]
+        for layer, (keys, values) in zip(self.layers, self.cache):
+
+            def attend(q, k, v):
+                keys[rows, :, positions], values[rows, :, positions] = k, v
+                q = q.reshape(n, layer.kv_heads, -1, layer.head_dim)  # heads of one key: as if a query each
+                return attention(q, keys[:n, :, :length], values[:n, :, :length], bias, layer.scale,
+                                 layer.softcap).reshape(n, -1)
+
+            x = layer(x, cos, sin, attend)
+        positions += 1
+        tokens, logprobs = draw(self._logits(x), temperature,
+                                self.noise[:n].gather(1, positions[:, None]).squeeze(1))
+        self.tokens[:n] = tokens
+        self.drawn[0][:, :n].index_copy_(0, self.count, tokens[None])
+        self.drawn[1][:, :n].index_copy_(0, self.count, logprobs[None])
+        self.count += 1
+
+    def _run(self, n, length, temperature):
+        """`sync_every` steps; returns their tokens and log-probs as lists [steps][n]."""
+        self.count.zero_()
+        key = (n, length, temperature)
+        graph = self.graphs.get(key)
+        for _ in range(self.sync_every):
+            graph.replay() if graph else self._decode(n, length, temperature)
+        if self.use_graphs and not graph:  # the steps just run were the warm-up
+            self.pool = self.pool or torch.cuda.graph_pool_handle()
+            self.graphs[key] = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self.graphs[key], pool=self.pool):
+                self._decode(n, length, temperature)
+        return self.drawn[0][:, :n].tolist(), self.drawn[1][:, :n].tolist()
+
+    @torch.inference_mode()
+    def sample(self, prompts, keys, max_new_tokens, temperature=1.0, progress=None):
+        """Sample len(keys[p]) completions of each prompt p, of at most `max_new_tokens` tokens.
+
+        prompts: lists of token ids. keys: for each prompt one `noise_key` per sample; equal keys give equal
+        samples of equal prompts, whatever else is sampled beside them. Returns lists of Completion shaped
+        like `keys`. progress(rows done, rows in all, [(p, g, Completion) of those that just ended]) is called
+        as rows end. Errors: ValueError: a prompt without tokens.
+        """
+        if not all(prompts):
+            raise ValueError("a prompt has no tokens; there is nothing to continue")
+        done = [[Completion([], [], False) for _ in row] for row in keys]
+        waiting = deque((p, g) for p, row in enumerate(keys) for g in range(len(row)))
+        if not waiting:
+            return done
+        total, live, prefilled = len(waiting), [], {}
+        for part in (*self.layers, self.head):
+            part.refresh()
+        self._allocate(min(self.slots, total), max(map(len, prompts)) + max_new_tokens + self.sync_every)
+        slots = self.cache.shape[2]
+
+        def record(slot_rows, tokens, logprobs):
+            """Append one step's draws; returns the slots whose row has just ended."""
+            ended = []
+            for slot, ((p, g), token, logprob) in enumerate(zip(slot_rows, tokens, logprobs)):
+                row = done[p][g]
+                if row.finished or len(row.ids) == max_new_tokens:
+                    continue  # it ended earlier, between two looks
+                row.ids.append(token)
+                row.logprobs.append(logprob)
+                row.finished = token in self.stop_ids
+                if row.finished or len(row.ids) == max_new_tokens:
+                    ended.append(slot)
+            return ended
+
+        def leave(ended):
+            rows = [(p, g, done[p][g]) for p, g in (live[slot] for slot in ended)]
+            for slot in sorted(ended, reverse=True):
+                last = len(live) - 1
+                if slot != last:
+                    p, g = live[last]
+                    filled = len(prompts[p]) + len(done[p][g].ids)
+                    self.cache[:, :, slot, :, :filled] = self.cache[:, :, last, :, :filled]
+                    for buffer in (self.tokens, self.positions, self.noise):
+                        buffer[slot] = buffer[last]
+                    live[slot] = live[last]
+                live.pop()
+            if progress and rows:
+                progress(total - len(waiting) - len(live), total, rows)
+
+        def admit():
+            new = [waiting.popleft() for _ in range(min(slots - len(live), len(waiting)))]
+            fresh = [p for p in dict.fromkeys(p for p, _ in new) if p not in prefilled]
+            while fresh:  # a bounded number of prompt tokens at a time
+                size = max(1, 16384 // max(len(prompts[p]) for p in fresh))
+                part, fresh = fresh[:size], fresh[size:]
+                kept, logits = self._prefill([prompts[p] for p in part])
+                prefilled.update((p, (kept[:, :, j, :, :len(prompts[p])], logits[j]))
+                                 for j, p in enumerate(part))
+            first = len(live)
+            for p, samples in itertools.groupby(new, key=lambda row: row[0]):
+                n, kept = len(list(samples)), prefilled[p][0]
+                self.cache[:, :, first:first + n, :, :kept.shape[-2]] = kept[:, :, None]
+                first += n
+            slot = slice(len(live), first)
+            row_keys = torch.tensor([keys[p][g] for p, g in new], device=self.device)
+            self.noise[slot] = uniform(row_keys[:, None], self.columns)
+            self.positions[slot] = torch.tensor([len(prompts[p]) for p, _ in new], device=self.device)
+            logits = torch.stack([prefilled[p][1] for p, _ in new])
+            u = self.noise[slot].gather(1, self.positions[slot, None]).squeeze(1)
+            tokens, logprobs = draw(logits, temperature, u)
+            self.tokens[slot] = tokens
+            ended = [len(live) + j for j in record(new, tokens.tolist(), logprobs.tolist())]
+            live.extend(new)
+            still = {p for p, _ in waiting}
+            for p in [p for p in prefilled if p not in still]:
+                del prefilled[p]
+            leave(ended)
+
+        while waiting or live:
+            while waiting and slots - len(live) >= max(1, min(slots // 8, len(waiting))):
+                admit()
+            if not live:
+                continue
+            n = min(slots, -(-len(live) // self.row_block) * self.row_block)
+            self.positions[len(live):n] = 0  # a free slot inside the row block still steps: keep it in bounds
+            longest = max(len(prompts[p]) + len(done[p][g].ids) for p, g in live) + self.sync_every
+            length = min(self.cache.shape[4], -(-longest // self.block) * self.block)
+            ended = set()
+            for tokens, logprobs in zip(*self._run(n, length, temperature)):
+                ended.update(record(live, tokens, logprobs))
+            leave(ended)
+        return done
+
+
+# Copied from grpo.py::self_check
+def self_check(model, params, sampler, prompt_ids, args, temperature, device):
+    """Measure on a few short samples what must hold before training: name -> (value, largest right value).
+
+    The sampler agrees with the trainer; a row's padding changes nothing; a fresh adapter equals the base; the
+    stop token is in the mask; every adapter gets gradient; no frozen weight does.
+    """
+    exact = device.type == "cpu" and sampler.dtype == torch.float32
+    samples = sampler.sample(prompt_ids, [[noise_key(args.seed, -2, p)] for p in range(len(prompt_ids))],
+                             16, temperature)
+    # a row that did not stop by itself gets a stop token, so that each has one to look for
+    completion_ids = [c.ids if c.finished else c.ids + [min(sampler.stop_ids, default=0)] for (c,) in samples]
+    input_ids, mask = make_batch(prompt_ids, completion_ids, device)
+    logprobs = token_logprobs(model, input_ids, mask, temperature)
+    logprobs.sum().backward()
+    gap = torch.cat([row[of_row][:len(c.logprobs)] - torch.tensor(c.logprobs)
+                     for row, of_row, (c,) in zip(logprobs.detach().cpu(), mask, samples)]).abs()
+    under = partial(completion_logprobs, model, prompt_ids, completion_ids, temperature)
+    alone, padded = torch.cat(under(1, device)), torch.cat(under(10**9, device))
+    adapters = [module for module in lora_modules(model).values() if module.active]
+    checks = {
+        "sampler-trainer": (gap.max().item(), 1e-4) if exact else (gap.mean().item(), 0.05),
+        "padding": ((alone - padded).abs().max().item(), 1e-4 if exact else 0.5),
+        "stop tokens left out": (sum(not row[len(p) + len(c) - 1]
+                                     for row, p, c in zip(mask, prompt_ids, completion_ids)), 0),
+        "adapters without gradient": (sum(not module.B[module.active].grad.any() for module in adapters), 0),
+        "frozen weights with gradient": (sum(p.grad is not None for p in model.parameters()
+                                             if not p.requires_grad), 0)}
+    if adapters and not args.resume:
+        with use_adapter(model, None):
+            checks["step-0 KL"] = ((torch.cat(under(10**9, device)) - padded).abs().max().item(), 0)
+    for p in params:
+        p.grad = None
+    return checks
+
+
+# Copied from grpo.py::sample_all
+def sample_all(sampler, prompt_ids, keys, max_new_tokens, temperature, run, doing):
+    """`Sampler.sample` with progress shown and, when memory runs out on any rank, half the slots on all."""
+
+    def attempt(slots):
+        sampler.slots = slots
+        return sampler.sample(prompt_ids, keys, max_new_tokens, temperature,
+                              lambda done, total, _: run.progress(f"{doing}: sampled {done}/{total}"))
+
+    return retry_smaller(attempt, sampler.slots, run.device, 1, "slots")[0]
+
+
+@dataclass
+class Sample:
+    """An answer to a question: sampled, sampled with the hint (rationalized), or read from --generations."""
+
+    question: int  # its place in the iteration, the same on every rank
+    number: int  # among the question's answers
+    example: data.Example
+    completion: Completion
+    response: str  # the text up to the stop token
+    source: str = "sampled"
+    rewards: dict[str, float] = field(default_factory=dict)
+    reward: float = 0.0  # weighted sum; NaN where a reward function failed
+    correct: float = 0.0
+
+
+@dataclass
+class Row:
+    """What a step learns from: an answer to a prompt and its weight, or (dpo) a better and a worse answer."""
+
+    prompt_ids: list[int]
+    chosen: list[int]
+    rejected: list[int] = field(default_factory=list)
+    weight: float = 1.0
+    ref_chosen: float = math.nan  # summed log-probs under the model that the iteration starts from
+    ref_rejected: float = math.nan
+
+    def __len__(self):  # padded tokens, both answers of a pair
+        longer = max(len(self.chosen), len(self.rejected))
+        return (len(self.prompt_ids) + longer) * (2 if self.rejected else 1)
+
+
+def training_rows(samples, prompt_ids, strategy, per_question, tokenizer):
+    """The Rows that an iteration's Samples of all questions make, question by question.
+
+    "sft" right answers, "dpo" right against wrong ones of the same question, none used twice: finished, equal
+    ones once, at most per_question (0: all). "reinforce" every sample whose reward differs from the mean of
+    the question's others, that difference as its weight. "soft" every sample's rationale, closed by the gold
+    answer, with the weight exp(r) / sum exp(r) over the question: with r = log p(answer | rationale) the
+    chance that this rationale, of those sampled, was the one that led to the answer (EM's E-step).
+    """
+    rows = []
+    for _, of in itertools.groupby(samples, key=lambda s: s.question):
+        of = list(of)
+        prompt, once = prompt_ids[of[0].example.id], {}
+        for s in of:
+            if s.completion.finished:
+                once.setdefault(tuple(s.completion.ids), s)
+        right = [s.completion.ids for s in once.values() if s.correct]
+        wrong = [s.completion.ids for s in once.values() if not s.correct]
+        known = [s for s in of if not math.isnan(s.reward)]
+        if strategy == "sft":
+            rows += [Row(prompt, ids) for ids in right[:per_question or None]]
+        elif strategy == "dpo":
+            rows += [Row(prompt, good, bad) for good, bad in list(zip(right, wrong))[:per_question or None]]
+        elif strategy == "reinforce":
+            weights = rewards.leave_one_out([s.reward for s in known], [0] * len(known))
+            rows += [Row(prompt, s.completion.ids, weight=w) for s, w in zip(known, weights) if w]
+        else:
+            weights = torch.softmax(torch.tensor([s.reward for s in known], dtype=torch.float64), 0).tolist()
+            rows += [Row(prompt, data.encode_completion(
+                tokenizer, f"{rewards.rationale(s.response)}<answer>{s.example.answer}</answer>",
+                tokenizer.eos_token_id), weight=w) for s, w in zip(known, weights)]
+    return rows
+
+
+def with_hint(prompt, answer, form):
+    """The question with its answer as a hint: `form` around its (last) message, or "mark", as `Args.hint`.
+
+    Errors: ValueError if an option is to be marked where there is none.
+    """
+    if not isinstance(prompt, str):
+        return [*prompt[:-1], prompt[-1] | {"content": with_hint(prompt[-1]["content"], answer, form)}]
+    if form != "mark":
+        return form.replace("{answer}", answer).replace("{prompt}", prompt)
+    lines = prompt.split("\n")
+    at = [i for i, line in enumerate(lines) if line.startswith(f"{answer}) ")]
+    if not at:
+        raise ValueError(f"--hint mark: {prompt[:60]!r} has no option {answer}; write a hint with {{answer}}")
+    lines[at[-1]] += " (CORRECT)"
+    return "\n".join(lines)
+
+
+def explains(response, answer, form):
+    """Whether a right answer to a hinted question may teach: it has a rationale, and quotes no hint."""
+    parts = [" (CORRECT)"] if form == "mark" else form.replace("{answer}", answer).split("{prompt}")
+    return bool(rewards.rationale(response)) and not any(
+        part.strip() and part.strip() in response for part in parts)
+
+
+def ask(sampler, questions, prompts, reward_functions, args, iteration, tokenizer, run, source="sampled"):
+    """--num-generations scored Samples of each (place, example), asked as `prompts`; a reward's error."""
+    G, first = args.num_generations, args.num_generations * (source == "rationalized")
+    keys = [[noise_key(args.seed, iteration, i, first + g) for g in range(G)] for i, _ in questions]
+    completions = sample_all(sampler, prompts, keys, args.max_new_tokens, args.sample_temperature, run,
+                             f"iteration {iteration}")
+    samples = [Sample(i, first + g, e, c, c.text(tokenizer), source)
+               for (i, e), row in zip(questions, completions) for g, c in enumerate(row)]
+    return samples, score_samples(samples, reward_functions, args)
+
+
+def score_samples(samples, reward_functions, args):
+    """Fill in rewards, reward and correct. Returns a line on the first failed reward, or ""."""
+    scored = rewards.score(reward_functions, [s.example for s in samples], [s.response for s in samples],
+                           timeout_s=args.reward_timeout)
+    for i, s in enumerate(samples):
+        s.rewards = {name: values[i] for name, values in scored["rewards"].items()}
+        s.reward = scored["total"][i]
+        if s.source != "loaded":  # whose own run has judged it, perhaps by other means
+            s.correct = scored["correct"][i]
+    return scored["error"]
+
+
+def sample_iteration(sampler, questions, encode, reward_functions, args, iteration, step, tokenizer, run):
+    """The Samples of an iteration, of all ranks, and how many tokens they took; they go to samples.csv.
+
+    encode(example, iteration, hinted) makes the prompt; samples.csv has the question alone in its place, and
+    of the answers with a hint those that teach.
+    """
+    mine = dist.share(list(enumerate(questions)))
+    ask_all = partial(ask, sampler, reward_functions=reward_functions, args=args, iteration=iteration,
+                      tokenizer=tokenizer, run=run)
+    samples, error = ask_all(mine, [encode(e, iteration) for _, e in mine])
+    n_tokens, failed = sum(len(s.completion.ids) for s in samples), []
+    if args.rationalize and not args.dry_run:
+        solved = {s.question for s in samples if s.correct and s.completion.finished}
+        failed = [(i, e) for i, e in mine if i not in solved]
+        hinted, problem = ask_all(failed, [encode(e, iteration, hinted=True) for _, e in failed],
+                                  source="rationalized")
+        n_tokens, error = n_tokens + sum(len(s.completion.ids) for s in hinted), error or problem
+        samples += [s for s in hinted if s.correct and s.completion.finished
+                    and explains(s.response, s.example.answer, args.hint)]
+    if error:
+        run.print(f"iteration {iteration}: {error}")
+    samples = sorted(itertools.chain(*dist.gather(samples)), key=lambda s: (s.question, s.number))
+    run.write_rows([{
+        "step": step, "iteration": iteration, "source": s.source, "reward": s.reward,
+        **{f"reward/{name}": value for name, value in s.rewards.items()},
+        **rewards.answer_row(s.example, s.number, s.completion, s.response, s.correct),
+        "seed": args.seed} for s in samples])
+    totals = dist.sum_dict({"tokens": n_tokens, "hinted": len(failed)}, run.device)
+    return samples, int(totals["tokens"]), int(totals["hinted"])
+
+
+def iteration_metrics(samples, hinted, rows):
+    """What an iteration sampled and kept: shares of questions are those with a right answer, by level too."""
+    sampled = [s for s in samples if s.source == "sampled"]
+    solved = {s.question for s in sampled if s.correct}
+    explained = {s.question for s in samples if s.source == "rationalized"}
+    levels = {s.question: s.example.level for s in samples}
+    metrics = {"questions": len(levels), "samples": len(sampled), "rows": len(rows),
+               "correct": sum(s.correct for s in sampled) / max(1, len(sampled)),
+               "solved": len(solved) / max(1, len(levels)), "hinted": hinted,
+               "rationalized": len(explained) / max(1, hinted)}
+    for level in sorted(set(levels.values())) if len(set(levels.values())) > 1 else ():
+        of = {q for q in levels if levels[q] == level}
+        metrics |= {f"solved level {level}": len(of & solved) / len(of),
+                    f"kept level {level}": len(of & (solved | explained)) / len(of)}
+    return metrics
+
+
+def load_samples(sources, tokenizer, dropped, left_out=()):
+    """Samples from runs' samples.csv, less the questions whose text is in `left_out`; encoded, not scored.
+
+    Ids are negative: apart from those of --data.
+    """
+    samples, places = [], {}
+    for example, correct in data.load_generations(sources, dropped) if sources else ():
+        if example.text in left_out:
+            dropped["held out"] += 1
+            continue
+        place = places.setdefault(example.id, [len(places), 0])
+        ids = data.encode_completion(tokenizer, example.completion, tokenizer.eos_token_id)
+        samples.append(Sample(*place, replace(example, id=-1 - example.id), Completion(ids, [], True),
+                              example.completion, "loaded", correct=float(correct)))
+        place[1] += 1
+    if sources and not samples:
+        raise ValueError(f"{' '.join(sources)}: no answer is left; left out: {dict(dropped)}")
+    return sorted(samples, key=lambda s: (s.question, s.number))
+
+
+# Copied from dpo.py::summed_logprobs
+def summed_logprobs(model, pairs, tokens_per_batch, run):
+    """(chosen, rejected) log-probs of every pair, summed over tokens: lists, the same on all ranks."""
+    mine = dist.share(list(range(len(pairs))))
+    prompt_ids = [pairs[i].prompt_ids for i in mine] * 2
+    completion_ids = [pairs[i].chosen for i in mine] + [pairs[i].rejected for i in mine]
+    values, _ = retry_smaller(
+        lambda size: completion_logprobs(model, prompt_ids, completion_ids, 1.0, size, run.device),
+        tokens_per_batch, run.device, 1, "tokens per batch")
+    sums = [row.sum().item() for row in values]
+    rows = sorted(itertools.chain(*dist.gather(list(zip(mine, sums, sums[len(mine):])))))
+    return [row[1] for row in rows], [row[2] for row in rows]
+
+
+def accumulate_gradients(model, rows, beta, denominator, tokens_per_batch, device):
+    """Add the gradient of the step's loss over this rank's rows; returns sums: loss, and dpo's accuracy.
+
+    -weight log p(answer) over the step's completion tokens, or for pairs DPO's -log sigmoid(beta h) over
+    their number (arXiv 2305.18290 eq. 7), both answers in one forward pass. denominator: that of all ranks.
+    """
+    sums = dict.fromkeys(("loss", "accuracy"), torch.zeros((), device=device))
+    for picked in pack([len(row) for row in rows], tokens_per_batch):
+        batch = [rows[i] for i in picked]
+        answers = [row.chosen for row in batch] + [row.rejected for row in batch if row.rejected]
+        prompts = [row.prompt_ids for row in batch] * (len(answers) // len(batch))
+        input_ids, mask = make_batch(prompts, answers, device)
+        logprobs = token_logprobs(model, input_ids, mask).sum(1)  # [B], pairs [2 B]
+        if batch[0].rejected:
+            chosen, rejected = logprobs.chunk(2)
+            refs = torch.tensor([row.ref_chosen - row.ref_rejected for row in batch]).to(device)
+            margin = beta * (chosen - rejected - refs)
+            loss = -F.logsigmoid(margin)
+            sums["accuracy"] = sums["accuracy"] + (margin.detach() > 0).sum()
+        else:
+            loss = -torch.tensor([row.weight for row in batch]).to(device) * logprobs
+        (loss.sum() / denominator).backward()
+        sums["loss"] = sums["loss"] + loss.detach().sum() / denominator
+    return {name: value.item() for name, value in sums.items()}
+
+
+def evaluate(sampler, questions, prompt_ids, args, step, tokenizer, run, more):
+    """Greedy pass@1 on held-out questions; answers go to eval.csv."""
+    mine = dist.share(questions)
+    completions = sample_all(sampler, [prompt_ids[e.id] for e in mine], [[0]] * len(mine),
+                             args.max_new_tokens, 0.0, run, "evaluation") if questions else []
+    texts = [c.text(tokenizer) for (c,) in completions]
+    rows = [rewards.answer_row(e, 0, c, text, right)
+            for e, text, right, (c,) in zip(mine, texts, rewards.judge(mine, texts), completions)]
+    run.log_evaluation(step, dist.gather_rows(rows, "id"), more)
+
+
+def held_out_metrics(model, rows, pairs, tokens_per_batch, run):
+    """Of --eval-generations: loss per token of right answers; how often one gains more than a wrong one.
+
+    Gains are over the start model's log-probs, as in dpo.py; a tie is half right.
+    """
+    metrics = {}
+    if rows:
+        mine = dist.share(rows)
+        logprobs, _ = retry_smaller(
+            lambda size: completion_logprobs(model, [row.prompt_ids for row in mine],
+                                             [row.chosen for row in mine], 1.0, size, run.device),
+            tokens_per_batch, run.device, 1, "tokens per batch")
+        total = sum(dist.gather(-sum(row.sum().item() for row in logprobs)))
+        metrics["eval/loss"] = total / sum(len(row.chosen) for row in rows)
+    if pairs:
+        gains = [chosen - pair.ref_chosen - rejected + pair.ref_rejected for pair, chosen, rejected in zip(
+            pairs, *summed_logprobs(model, pairs, tokens_per_batch, run))]
+        metrics["eval/ranking_accuracy"] = sum((gain > 0) + (gain == 0) / 2 for gain in gains) / len(gains)
+    return metrics
+
+
+def rows_to_train(n_rows, iteration, args):
+    """Rows that an iteration's steps take in all, each counted as often as it is trained."""
+    if iteration == 0:
+        return 0
+    growth = args.step_growth ** (iteration - 1)
+    if args.first_steps:
+        return math.ceil(args.first_steps * growth) * args.batch_size
+    return round(args.epochs * growth * n_rows)
+
+
+def resolve(args, device):
+    """Fill in the defaults that depend on others, and refuse what cannot work, before any load or write."""
+    embedded = models.is_embedded(args.model)
+    for name in ("questions", "num_generations", "batch_size", "iterations", "max_new_tokens", "slots",
+                 "save_every", "keep", "eval_questions"):
+        if getattr(args, name) < 1:
+            raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be 1 or more")
+    for name in ("epochs", "first_steps", "per_question", "few_shot", "eval_every", "warmup_steps"):
+        if getattr(args, name) < 0:
+            raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)}: cannot be negative")
+    for name in ("beta", "sample_temperature", "max_grad_norm", "step_growth"):
+        if not getattr(args, name) > 0:
+            raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be more than 0")
+    asks_policy = any(spec.startswith("answer-prob") for spec in args.rewards)
+    if args.strategy == "soft" and not asks_policy:
+        raise ValueError("--strategy soft weighs rationales by how probable they make the gold answer: "
+                         "add --rewards answer-prob")
+    if args.strategy != "sft" and args.num_generations < 2 and not args.generations:
+        raise ValueError(f"--num-generations {args.num_generations}: --strategy {args.strategy} compares a "
+                         "question's samples; use 2 or more")
+    if args.rationalize and args.strategy in ("reinforce", "soft"):
+        raise ValueError(f"--rationalize: --strategy {args.strategy} weighs what the policy itself samples; "
+                         "use sft or dpo")
+    if args.hint != "mark" and not ("{prompt}" in args.hint and "{answer}" in args.hint):
+        raise ValueError(f"--hint {args.hint!r}: needs {{prompt}} and {{answer}} in it, or is mark")
+    needs_data = not args.generations or args.iterations > 1 or not args.eval_generations
+    lr = {"sft": 2e-4, "soft": 2e-4, "dpo": 1e-5, "reinforce": 2e-5}[args.strategy]
+    return replace(
+        args, data=args.data or ("arithmetic" if embedded else "gsm8k") if needs_data else "",
+        system=args.system or ("" if embedded else data.THINK_ANSWER_SYSTEM),
+        # a CPU's caches are small
+        tokens_per_batch=args.tokens_per_batch or (2048 if device.type == "cpu" else 16384),
+        lr=args.lr or (1e-3 if embedded else lr / 20 if args.full else lr))
+
+
+def main(args: Args) -> None:
+    # ---- set up: whatever can be wrong is found here ----
+    device = dist.setup(args.device)
+    asked = args = resolve(args, device)
+    if args.dry_run:
+        args = replace(args, max_steps=1, iterations=1, first_steps=1, wandb=False, resume=False)
+    check_out(args)
+    tokenizer = models.load_tokenizer(args.model)
+
+    def policy_logprobs(prefixes, answers):  # for the reward answer-prob, under the weights of the moment
+        return retry_smaller(
+            lambda size: completion_logprobs(model, prefixes, answers, 1.0, size, device),
+            args.tokens_per_batch, device, longest + args.max_new_tokens, "tokens per batch")[0]
+
+    dtype = models.choose_dtype(args.dtype, device)
+    reward_functions = rewards.parse_rewards(
+        args.rewards,
+        partial(rewards.LearnedReward, dtype=dtype, device=device, tokens_per_batch=args.tokens_per_batch),
+        partial(rewards.AnswerProbability, tokenizer, lambda e: prompt_ids[e.id], policy_logprobs,
+                args.max_new_tokens))
+    train, held_out, shown, dropped = [], [], [], Counter()
+    if args.data:
+        train, held_out = data.train_validation(args.data, n_train=args.train_questions,
+                                                n_validation=args.eval_questions, level=args.level or None,
+                                                seed=args.seed)
+        shown = data.worked_examples(args.data, args.few_shot, train + held_out, level=args.level or None,
+                                     seed=args.seed)
+    held_samples = load_samples(args.eval_generations, tokenizer, dropped)
+    if held_samples:
+        held_out = []
+    loaded = load_samples(args.generations, tokenizer, dropped, {
+        e.text for e in [*held_out, *(s.example for s in held_samples)]})
+
+    def encode(e, iteration=0, hinted=False):
+        prompt = with_hint(e.prompt, e.answer, args.hint) if hinted else e.prompt
+        if iteration == 1:
+            prompt = data.few_shot_messages(shown, prompt)
+        return data.encode_prompt(tokenizer, prompt, args.system, args.prompt_template)
+
+    prompt_ids = {e.id: encode(e) for e in train + held_out}
+    for samples in (loaded, held_samples):
+        prompt_ids |= {s.example.id: encode(s.example) for s in samples}
+    if args.max_prompt_tokens:
+        train, held_out = ([e for e in part if len(prompt_ids[e.id]) <= args.max_prompt_tokens]
+                           for part in (train, held_out))
+        if args.data and not train:
+            raise ValueError(f"--max-prompt-tokens {args.max_prompt_tokens} leaves no question to train on")
+    asked_as = [(int(bool(shown)), hinted) for hinted in {False, args.rationalize}]  # in the first iteration
+    longest = max([len(ids) for ids in prompt_ids.values()]
+                  + [len(encode(e, *form)) for form in asked_as if any(form) for e in train])
+    if args.dry_run:
+        train = sorted(train, key=lambda e: -len(prompt_ids[e.id]))[:args.batch_size]
+    torch.manual_seed(args.seed)
+    longest_row = max([longest + args.max_new_tokens] + [len(s.completion.ids) + len(prompt_ids[s.example.id])
+                                                         for s in loaded + held_samples])
+    model = models.load_model(args.model, torch.float32 if args.full else dtype, device, longest_row)
+    models.check_token_ids(model, tokenizer)
+    if args.full:
+        params = [p.requires_grad_() for p in model.parameters()]
+    else:
+        params = add_lora(model, "policy", args.lora_r, args.lora_alpha, args.lora_targets,
+                          models.layer_range(args.train_layers, model))
+    start = [p.detach().cpu().clone() for p in params]  # M_0
+    adapter = None if args.full else adapter_tensors(model, "policy")
+    save_weights = partial(models.save_trained, model, tokenizer, adapter, args)
+    if args.gradient_checkpointing:
+        enable_checkpointing(model)
+    model.train()  # dropout is off (load_model); gradient checkpointing acts in this mode alone
+    optimizer = torch.optim.AdamW(params, lr=args.lr, weight_decay=args.weight_decay)
+    stop_ids = models.stop_ids(model, tokenizer)
+    sampler = Sampler(model, () if args.dry_run else stop_ids, args.slots, dtype)  # dry run: full length
+    run = Run(args, __file__, device, tags=models.run_tags(args.model, args.data or args.generations[0]))
+    compute = partial(torch.autocast, device.type, torch.bfloat16,
+                      enabled=args.full and dtype == torch.bfloat16)
+    run.print(models.describe(args, model, params, dtype))
+    run.print(f"data: {args.data or 'given answers'}, {len(train)} questions to train on, {len(held_out)} "
+              f"held out, prompts up to {longest} tokens; given answers: {len(loaded)} to train on, "
+              f"{len(held_samples)} held out; left out: "
+              f"{', '.join(f'{name} {n}' for name, n in dropped.items()) or 'none'}")
+    for source in models.of_other_models(",".join(args.generations + args.eval_generations), args.model):
+        run.print(f"{source}: another model's samples; what is learnt from them is not its own reasoning")
+    held_rows, held_pairs = (training_rows(held_samples, prompt_ids, kind, args.per_question, tokenizer)
+                             for kind in ("sft", "dpo"))
+
+    step, iteration, begun, bad_steps, sampled_tokens, rows = 0, 0, 0, 0, 0, []
+    tokens_per_batch = args.tokens_per_batch
+    if args.resume:
+        folder, saved = run.load()
+        if folder:
+            models.load_trained(folder, model, adapter)
+            optimizer.load_state_dict(saved["optimizer"])
+            torch.set_rng_state(saved["rng"])
+            step, iteration, begun, sampled_tokens, tokens_per_batch = (saved[name] for name in (
+                "step", "iteration", "begun", "sampled_tokens", "tokens_per_batch"))
+            rows = [Row(*row) for row in saved["rows"]]
+            for pair, refs in zip(held_pairs, saved["held_refs"]):
+                pair.ref_chosen, pair.ref_rejected = refs
+
+    def add_reference(pairs):
+        """Fill in the log-probs of the model as it stands."""
+        for pair, *refs in zip(pairs, *summed_logprobs(model, pairs, tokens_per_batch, run)):
+            pair.ref_chosen, pair.ref_rejected = refs
+
+    def measure():
+        with compute():
+            more = {"iteration": iteration} | held_out_metrics(
+                model, held_rows, held_pairs, tokens_per_batch, run)
+            evaluate(sampler, held_out, prompt_ids, args, step, tokenizer, run, more)
+
+    def last_step():  # of the present iteration
+        return begun + math.ceil(rows_to_train(len(rows), iteration, args) / args.batch_size)
+
+    with compute():
+        run.self_check(self_check(model, params, sampler, list(prompt_ids.values())[:3], args, 1.0, device))
+        if held_pairs and math.isnan(held_pairs[0].ref_chosen):
+            add_reference(held_pairs)
+    if step == 0 and not args.dry_run:
+        measure()
+
+    stop = False
+    while not stop:
+        last = step == last_step()
+        if last and (iteration == args.iterations or 0 < args.token_budget <= sampled_tokens) or (
+                0 < args.max_steps == step):
+            break
+        if last:
+            # ---- sample: what the next iteration learns from ----
+            iteration += 1
+            with run.phase("sample"), compute():
+                if iteration == 1 and loaded:
+                    samples, n_tokens, hinted = loaded, 0, 0
+                    if error := score_samples(samples, reward_functions, args):
+                        run.print(error)
+                else:
+                    picked = data.batch_indices(len(train), (iteration - 1) * args.questions,
+                                                min(args.questions, len(train)), args.seed)
+                    samples, n_tokens, hinted = sample_iteration(
+                        sampler, [train[i] for i in picked], encode, reward_functions, args, iteration,
+                        step + 1, tokenizer, run)
+            rows = training_rows(samples, prompt_ids, args.strategy, args.per_question, tokenizer)
+            if args.dry_run:
+                rows = [Row(prompt_ids[s.example.id], s.completion.ids,
+                            s.completion.ids if args.strategy == "dpo" else []) for s in samples]
+            sampled_tokens += n_tokens
+            begun = step
+            metrics = {"iteration": iteration, "sampled_tokens": sampled_tokens} | iteration_metrics(
+                samples, hinted, rows)
+            run.log(step + 1, metrics)
+            run.print(f"iteration {iteration}: " + "  ".join(
+                f"{name} {value:.4g}" for name, value in metrics.items() if name != "iteration"))
+            if not rows and rows_to_train(1, iteration, args):
+                raise ValueError(
+                    f"iteration {iteration}: no question gave anything to learn from by --strategy "
+                    f"{args.strategy}: take more --questions or --num-generations, --rationalize, --few-shot "
+                    "or another --level")
+            if args.restart == "base" and rows_to_train(1, iteration, args):
+                with torch.no_grad():
+                    for p, value in zip(params, start):
+                        p.copy_(value)
+                optimizer.state.clear()
+            if args.strategy == "dpo":
+                with run.phase("reference"), compute():
+                    add_reference(rows)
+            continue
+
+        # ---- update ----
+        step += 1
+        first = (step - 1 - begun) * args.batch_size
+        n = min(args.batch_size, rows_to_train(len(rows), iteration, args) - first)
+        batch = [rows[i] for i in data.batch_indices(len(rows), first, n, noise_key(args.seed, iteration))]
+        n_tokens = sum(len(row.chosen) for row in batch)
+        with run.profile(step), compute(), run.phase("update"):
+            def attempt(size):
+                optimizer.zero_grad()
+                return accumulate_gradients(model, dist.share(batch), args.beta,
+                                            len(batch) if args.strategy == "dpo" else n_tokens, size, device)
+
+            sums, tokens_per_batch = retry_smaller(
+                attempt, tokens_per_batch, device, 2 * longest_row, "tokens per batch")
+            dist.sum_gradients(params)
+            norm = nn.utils.clip_grad_norm_(params, args.max_grad_norm).item()
+            warm = step - begun if args.restart == "base" else step
+            for group in optimizer.param_groups:
+                group["lr"] = args.lr * min(1.0, warm / max(1, args.warmup_steps))
+            if math.isfinite(norm):
+                optimizer.step()
+                bad_steps = 0
+            else:
+                bad_steps += 1
+                run.print(f"step {step}: the gradient is not finite; the update is skipped "
+                          f"({bad_steps} in a row)")
+            optimizer.zero_grad()
+
+        # ---- log ----
+        sums = dist.sum_dict(sums, device)
+        metrics = {"loss": sums["loss"], "grad_norm": norm, "lr": optimizer.param_groups[0]["lr"],
+                   "iteration": iteration, "epoch": (first + n) / len(rows), "tokens": n_tokens,
+                   "sampled_tokens": sampled_tokens, "tokens_per_batch": tokens_per_batch}
+        if args.strategy == "dpo":
+            metrics["accuracy"] = sums["accuracy"] / len(batch)
+        metrics = run.log(step, metrics, last_step(), show=("iteration", "loss", "accuracy", "grad_norm"))
+        if args.dry_run:
+            break
+
+        # ---- evaluate ----
+        last = step == last_step() or step == args.max_steps
+        if last or (args.eval_every and step % args.eval_every == 0):
+            measure()
+
+        # ---- save ----
+        stop = bad_steps >= 5 or dist.any_rank(run.stop, device)
+        if step % args.save_every == 0 or last or stop:
+            run.save(step, save_weights, {
+                "optimizer": optimizer.state_dict(), "rng": torch.get_rng_state(), "step": step,
+                "iteration": iteration, "begun": begun, "sampled_tokens": sampled_tokens,
+                "tokens_per_batch": tokens_per_batch, "rows": [astuple(row) for row in rows],
+                "held_refs": [(pair.ref_chosen, pair.ref_rejected) for pair in held_pairs]})
+        if bad_steps >= 5:
+            raise ValueError(f"the gradient was not finite in {bad_steps} updates in a row; "
+                             f"the state is in {run.path}: lower --lr")
+
+    # ---- the end ----
+    if args.dry_run:
+        steps = math.ceil(rows_to_train(asked.questions * asked.num_generations, 1, asked) / asked.batch_size)
+        run.dry_run_report(metrics, asked.max_steps or steps * asked.iterations, metrics["tokens"])
+        return
+    if not stop:
+        run.save_final(partial(models.save_plain, model, tokenizer, merged_state_dict(model)) if args.merge
+                       else save_weights)
+        run.before_after()
+    run.finish()
+
+
+if __name__ == "__main__":
+    cli(main, Args)
