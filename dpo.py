@@ -50,6 +50,8 @@ class Args:
     """seed of data order, adapter initialisation and sampling noise"""
     max_steps: int = 0
     """steps in all; 0, where it is the default: what the passes over the data make"""
+    token_budget: int = 0
+    """end with the step or iteration in which so many tokens have been sampled for training; 0: no limit"""
     save_every: int = 50
     """steps between checkpoints (one is always written at the end, and on SIGTERM or Ctrl-C)"""
     keep: int = 2
@@ -888,7 +890,7 @@ def right_against_wrong(prompt_ids, completions, correct, most):
 
 
 def sample_pairs(sampler, questions, prompt_ids, args, iteration, step, tokenizer, run):
-    """Pairs from G samples of each question under the present policy, the same list on all ranks.
+    """(pairs from G samples of each question under the present policy, their tokens), the same on all ranks.
 
     All samples go to samples.csv, as of `step`, the first that trains on them: `--pairs` reads it back.
     """
@@ -908,7 +910,8 @@ def sample_pairs(sampler, questions, prompt_ids, args, iteration, step, tokenize
                                  for g, (c, text, right) in enumerate(zip(row, texts, correct))]))
     found = sorted(itertools.chain(*dist.gather(found)), key=lambda row: row[0])
     run.write_rows([row for _, _, rows in found for row in rows])
-    return [pair for _, pairs, _ in found for pair in pairs]
+    return ([pair for _, pairs, _ in found for pair in pairs],
+            sum(row["tokens"] for _, _, rows in found for row in rows))
 
 
 def summed_logprobs(model, pairs, tokens_per_batch, run):
@@ -1072,15 +1075,15 @@ def main(args: Args) -> None:
             pair.ref_chosen, pair.ref_rejected = chosen, rejected
 
     step, bad_steps, iteration, begun, pairs = 0, 0, 0, 0, []  # begun: the iteration's first step, less one
-    tokens_per_batch = args.tokens_per_batch
+    tokens_per_batch, sampled_tokens = args.tokens_per_batch, 0
     if args.resume:
         folder, saved = run.load()
         if folder:
             models.load_trained(folder, model, adapter)
             optimizer.load_state_dict(saved["optimizer"])
             torch.set_rng_state(saved["rng"])
-            step, iteration, begun, tokens_per_batch = (
-                saved[name] for name in ("step", "iteration", "begun", "tokens_per_batch"))
+            step, iteration, begun, tokens_per_batch, sampled_tokens = (saved[name] for name in (
+                "step", "iteration", "begun", "tokens_per_batch", "sampled_tokens"))
             pairs = fixed if args.pairs else [Pair(*row) for row in saved["pairs"]]
             for pair, refs in zip(fixed + held_pairs, saved["refs"].tolist()):
                 pair.ref_chosen, pair.ref_rejected = refs
@@ -1097,9 +1100,13 @@ def main(args: Args) -> None:
             return args.max_steps
         return math.ceil(args.passes * len(pairs) / args.pairs_per_step)
 
-    stop, last_step = False, args.max_steps or math.inf
-    if iteration == args.iterations:
-        last_step = min(last_step, begun + steps_of(pairs))
+    def end():
+        """The last step, as far as the number of the present pairs tells."""
+        spent = 0 < args.token_budget <= sampled_tokens
+        left = 1 if spent else args.iterations - iteration + 1
+        return min(args.max_steps or math.inf, begun + steps_of(pairs) * left)
+
+    stop, last_step = False, end() if iteration else math.inf
     while step < last_step and not stop:
         # ---- pairs of the next iteration ----
         if step == begun + steps_of(pairs):
@@ -1110,9 +1117,10 @@ def main(args: Args) -> None:
                 else:
                     rows = data.batch_indices(len(train), (iteration - 1) * args.questions,
                                               min(args.questions, len(train)), args.seed)
-                    pairs = sample_pairs(
+                    pairs, n_tokens = sample_pairs(
                         sampler, [train[i] for i in rows], prompt_ids, args, iteration, step + 1, tokenizer,
                         run)
+                    sampled_tokens += n_tokens
                 if not pairs:
                     raise ValueError(
                         f"iteration {iteration}: no question had a right and a wrong finished answer among "
@@ -1120,8 +1128,7 @@ def main(args: Args) -> None:
                 if args.reference == "previous":  # which the next step moves
                     add_reference(pairs, tokens_per_batch)
             run.print(f"iteration {iteration}: {len(pairs)} pairs")
-        last_step = min(args.max_steps or math.inf,
-                        begun + steps_of(pairs) * (args.iterations - iteration + 1))
+        last_step = end()
         step += 1
         first = (step - 1 - begun) * args.pairs_per_step
         n = args.pairs_per_step
@@ -1157,7 +1164,7 @@ def main(args: Args) -> None:
         sums = dist.sum_dict(sums, device)
         metrics = {name: value / len(batch) for name, value in sums.items()} | {
             "grad_norm": norm, "lr": optimizer.param_groups[0]["lr"], "iteration": iteration,
-            "pairs": len(pairs), "tokens_per_batch": tokens_per_batch}
+            "pairs": len(pairs), "sampled_tokens": sampled_tokens, "tokens_per_batch": tokens_per_batch}
         metrics = run.log(step, metrics, last_step, show=("loss", "accuracy", "margin", "grad_norm"))
         if args.dry_run:
             break
@@ -1174,6 +1181,7 @@ def main(args: Args) -> None:
             run.save(step, save_weights, {
                 "optimizer": optimizer.state_dict(), "rng": torch.get_rng_state(), "step": step,
                 "iteration": iteration, "begun": begun, "tokens_per_batch": tokens_per_batch,
+                "sampled_tokens": sampled_tokens,
                 "pairs": [] if args.pairs else [astuple(pair) for pair in pairs],
                 "refs": torch.tensor([(pair.ref_chosen, pair.ref_rejected) for pair in fixed + held_pairs],
                                      dtype=torch.float64)})

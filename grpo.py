@@ -52,7 +52,7 @@ class Args:
     max_steps: int = 60
     """steps in all; 0, where it is the default: what the passes over the data make"""
     token_budget: int = 0
-    """end with the step in which so many tokens have been sampled for training; 0: by --max-steps alone"""
+    """end with the step or iteration in which so many tokens have been sampled for training; 0: no limit"""
     save_every: int = 50
     """steps between checkpoints (one is always written at the end, and on SIGTERM or Ctrl-C)"""
     keep: int = 2

@@ -7,7 +7,8 @@ Paper: STaR, arXiv 2203.14465, algorithm 1. Differs from it in:
   - a question gives at most --per-question answers, of which equal ones count once;
   - explaining a failed question from its answer (--rationalize) is a switch; such an answer counts only if it
     has a rationale and does not quote the hint;
-  - --restart previous trains M_n from M_{n-1}, with its optimizer, and not from M_0;
+  - --restart previous trains M_n from M_{n-1}, with its optimizer, and not from M_0: so by default where wrong
+    answers are pushed down, which M_0 would not have given (--strategy reinforce and dpo);
   - --strategy: reinforce trains all samples, weighed by their centred reward; dpo right against wrong ones
     (arXiv 2305.18290); soft all rationales with the gold answer, weighed by exp(r) / sum exp(r).
 
@@ -53,7 +54,7 @@ class Args:
     max_steps: int = 0
     """steps in all; 0, where it is the default: what the passes over the data make"""
     token_budget: int = 0
-    """end with the iteration in which so many tokens have been sampled for it; 0: by --iterations alone"""
+    """end with the step or iteration in which so many tokens have been sampled for training; 0: no limit"""
     save_every: int = 50
     """steps between checkpoints (one is always written at the end, and on SIGTERM or Ctrl-C)"""
     keep: int = 2
@@ -131,20 +132,20 @@ class Args:
     """rounds of sampling from the present policy and training on what was kept"""
     strategy: Literal["sft", "reinforce", "dpo", "soft"] = "sft"
     """likelihood of right answers; of all, by centred reward; right against wrong; of all, by exp(reward)"""
-    restart: Literal["base", "previous"] = "base"
-    """what an iteration trains: the start model's weights (STaR), or those of the iteration before"""
+    restart: Literal["auto", "base", "previous"] = "auto"
+    """train an iteration from the start model (STaR) or the one before; auto: base with sft and soft"""
     rationalize: bool = False
     """ask again, with the answer as a hint, where no sample was right (--strategy sft and dpo)"""
     hint: str = HINT
     """how: {prompt} and {answer} in it; or mark: (CORRECT) behind the right option of a choice"""
     per_question: int = 4
     """most rows that one question gives (--strategy sft and dpo); 0: no limit"""
-    epochs: float = 1.0
+    epochs: float = 1.5
     """passes over an iteration's rows; 0: sample and evaluate only"""
     first_steps: int = 0
     """optimizer steps of the first iteration, in place of --epochs; 0: by --epochs (STaR: 40)"""
-    step_growth: float = 1.2
-    """each iteration makes so many times the steps or passes of the one before; 1.2 is of the paper"""
+    step_growth: float = 1.0
+    """each iteration makes so many times the steps or passes of the one before (STaR: 1.2)"""
     beta: float = 0.1
     """pull to the model that the iteration started from, with --strategy dpo"""
     # ---- optimizer ----
@@ -999,10 +1000,10 @@ def iteration_metrics(samples, hinted, rows):
     return metrics
 
 
-def load_samples(sources, tokenizer, dropped, left_out=()):
+def load_samples(sources, tokenizer, dropped, below=0, left_out=()):
     """Samples from runs' samples.csv, less the questions whose text is in `left_out`; encoded, not scored.
 
-    Ids are negative: apart from those of --data.
+    Ids are less than `below`, apart from those of other questions.
     """
     samples, places = [], {}
     for example, correct in data.load_generations(sources, dropped) if sources else ():
@@ -1011,7 +1012,7 @@ def load_samples(sources, tokenizer, dropped, left_out=()):
             continue
         place = places.setdefault(example.id, [len(places), 0])
         ids = data.encode_completion(tokenizer, example.completion, tokenizer.eos_token_id)
-        samples.append(Sample(*place, replace(example, id=-1 - example.id), Completion(ids, [], True),
+        samples.append(Sample(*place, replace(example, id=below - 1 - example.id), Completion(ids, [], True),
                               example.completion, "loaded", correct=float(correct)))
         place[1] += 1
     if sources and not samples:
@@ -1127,13 +1128,16 @@ def resolve(args, device):
     if args.hint != "mark" and not ("{prompt}" in args.hint and "{answer}" in args.hint):
         raise ValueError(f"--hint {args.hint!r}: needs {{prompt}} and {{answer}} in it, or is mark")
     needs_data = not args.generations or args.iterations > 1 or not args.eval_generations
-    lr = {"sft": 2e-4, "soft": 2e-4, "dpo": 1e-5, "reinforce": 2e-5}[args.strategy]
+    lr, embedded_lr = {"sft": (2e-4, 1e-3), "soft": (2e-4, 1e-3), "dpo": (1e-5, 1e-3),
+                       "reinforce": (2e-5, 1e-4)}[args.strategy]
+    restart = "base" if args.strategy in ("sft", "soft") else "previous"
     return replace(
         args, data=args.data or ("arithmetic" if embedded else "gsm8k") if needs_data else "",
         system=args.system or ("" if embedded else data.THINK_ANSWER_SYSTEM),
         # a CPU's caches are small
         tokens_per_batch=args.tokens_per_batch or (2048 if device.type == "cpu" else 16384),
-        lr=args.lr or (1e-3 if embedded else lr / 20 if args.full else lr))
+        restart=restart if args.restart == "auto" else args.restart,
+        lr=args.lr or (embedded_lr if embedded else lr / 20 if args.full else lr))
 
 
 def main(args: Args) -> None:
@@ -1166,8 +1170,9 @@ def main(args: Args) -> None:
     held_samples = load_samples(args.eval_generations, tokenizer, dropped)
     if held_samples:
         held_out = []
-    loaded = load_samples(args.generations, tokenizer, dropped, {
-        e.text for e in [*held_out, *(s.example for s in held_samples)]})
+    held_questions = [*held_out, *(s.example for s in held_samples)]
+    loaded = load_samples(args.generations, tokenizer, dropped, min([0, *(e.id for e in held_questions)]),
+                          {e.text for e in held_questions})
 
     def encode(e, iteration=0, hinted=False):
         prompt = with_hint(e.prompt, e.answer, args.hint) if hinted else e.prompt

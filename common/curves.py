@@ -84,7 +84,8 @@ def draw_calibration(chosen, rejected, bins, out) -> None:
 def draw(paths, out, chance=None) -> None:
     """Write a PNG with a panel for each metric that any of the runs has; runs overlaid, one line style each.
 
-    chance: accuracy of guessing, a line in the accuracy panel; a thin one is a run's first evaluation.
+    chance: accuracy of guessing, a line in the accuracy panel, by default the first run's own eval/chance;
+    a thin line is a run's first evaluation.
     Errors: ValueError if a run has no metrics, or matplotlib is not installed.
     """
     runs = {}
@@ -95,6 +96,10 @@ def draw(paths, out, chance=None) -> None:
             raise ValueError(f"{path}: no metrics.jsonl with anything in it")
         for part, of in _parts(lines).items():
             runs[" ".join(filter(None, [name if name not in runs else str(path), *part]))] = of
+
+    if chance is None:
+        chance = next((line["eval/chance"] for lines in runs.values() for line in lines
+                       if "eval/chance" in line), None)
 
     def series(lines, metric):
         points = [(line["step"], line[metric]) for line in lines if isinstance(line.get(metric), int | float)]

@@ -381,9 +381,11 @@ def leave_one_out(values, groups) -> list[float]:
             members.setdefault(group, []).append(value)
     left = []
     for group, value in zip(groups, values):
-        n = len(members.get(group, ()))
-        left.append(nan if isnan(value) else
-                    (value - sum(members[group]) / n) * n / (n - 1) if n > 1 else 0.0)
+        of = members.get(group, ())
+        if isnan(value) or max(of) == min(of):  # equal ones differ by nothing, not by rounding
+            left.append(value if isnan(value) else 0.0)
+        else:
+            left.append((value - sum(of) / len(of)) * len(of) / (len(of) - 1))
     return left
 
 
@@ -572,7 +574,10 @@ def text_metrics(rows) -> dict:
 
 
 def answer_metrics(rows) -> dict:
-    """eval/pass@1 and more of held-out answers (rows of `answer_row`), by level if there are several."""
+    """eval/pass@1 and more of held-out answers (rows of `answer_row`), by level if there are several.
+
+    eval/chance: what guessing letters comes to, where all questions are choices.
+    """
     if not rows:
         return {}
 
@@ -580,7 +585,9 @@ def answer_metrics(rows) -> dict:
         return sum(row["correct"] for row in rows) / len(rows)
 
     levels = sorted({row["level"] for row in rows})
+    choices = [json.loads(row["meta"]).get("choices") for row in rows]
     return {"eval/pass@1": right(rows), "eval/questions": len(rows),
+            **({"eval/chance": sum(1 / n for n in choices) / len(rows)} if all(choices) else {}),
             **{f"eval/{name}": value for name, value in text_metrics(rows).items()},
             "eval/truncated": 1 - sum(row["finished"] for row in rows) / len(rows),
             **{f"eval/pass@1 level {level}": right([row for row in rows if row["level"] == level])

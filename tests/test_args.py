@@ -18,7 +18,8 @@ OWN = {  # what a script means by these is its own
     "eval.py": {"model", "resume", "dry_run", "seed"},  # several models; no optimizer steps to go on with
     "dpo.py": {"beta"},
     "ppo.py": {"recompute_old"},
-    "reward_model.py": {"pairs", "loss", "passes", "system"}}  # its data are pairs
+    "reward_model.py": {"pairs", "loss", "passes", "system"},  # its data are pairs
+    "star.py": {"few_shot", "iterations", "epochs", "beta", "eval_every"}}  # of its own outer loop
 EVERYWHERE = {"model", "data", "out", "seed", "max_steps", "resume", "wandb", "dry_run", "config", "device"}
 
 

@@ -1,0 +1,499 @@
+"""star.py: what samples teach, hints that leave no trace, restarts, reuse of answers, and iterations that learn."""
+
+import csv
+import itertools
+import math
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
+
+import dpo
+import star
+from common import curves, data, models, rewards
+from common.data import HINT, Example
+from common.run import read_csv
+from star import (
+    Args,
+    Completion,
+    Row,
+    Sample,
+    accumulate_gradients,
+    add_lora,
+    explains,
+    iteration_metrics,
+    rows_to_train,
+    training_rows,
+    with_hint,
+)
+from tests.commands import run
+from tests.tiny_models import some_prompts, tiny_model
+
+torch.set_num_threads(1)
+CPU = torch.device("cpu")
+DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
+needs_data = pytest.mark.skipif(not DATA.exists(), reason=f"the shared data are not at {DATA}")
+
+
+# ---- what samples teach ----
+
+
+def samples_of(*answers):
+    """Samples from (question, ids, right, reward); an unfinished one has no 9 at its end."""
+    return [Sample(q, i, Example(q, f"Q{q}", "5"), Completion(ids, [0.0] * len(ids), ids[-1] == 9),
+                   f"text {ids}", correct=float(right), reward=reward)
+            for i, (q, ids, right, reward) in enumerate(answers)]
+
+
+def rows_of(samples, strategy, per_question=0):
+    prompts = {s.example.id: [100 + s.question] for s in samples}
+    return training_rows(samples, prompts, strategy, per_question, models.load_tokenizer(""))
+
+
+SOME = samples_of((0, [1, 9], 1, 1.0), (0, [2, 9], 0, 0.0), (0, [1, 9], 1, 1.0), (0, [3], 1, 1.0),
+                  (1, [4, 9], 1, 1.0), (1, [5, 9], 1, 1.0), (2, [6, 9], 0, 0.0), (3, [7, 9], 1, math.nan),
+                  (3, [8, 9], 0, 0.5))
+
+
+def test_sft_takes_right_finished_answers_once():
+    assert [(row.prompt_ids, row.chosen, row.weight) for row in rows_of(SOME, "sft")] == [
+        ([100], [1, 9], 1.0), ([101], [4, 9], 1.0), ([101], [5, 9], 1.0), ([103], [7, 9], 1.0)]
+    assert [row.chosen for row in rows_of(SOME, "sft", 1)] == [[1, 9], [4, 9], [7, 9]]
+
+
+def test_pairs_never_mix_two_questions():
+    assert [(row.prompt_ids, row.chosen, row.rejected) for row in rows_of(SOME, "dpo")] == [
+        ([100], [1, 9], [2, 9]), ([103], [7, 9], [8, 9])]
+    many = samples_of(*[(0, [i, 9], i % 2, 0.0) for i in range(1, 9)])
+    assert len(rows_of(many, "dpo")) == 4 and len(rows_of(many, "dpo", 3)) == 3
+    ids = [tuple(x) for row in rows_of(many, "dpo") for x in (row.chosen, row.rejected)]
+    assert len(set(ids)) == len(ids)
+
+
+def test_reinforce_centres_rewards_over_the_question():
+    """Unfinished and equal ones are samples, too; what all do alike moves nothing; NaN has no part."""
+    rows = rows_of(SOME, "reinforce")
+    assert [row.prompt_ids[0] for row in rows] == [100] * 4
+    assert [row.weight for row in rows] == pytest.approx([1 / 3, -1, 1 / 3, 1 / 3])
+    assert rows_of(samples_of(*[(0, [i, 9], 0, 0.1) for i in range(1, 9)]), "reinforce") == []
+
+
+def test_soft_targets_weigh_rationales_by_the_answer_they_make_probable():
+    """The example of 0.8 and 0.2; the gold answer stands in the place of the sampled one."""
+    tokenizer = models.load_tokenizer("")
+    two = samples_of((0, [1, 9], 0, math.log(1.0)), (0, [2, 9], 0, math.log(0.25)), (1, [3, 9], 0, -7.0))
+    two[0].response = "<think>2+3=5</think><answer>7</answer>"
+    rows = rows_of(two, "soft")
+    assert [row.weight for row in rows] == pytest.approx([0.8, 0.2, 1.0])
+    assert tokenizer.decode(rows[0].chosen[:-1]) == "<think>2+3=5</think><answer>5</answer>"
+    assert rows[0].chosen[-1] == tokenizer.eos_token_id
+
+
+def test_metrics_of_an_iteration_by_level():
+    of = samples_of((0, [1, 9], 1, 1.0), (0, [2, 9], 0, 0.0), (1, [3, 9], 0, 0.0), (2, [4, 9], 0, 0.0))
+    of += [Sample(2, 4, of[3].example, of[3].completion, "", "rationalized", correct=1.0)]
+    for s in of:
+        s.example.__dict__["level"] = 3 if s.question == 0 else 4
+    found = iteration_metrics(of, 2, [1, 2])
+    assert found == {"questions": 3, "samples": 4, "rows": 2, "correct": 0.25, "solved": pytest.approx(1 / 3),
+                     "hinted": 2, "rationalized": 0.5, "solved level 3": 1.0, "kept level 3": 1.0,
+                     "solved level 4": 0.0, "kept level 4": 0.5}
+
+
+@pytest.mark.parametrize("options, iteration, expected", [
+    ({"epochs": 3}, 2, 30), ({"epochs": 1.5}, 1, 15), ({"epochs": 0}, 3, 0), ({}, 0, 0),
+    ({"first_steps": 40, "step_growth": 1.2}, 1, 40 * 64), ({"first_steps": 40, "step_growth": 1.2}, 2, 48 * 64),
+    ({"epochs": 1, "step_growth": 2}, 3, 40)])
+def test_rows_an_iteration_trains(options, iteration, expected):
+    assert rows_to_train(10, iteration, Args(**options)) == expected
+
+
+# ---- the gradient ----
+
+
+@pytest.fixture
+def toy():
+    """A model with an adapter away from its start, and rows on which it runs."""
+    torch.manual_seed(0)
+    model = tiny_model("qwen2")
+    params = add_lora(model, "policy", 4, 8, models.PROJECTIONS)
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for p in params:
+            p.add_(0.1 * torch.randn(p.shape, generator=generator))
+    prompts, chosen, rejected = (some_prompts(lengths, seed=i) for i, lengths in enumerate(
+        ([3, 5, 4, 6], [4, 1, 7, 3], [2, 6, 3, 5])))
+    return model, params, prompts, chosen, rejected
+
+
+def gradient(params):
+    found = torch.cat([p.grad.flatten() for p in params])
+    for p in params:
+        p.grad = None
+    return found
+
+
+@pytest.mark.parametrize("tokens_per_batch", [8, 20, 1000])
+def test_weighted_likelihood_is_that_of_transformers(toy, tokens_per_batch):
+    model, params, prompts, chosen, _ = toy
+    weights = [1.0, -0.5, 0.25, 2.0]
+    loss = 0
+    for p, c, w in zip(prompts, chosen, weights):
+        logits = model(torch.tensor([p + c])).logits[0, len(p) - 1:-1].log_softmax(-1)
+        loss = loss - w * logits.gather(1, torch.tensor(c)[:, None]).sum() / 15
+    loss.backward()
+    expected = gradient(params)
+    rows = [Row(p, c, weight=w) for p, c, w in zip(prompts, chosen, weights)]
+    sums = accumulate_gradients(model, rows, 0.1, 15, tokens_per_batch, CPU)
+    assert sums["loss"] == pytest.approx(loss.item(), rel=1e-5)
+    assert torch.allclose(gradient(params), expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("tokens_per_batch", [8, 1000])
+def test_pairs_have_the_gradient_of_dpo(toy, tokens_per_batch):
+    model, params, prompts, chosen, rejected = toy
+    refs = [(-9.0, -7.5), (-3.0, -12.0), (-20.0, -6.0), (-8.0, -8.0)]
+    theirs = dpo.accumulate_gradients(
+        model, [dpo.Pair(p, c, r, *ref) for p, c, r, ref in zip(prompts, chosen, rejected, refs)],
+        dpo.Args(beta=0.3), 4, 1000, CPU)
+    expected = gradient(params)
+    rows = [Row(p, c, r, 1.0, *ref) for p, c, r, ref in zip(prompts, chosen, rejected, refs)]
+    ours = accumulate_gradients(model, rows, 0.3, 4, tokens_per_batch, CPU)
+    assert ours["loss"] == pytest.approx(theirs["loss"] / 4, rel=1e-5) and ours["accuracy"] == theirs["accuracy"]
+    assert torch.allclose(gradient(params), expected, atol=1e-6)
+
+
+# ---- hints ----
+
+
+def test_hints():
+    options = "Which?\nA) x\nB) y\nC) z\nD) B) y"
+    assert with_hint("Compute 1+1.", "2", HINT) == "Compute 1+1. (The answer is 2.)"
+    assert with_hint("{answer}", "2", "{prompt}={answer}") == "{answer}=2"  # braces of the question stay
+    assert with_hint(options, "B", "mark") == "Which?\nA) x\nB) y (CORRECT)\nC) z\nD) B) y"
+    chat = [{"role": "system", "content": "S"}, {"role": "user", "content": "Q"}]
+    assert with_hint(chat, "7", "{prompt} {answer}")[-1]["content"] == "Q 7" and chat[-1]["content"] == "Q"
+    with pytest.raises(ValueError, match="has no option C"):
+        with_hint("Compute 1+1.", "C", "mark")
+
+
+@pytest.mark.parametrize("response, form, teaches", [
+    ("<think>1+1=2</think><answer>2</answer>", HINT, True),
+    ("Well, 1+1=2.\n<answer>2</answer>", HINT, True),
+    ("<answer>2</answer>", HINT, False),  # copied
+    ("<think> </think><answer>2</answer>", HINT, False),
+    ("<think>it says (The answer is 2.)</think><answer>2</answer>", HINT, False),
+    ("<think>B) y (CORRECT) is marked</think><answer>B</answer>", "mark", False),
+    ("<think>y fits</think><answer>B</answer>", "mark", True)])
+def test_what_explains_an_answer(response, form, teaches):
+    assert explains(response, "2", form) == teaches
+
+
+# ---- whole runs ----
+
+SMALL = ["--questions", 12, "--num-generations", 4, "--batch-size", 8, "--eval-questions", 10,
+         "--max-new-tokens", 48, "--train-questions", 40, "--warmup-steps", 0]
+
+
+def train_lines(folder):
+    return [line for line in curves.read_metrics(folder) if "loss" in line]
+
+
+def without_times(lines):
+    return [{k: v for k, v in line.items() if k != "time" and "seconds" not in k and "memory" not in k}
+            for line in lines]
+
+
+@pytest.fixture
+def watched(monkeypatch):
+    """What a run does: weights and prompts when it samples, weights and rows when it trains."""
+    seen = {"sampled": [], "trained": []}
+    sample, train = star.sample_all, star.accumulate_gradients
+
+    def weights(model):
+        return [p.detach().clone() for p in model.parameters() if p.requires_grad]
+
+    def sampling(sampler, prompt_ids, keys, n, temperature, run, doing):
+        seen["sampled"].append((doing, weights(sampler.model), prompt_ids))
+        return sample(sampler, prompt_ids, keys, n, temperature, run, doing)
+
+    def training(model, rows, *rest):
+        seen["trained"].append((weights(model), rows))
+        return train(model, rows, *rest)
+
+    monkeypatch.setattr(star, "sample_all", sampling)
+    monkeypatch.setattr(star, "accumulate_gradients", training)
+    return seen
+
+
+def same(one, other):
+    return all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+
+
+@pytest.mark.parametrize("restart", ["base", "previous"])
+@pytest.mark.parametrize("full", [[], ["--full"]])
+def test_where_an_iteration_starts(watched, tmp_path, restart, full):
+    """base: from the bits of M_0, though M_1 was the one that sampled; previous: from M_1's."""
+    run("--out", "a", *SMALL, "--iterations", 2, "--restart", restart, *full, cwd=tmp_path, script="star.py")
+    lines = train_lines(tmp_path / "a")
+    second = [line["iteration"] for line in lines].index(2)
+    assert second > 1 and len(lines) == len(watched["trained"])
+    start, again = watched["trained"][0][0], watched["trained"][second][0]
+    sampler = [weights for doing, weights, _ in watched["sampled"] if doing == "iteration 2"][0]
+    assert not same(sampler, start)
+    assert same(again, start) == (restart == "base") and same(again, sampler) == (restart == "previous")
+
+
+def test_iterations_times_epochs(watched, tmp_path):
+    run("--out", "a", *SMALL, "--iterations", 2, "--epochs", 3, cwd=tmp_path, script="star.py")
+    lines = train_lines(tmp_path / "a")
+    for iteration in (1, 2):
+        rows = [(tuple(row.prompt_ids), tuple(row.chosen)) for line, (_, rows) in zip(lines, watched["trained"])
+                if line["iteration"] == iteration for row in rows]
+        kept = [line["rows"] for line in curves.read_metrics(tmp_path / "a")
+                if line.get("iteration") == iteration and "rows" in line]
+        assert len(kept) == 1 and len(set(rows)) == kept[0] and all(rows.count(row) == 3 for row in set(rows))
+        assert [line["epoch"] for line in lines if line["iteration"] == iteration][-1] == 3
+    # every kept row was right: what was trained is what samples.csv calls right
+    tokenizer = models.load_tokenizer("")
+    right = {row["completion"] for row in read_csv(tmp_path / "a" / "samples.csv") if row["correct"] == "1"}
+    assert {tokenizer.decode(row.chosen[:-1]) for _, rows in watched["trained"] for row in rows} <= right
+
+
+def test_no_epochs_sample_and_evaluate_only(watched, tmp_path):
+    out = run("--out", "a", *SMALL, "--iterations", 2, "--epochs", 0, cwd=tmp_path, script="star.py")
+    final = load_file(tmp_path / "a" / "final" / "adapter_model.safetensors")
+    assert watched["trained"] == [] and not any(v.any() for k, v in final.items() if "lora_B" in k)
+    lines, rows = curves.read_metrics(tmp_path / "a"), read_csv(tmp_path / "a" / "samples.csv")
+    assert "eval/pass@1" in lines[0] and [line["iteration"] for line in lines] == [0, 1, 2]
+    assert len(rows) == 2 * 12 * 4 and "done in" in out
+
+
+def test_samples_csv(tmp_path):
+    """N rows for each question, all that is known of them, and the same file when written again."""
+    run("--out", "a", *SMALL, "--iterations", 1, cwd=tmp_path, script="star.py")
+    path = tmp_path / "a" / "samples.csv"
+    rows, before = read_csv(path), path.read_bytes()
+    assert len(rows) == 48 and {sum(r["id"] == row["id"] for r in rows) for row in rows} == {4}
+    assert {"id", "prompt", "completion", "answer", "extracted", "correct", "logprob", "iteration", "seed",
+            "source", "repetition", "in_language", "reward/correctness"} <= set(rows[0])
+    with open(path, "w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+    assert path.read_bytes() == before
+
+
+@pytest.mark.parametrize("more", [[], ["--strategy", "dpo"], ["--strategy", "reinforce"],
+                                  ["--strategy", "soft", "--rewards", "answer-prob"]])
+def test_given_answers_need_no_sampler(watched, tmp_path, more):
+    """The first loss and gradient are those of the run that sampled them; held-out ones are scored, not asked."""
+    run("--out", "a", *SMALL, "--iterations", 1, *more, cwd=tmp_path, script="star.py")
+    run("--out", "held", *SMALL, "--iterations", 1, "--epochs", 0, "--seed", 5, cwd=tmp_path, script="star.py")
+    watched["sampled"].clear()
+    out = run("--out", "b", *SMALL, "--iterations", 1, *more, "--generations", "a/samples.csv",
+              "--eval-generations", "held/samples.csv", cwd=tmp_path, script="star.py")
+    assert watched["sampled"] == [] and "repeated" in out and "another model" not in out
+    (first, *_), (again, *rest) = train_lines(tmp_path / "a"), train_lines(tmp_path / "b")
+    if not more:  # the others also use what text does not keep: equal samples, unfinished ones, cut rationales
+        assert (again["loss"], again["grad_norm"]) == pytest.approx((first["loss"], first["grad_norm"]), rel=1e-5)
+    assert again["sampled_tokens"] == 0 and len(rest) > 0
+    before, after = [line for line in curves.read_metrics(tmp_path / "b") if "eval/loss" in line]
+    assert before["eval/ranking_accuracy"] == 0.5 and "eval/pass@1" not in before  # all gains are 0
+    assert before["eval/loss"] != after["eval/loss"] and 0 <= after["eval/ranking_accuracy"] <= 1
+
+
+def test_given_answers_are_united_and_counted(tmp_path):
+    for seed in (0, 1):
+        run("--out", f"a{seed}", *SMALL, "--iterations", 1, "--epochs", 0, "--seed", seed, cwd=tmp_path,
+            script="star.py")
+    files = ["a0/samples.csv", "a1/samples.csv", "a0/samples.csv"]
+    found = [data.load_generations([tmp_path / f for f in files[:n]]) for n in (1, 2, 3)]
+    assert len(found[0]) < len(found[1]) == len(found[2])
+    assert [e.completion for e, _ in found[1][:len(found[0])]] == [e.completion for e, _ in found[0]]
+    run("--out", "tuned", "--model", "a0", *SMALL, "--iterations", 1, cwd=tmp_path, script="star.py")
+    out = run("--out", "b", "--model", "tuned", *SMALL, "--iterations", 1, "--generations", *files[:2],
+              cwd=tmp_path, script="star.py")
+    assert out.count("another model's samples") == 2 and re.search(r"left out: .*repeated \d+", out)
+    held = {row["prompt"] for row in read_csv(tmp_path / "b" / "eval.csv")}
+    n_held = sum(e.text in held for e, _ in found[1])
+    assert (f"held out {n_held}" in out) == (n_held > 0)
+
+
+def test_the_hint_leaves_no_trace(monkeypatch, tmp_path):
+    """A sampler that solves what it is told, and else fails: every row that is trained is without the hint."""
+    tokenizer, trained, hinted = models.load_tokenizer(""), [], []
+
+    def sampling(sampler, prompt_ids, keys, n, temperature, run, doing):
+        found = []
+        for ids, row in zip(prompt_ids, keys):
+            text = tokenizer.decode(ids)
+            problem = re.search(r"Compute ([-+\d]+)\.", text)[1]
+            total = sum(map(int, re.findall(r"[+-]?\d+", problem)))
+            reply = f"<answer>{total + 7}</answer>"
+            if "(The answer is" in text:
+                hinted.append(text)
+                reply = f"<think>{problem}={total}</think><answer>{total}</answer>"
+            ids = tokenizer(reply, add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id]
+            found.append([Completion(ids, [-1.0] * len(ids), True) for _ in row])
+        return found
+
+    real = star.accumulate_gradients
+    monkeypatch.setattr(star, "sample_all", sampling)
+    monkeypatch.setattr(star, "accumulate_gradients", lambda model, rows, *rest: (
+        trained.extend(rows), real(model, rows, *rest))[1])
+    run("--out", "a", *SMALL, "--iterations", 2, "--rationalize", cwd=tmp_path, script="star.py")
+    texts = [tokenizer.decode(row.prompt_ids + row.chosen) for row in trained]
+    assert len(hinted) == 24 and texts and not any("The answer is" in text for text in texts)
+    assert all("<think>" in text for text in texts)
+    rows = read_csv(tmp_path / "a" / "samples.csv")
+    told = [row for row in rows if row["source"] == "rationalized"]
+    assert len(told) == 2 * 12 * 4 and all(row["correct"] == "1" for row in told)
+    assert not any("The answer is" in value for row in rows for value in row.values())
+    assert not any(row["correct"] == "1" for row in rows if row["source"] == "sampled")
+    [first, _] = [line for line in curves.read_metrics(tmp_path / "a") if "hinted" in line]
+    assert (first["hinted"], first["solved"], first["rationalized"], first["rows"]) == (12, 0, 1, 12)
+    out = run("--out", "b", *SMALL, "--iterations", 1, cwd=tmp_path, fails=True, script="star.py")
+    assert "no question gave anything to learn from" in out and "--rationalize" in out
+
+
+def test_few_shot_examples_are_shown_in_the_first_iteration_alone(watched, tmp_path):
+    run("--out", "a", *SMALL, "--iterations", 2, "--few-shot", 2, "--strategy", "soft", "--rewards", "answer-prob",
+        cwd=tmp_path, script="star.py")
+    tokenizer = models.load_tokenizer("")
+    asked = {doing: [tokenizer.decode(ids).count("Compute") for ids in prompts]
+             for doing, _, prompts in watched["sampled"]}
+    assert set(asked["iteration 1"]) == {3} and set(asked["iteration 2"]) == set(asked["evaluation"]) == {1}
+    assert all(tokenizer.decode(row.prompt_ids).count("Compute") == 1
+               for _, rows in watched["trained"] for row in rows)
+
+
+@pytest.mark.parametrize("more", [[], ["--strategy", "dpo", "--rationalize"], ["--full", "--restart", "previous"]])
+def test_resumed_is_the_same_bit_for_bit(tmp_path, more):
+    """From each checkpoint, in the middle of an iteration and at its end."""
+    run("--out", "whole", "--save-every", 1, "--keep", 99, *SMALL, "--iterations", 2, *more, cwd=tmp_path,
+        script="star.py")
+    whole = curves.read_metrics(tmp_path / "whole")
+    n = max(line["step"] for line in train_lines(tmp_path / "whole"))
+    end = max(line["step"] for line in train_lines(tmp_path / "whole") if line["iteration"] == 1)
+    for kept in {1, end, end + 1} - {n}:
+        cut = tmp_path / f"cut{kept}"
+        shutil.copytree(tmp_path / "whole", cut)
+        shutil.rmtree(cut / "final")
+        for step in range(kept + 1, n + 1):
+            shutil.rmtree(cut / "checkpoints" / f"step-{step}")
+        run("--out", cut, "--resume", cwd=tmp_path, script="star.py")
+        assert without_times(curves.read_metrics(cut)) == without_times(whole)
+        assert (cut / "samples.csv").read_bytes() == (tmp_path / "whole" / "samples.csv").read_bytes()
+        name = "final/model.safetensors" if "--full" in more else "final/adapter_model.safetensors"
+        assert (cut / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+
+
+@pytest.mark.parametrize("more", [["--rationalize", "--rewards", "correctness", "answer-prob=0"],
+                                  ["--strategy", "reinforce", "--rewards", "answer-prob:exp+others"]])
+def test_two_ranks_are_one(tmp_path, more):
+    """11 questions on two ranks; each answer once, in the same order."""
+    small = ["--questions", 11, "--num-generations", 3, "--batch-size", 7, "--eval-questions", 9, "--iterations",
+             2, "--max-new-tokens", 40, "--train-questions", 40, "--epochs", 1, *more]
+    for ranks in (1, 2):
+        run("--out", f"r{ranks}", *small, cwd=tmp_path, script="star.py", ranks=ranks)
+    one, two = (read_csv(tmp_path / f"r{n}" / "samples.csv") for n in (1, 2))
+    assert [(r["id"], r["completion"], r["source"]) for r in one] == [
+        (r["id"], r["completion"], r["source"]) for r in two]
+    for a, b in zip(train_lines(tmp_path / "r1"), train_lines(tmp_path / "r2"), strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], abs=1e-6)
+    final = [load_file(tmp_path / f"r{n}" / "final" / "adapter_model.safetensors") for n in (1, 2)]
+    assert all(torch.allclose(final[0][k], final[1][k], atol=1e-5) for k in final[0])
+
+
+def test_a_token_budget_ends_with_its_iteration(tmp_path):
+    run("--out", "a", *SMALL, "--iterations", 99, "--token-budget", 700, cwd=tmp_path, script="star.py")
+    lines = [line for line in curves.read_metrics(tmp_path / "a") if "samples" in line]
+    tokens = [line["sampled_tokens"] for line in lines]
+    assert len(tokens) > 1 and tokens[-1] >= 700 > tokens[-2]
+    assert tokens[-1] == sum(int(row["tokens"]) for row in read_csv(tmp_path / "a" / "samples.csv"))
+    assert train_lines(tmp_path / "a")[-1]["iteration"] == len(lines)
+    run("--out", "d", "--questions", 12, "--num-generations", 4, "--eval-questions", 10, "--max-new-tokens", 48,
+        "--iterations", 99, "--token-budget", 700, cwd=tmp_path, script="dpo.py")
+    tokens = [line["sampled_tokens"] for line in train_lines(tmp_path / "d")]
+    assert tokens[-1] >= 700 and tokens[-1] == sum(
+        int(row["tokens"]) for row in read_csv(tmp_path / "d" / "samples.csv"))
+    assert [n for n, _ in itertools.groupby(tokens)][-2] < 700
+
+
+@pytest.mark.parametrize("words, complaint", [
+    (["--strategy", "soft"], "add --rewards answer-prob"),
+    (["--strategy", "dpo", "--num-generations", 1], "use 2 or more"),
+    (["--rationalize", "--strategy", "reinforce"], "use sft or dpo"),
+    (["--hint", "{prompt}"], "needs {prompt} and {answer}"),
+    (["--hint", "mark", "--rationalize"], "has no option"),
+    (["--iterations", 0], "--iterations 0: must be 1 or more"),
+    (["--epochs", -1], "--epochs -1.0: cannot be negative"),
+    (["--step-growth", 0], "--step-growth 0.0: must be more than 0"),
+    (["--generations", "none.csv"], "none.csv"),
+    (["--rewards", "answer-prob:often"], "unknown often; take mean, exp, prior, others"),
+    (["--few-shot", 99999], "worked examples to show"),
+    (["--max-prompt-tokens", 2], "leaves no question"),
+    (["--token-budget", -1], "--token-budget -1: cannot be negative")])
+def test_mistakes_end_in_one_line(words, complaint, tmp_path):
+    out = run("--out", "a", *words, cwd=tmp_path, fails=True, script="star.py")
+    assert complaint in out and not (tmp_path / "a").exists()
+
+
+@pytest.mark.parametrize("more", [[], ["--strategy", "dpo", "--epochs", 0]])
+def test_dry_run(tmp_path, more):
+    out = run(*SMALL, "--dry-run", *more, cwd=tmp_path, script="star.py")
+    assert "dry run: peak memory" in out and list(tmp_path.iterdir()) == []
+
+
+# ---- choices in other languages ----
+
+
+@needs_data
+@pytest.mark.parametrize("folder, sample", [("mmlu", None), ("mmlu_african/am", "ሕ"), ("mmlu_african/ig", "ị")])
+def test_the_loop_on_published_choices(folder, sample, tmp_path):
+    """Random weights under Qwen2.5's own tokenizer: two iterations, every file, each text byte for byte."""
+    tokenizer = AutoTokenizer.from_pretrained(DATA / "tokenizers" / "qwen2.5")
+    torch.manual_seed(0)
+    Qwen2ForCausalLM(Qwen2Config(
+        vocab_size=len(tokenizer), hidden_size=16, intermediate_size=32, num_hidden_layers=1,
+        num_attention_heads=2, num_key_value_heads=1, tie_word_embeddings=True, max_position_embeddings=4096,
+        eos_token_id=tokenizer.eos_token_id)).save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    run("--out", "a", "--model", "model", "--data", DATA / folder, "--questions", 6, "--num-generations", 2,
+        "--iterations", 2, "--strategy", "soft", "--rewards", "answer-prob:mean+prior", "--eval-questions", 8,
+        "--max-new-tokens", 12, "--batch-size", 4, "--system", "none", cwd=tmp_path, script="star.py")
+    path = tmp_path / "a"
+    names = {p.name for p in path.iterdir()}
+    assert {"config.json", "star.py", "log.txt", "metrics.jsonl", "samples.csv", "eval.csv", "curves.png",
+            "checkpoints", "final"} <= names
+    lines = curves.read_metrics(path)
+    assert max(line.get("iteration", 0) for line in lines) == 2
+    assert [line["eval/chance"] for line in lines if "eval/pass@1" in line] == [0.25] * 3
+    source = {e.prompt: e for e in data.load_examples(DATA / folder, "train")}
+    rows = read_csv(path / "samples.csv") + read_csv(path / "eval.csv")
+    assert len(rows) == 2 * 12 + 3 * 8 and (not sample or any(sample in row["prompt"] for row in rows))
+    for row in rows:
+        example = source[row["prompt"]]
+        assert row["answer"] == example.answer in "ABCD" and row["task"] == "choice"
+        text = tokenizer.decode(data.encode_prompt(tokenizer, row["prompt"]))
+        assert f"user\n{row['prompt']}<|im_end|>" in text
+        assert all(f"\n{letter}) " in row["prompt"] for letter in "ABCD")
+
+
+# ---- learning ----
+
+
+@pytest.mark.slow
+def test_iterations_lift_held_out_accuracy(tmp_path):
+    run("--out", "a", cwd=tmp_path, script="star.py")
+    scores = [line["eval/pass@1"] for line in curves.read_metrics(tmp_path / "a") if "eval/pass@1" in line]
+    assert len(scores) == 4 and scores[0] < 0.4 and scores[1] > 0.9 and max(scores[2:]) >= scores[1]
+    assert (tmp_path / "a" / "curves.png").stat().st_size > 1000
+    rows = [row for row in read_csv(tmp_path / "a" / "samples.csv")]
+    assert rewards.answer_metrics([dict(row, correct=int(row["correct"]), tokens=int(row["tokens"]), finished=1,
+                                        repetition=0.0) for row in rows])["eval/pass@1"] > 0.5
