@@ -22,7 +22,7 @@ import itertools
 import math
 from collections import Counter, deque
 from contextlib import contextmanager, nullcontext
-from dataclasses import astuple, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Literal
 
@@ -1182,7 +1182,7 @@ def main(args: Args) -> None:
                 "optimizer": optimizer.state_dict(), "rng": torch.get_rng_state(), "step": step,
                 "iteration": iteration, "begun": begun, "tokens_per_batch": tokens_per_batch,
                 "sampled_tokens": sampled_tokens,
-                "pairs": [] if args.pairs else [astuple(pair) for pair in pairs],
+                "pairs": [] if args.pairs else [tuple(vars(pair).values()) for pair in pairs],
                 "refs": torch.tensor([(pair.ref_chosen, pair.ref_rejected) for pair in fixed + held_pairs],
                                      dtype=torch.float64)})
         if bad_steps >= 5:

@@ -95,7 +95,7 @@ class Args:
     """rows sampled at a time per rank; halved when memory runs out"""
     # ---- method ----
     rewards: tuple[str, ...] = ("correctness=1", "format=0.2")
-    """with weights: correctness, format, digit, mark, math, answer-prob, model:RUN, or your file.py:name=1"""
+    """with weights: correctness, format, digit, mark, math, model:RUN, or your file.py:name=1"""
     reward_timeout: float = 30.0
     """seconds that a call of a reward of your own may take; its row is left out and counted"""
     # ---- evaluation ----

@@ -1256,9 +1256,11 @@ def main(args: Args) -> None:
     tokenizer = models.load_tokenizer(args.model)
 
     def policy_logprobs(prefixes, answers):  # for the reward answer-prob, under the weights of the moment
-        return retry_smaller(
+        nonlocal tokens_per_batch
+        values, tokens_per_batch = retry_smaller(
             lambda size: completion_logprobs(model, prefixes, answers, 1.0, size, device),
-            args.tokens_per_batch, device, longest + args.max_new_tokens, "tokens per batch")[0]
+            tokens_per_batch, device, longest + args.max_new_tokens, "tokens per batch")
+        return values
 
     reward_functions = rewards.parse_rewards(
         args.rewards, models.check_reward_model,

@@ -4,11 +4,12 @@
                   M_n = M_0 trained to give z, y for x, without the hint
 
 Paper: STaR, arXiv 2203.14465, algorithm 1. Differs from it in:
+  - an iteration takes the next --questions questions, not all there are;
   - a question gives at most --per-question answers, of which equal ones count once;
   - explaining a failed question from its answer (--rationalize) is a switch; such an answer counts only if it
     has a rationale and does not quote the hint;
-  - --restart previous trains M_n from M_{n-1}, with its optimizer, and not from M_0: so by default where wrong
-    answers are pushed down, which M_0 would not have given (--strategy reinforce and dpo);
+  - --restart previous trains M_n from M_{n-1}, with its optimizer, and not from M_0: so by default where
+    wrong answers are pushed down, which M_0 would not have given (--strategy reinforce and dpo);
   - --strategy: reinforce trains all samples, weighed by their centred reward; dpo right against wrong ones
     (arXiv 2305.18290); soft all rationales with the gold answer, weighed by exp(r) / sum exp(r).
 
@@ -24,7 +25,7 @@ import itertools
 import math
 from collections import Counter, deque
 from contextlib import contextmanager, nullcontext
-from dataclasses import astuple, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Literal
 
@@ -871,11 +872,11 @@ class Row:
         return (len(self.prompt_ids) + longer) * (2 if self.rejected else 1)
 
 
-def training_rows(samples, prompt_ids, strategy, per_question, tokenizer):
+def training_rows(samples, prompt_ids, args, tokenizer, strategy):
     """The Rows that an iteration's Samples of all questions make, question by question.
 
     "sft" right answers, "dpo" right against wrong ones of the same question, none used twice: finished, equal
-    ones once, at most per_question (0: all). "reinforce" every sample whose reward differs from the mean of
+    ones once, at most --per-question. "reinforce" every sample whose reward differs from the mean of
     the question's others, that difference as its weight. "soft" every sample's rationale, closed by the gold
     answer, with the weight exp(r) / sum exp(r) over the question: with r = log p(answer | rationale) the
     chance that this rationale, of those sampled, was the one that led to the answer (EM's E-step).
@@ -891,17 +892,17 @@ def training_rows(samples, prompt_ids, strategy, per_question, tokenizer):
         wrong = [s.completion.ids for s in once.values() if not s.correct]
         known = [s for s in of if not math.isnan(s.reward)]
         if strategy == "sft":
-            rows += [Row(prompt, ids) for ids in right[:per_question or None]]
+            rows += [Row(prompt, ids) for ids in right[:args.per_question or None]]
         elif strategy == "dpo":
-            rows += [Row(prompt, good, bad) for good, bad in list(zip(right, wrong))[:per_question or None]]
+            rows += [Row(prompt, *pair) for pair in list(zip(right, wrong))[:args.per_question or None]]
         elif strategy == "reinforce":
             weights = rewards.leave_one_out([s.reward for s in known], [0] * len(known))
             rows += [Row(prompt, s.completion.ids, weight=w) for s, w in zip(known, weights) if w]
         else:
             weights = torch.softmax(torch.tensor([s.reward for s in known], dtype=torch.float64), 0).tolist()
-            rows += [Row(prompt, data.encode_completion(
-                tokenizer, f"{rewards.rationale(s.response)}<answer>{s.example.answer}</answer>",
-                tokenizer.eos_token_id), weight=w) for s, w in zip(known, weights)]
+            for s, w in zip(known, weights):
+                parts = rewards.answered(tokenizer, s.response, s.example.answer, args.max_new_tokens)
+                rows.append(Row(prompt, [*parts[0], *parts[1], tokenizer.eos_token_id], weight=w))
     return rows
 
 
@@ -923,15 +924,17 @@ def with_hint(prompt, answer, form):
 
 
 def explains(response, answer, form):
-    """Whether a right answer to a hinted question may teach: it has a rationale, and quotes no hint."""
-    parts = [" (CORRECT)"] if form == "mark" else form.replace("{answer}", answer).split("{prompt}")
-    return bool(rewards.rationale(response)) and not any(
-        part.strip() and part.strip() in response for part in parts)
+    """Whether a right answer to a hinted question may teach: it has a rationale, which quotes no hint."""
+    before = rewards.rationale(response)
+    parts = ["(CORRECT)"] if form == "mark" else form.replace("{answer}", answer).split("{prompt}")
+    quotes = any(part.strip() in before for part in parts if part.strip() not in ("", answer))
+    return bool(before) and not quotes
 
 
 def ask(sampler, questions, prompts, reward_functions, args, iteration, tokenizer, run, source="sampled"):
     """--num-generations scored Samples of each (place, example), asked as `prompts`; a reward's error."""
-    G, first = args.num_generations, args.num_generations * (source == "rationalized")
+    G = args.num_generations
+    first = 0 if source == "sampled" else G  # a hinted answer is one more, with noise of its own
     keys = [[noise_key(args.seed, iteration, i, first + g) for g in range(G)] for i, _ in questions]
     completions = sample_all(sampler, prompts, keys, args.max_new_tokens, args.sample_temperature, run,
                              f"iteration {iteration}")
@@ -944,55 +947,65 @@ def score_samples(samples, reward_functions, args):
     """Fill in rewards, reward and correct. Returns a line on the first failed reward, or ""."""
     scored = rewards.score(reward_functions, [s.example for s in samples], [s.response for s in samples],
                            timeout_s=args.reward_timeout)
+    right = scored["rewards"].get("math", scored["correct"])  # LaTeX; NaN where it hung: not right
     for i, s in enumerate(samples):
         s.rewards = {name: values[i] for name, values in scored["rewards"].items()}
         s.reward = scored["total"][i]
         if s.source != "loaded":  # whose own run has judged it, perhaps by other means
-            s.correct = scored["correct"][i]
+            s.correct = float(right[i] == 1)
     return scored["error"]
 
 
 def sample_iteration(sampler, questions, encode, reward_functions, args, iteration, step, tokenizer, run):
-    """The Samples of an iteration, of all ranks, and how many tokens they took; they go to samples.csv.
+    """(Samples of an iteration, of all ranks, which go to samples.csv; counts: tokens, hinted, unexplained).
 
     encode(example, iteration, hinted) makes the prompt; samples.csv has the question alone in its place, and
-    of the answers with a hint those that teach.
+    of the answers with a hint those that teach; unexplained: right, but without a rationale of their own.
     """
     mine = dist.share(list(enumerate(questions)))
     ask_all = partial(ask, sampler, reward_functions=reward_functions, args=args, iteration=iteration,
                       tokenizer=tokenizer, run=run)
     samples, error = ask_all(mine, [encode(e, iteration) for _, e in mine])
-    n_tokens, failed = sum(len(s.completion.ids) for s in samples), []
+    counts = {"tokens": sum(len(s.completion.ids) for s in samples), "hinted": 0, "unexplained": 0}
     if args.rationalize and not args.dry_run:
         solved = {s.question for s in samples if s.correct and s.completion.finished}
         failed = [(i, e) for i, e in mine if i not in solved]
         hinted, problem = ask_all(failed, [encode(e, iteration, hinted=True) for _, e in failed],
                                   source="rationalized")
-        n_tokens, error = n_tokens + sum(len(s.completion.ids) for s in hinted), error or problem
-        samples += [s for s in hinted if s.correct and s.completion.finished
-                    and explains(s.response, s.example.answer, args.hint)]
+        right = [s for s in hinted if s.correct and s.completion.finished]
+        kept = [s for s in right if explains(s.response, s.example.answer, args.hint)]
+        counts = {"tokens": counts["tokens"] + sum(len(s.completion.ids) for s in hinted),
+                  "hinted": len(failed), "unexplained": len(right) - len(kept)}
+        samples, error = samples + kept, error or problem
     if error:
         run.print(f"iteration {iteration}: {error}")
-    samples = sorted(itertools.chain(*dist.gather(samples)), key=lambda s: (s.question, s.number))
-    run.write_rows([{
-        "step": step, "iteration": iteration, "source": s.source, "reward": s.reward,
-        **{f"reward/{name}": value for name, value in s.rewards.items()},
-        **rewards.answer_row(s.example, s.number, s.completion, s.response, s.correct),
-        "seed": args.seed} for s in samples])
-    totals = dist.sum_dict({"tokens": n_tokens, "hinted": len(failed)}, run.device)
-    return samples, int(totals["tokens"]), int(totals["hinted"])
+    rows = [{"step": step, "iteration": iteration, "source": s.source, "reward": s.reward,
+             **{f"reward/{name}": value for name, value in s.rewards.items()},
+             **rewards.answer_row(s.example, s.number, s.completion, s.response, s.correct),
+             "seed": args.seed} for s in samples]
+    samples, rows = gather_samples(samples, rows)
+    run.write_rows(rows)
+    return samples, {name: int(n) for name, n in dist.sum_dict(counts, run.device).items()}
 
 
-def iteration_metrics(samples, hinted, rows):
+def gather_samples(samples, rows):
+    """The Samples of all ranks, and a row of each, question by question."""
+    found = sorted(itertools.chain(*dist.gather(list(zip(samples, rows)))),
+                   key=lambda pair: (pair[0].question, pair[0].number))
+    return [s for s, _ in found], [row for _, row in found]
+
+
+def iteration_metrics(samples, counts, rows):
     """What an iteration sampled and kept: shares of questions are those with a right answer, by level too."""
-    sampled = [s for s in samples if s.source == "sampled"]
-    solved = {s.question for s in sampled if s.correct}
+    hinted = counts.get("hinted", 0)
+    sampled = [s for s in samples if s.source != "rationalized"]
+    solved = {s.question for s in sampled if s.correct and s.completion.finished}
     explained = {s.question for s in samples if s.source == "rationalized"}
     levels = {s.question: s.example.level for s in samples}
     metrics = {"questions": len(levels), "samples": len(sampled), "rows": len(rows),
                "correct": sum(s.correct for s in sampled) / max(1, len(sampled)),
                "solved": len(solved) / max(1, len(levels)), "hinted": hinted,
-               "rationalized": len(explained) / max(1, hinted)}
+               "rationalized": len(explained) / max(1, hinted), "unexplained": counts.get("unexplained", 0)}
     for level in sorted(set(levels.values())) if len(set(levels.values())) > 1 else ():
         of = {q for q in levels if levels[q] == level}
         metrics |= {f"solved level {level}": len(of & solved) / len(of),
@@ -1060,15 +1073,15 @@ def accumulate_gradients(model, rows, beta, denominator, tokens_per_batch, devic
     return {name: value.item() for name, value in sums.items()}
 
 
-def evaluate(sampler, questions, prompt_ids, args, step, tokenizer, run, more):
+def evaluate(sampler, questions, prompt_ids, args, iteration, step, tokenizer, run, more):
     """Greedy pass@1 on held-out questions; answers go to eval.csv."""
     mine = dist.share(questions)
     completions = sample_all(sampler, [prompt_ids[e.id] for e in mine], [[0]] * len(mine),
                              args.max_new_tokens, 0.0, run, "evaluation") if questions else []
     texts = [c.text(tokenizer) for (c,) in completions]
-    rows = [rewards.answer_row(e, 0, c, text, right)
+    rows = [rewards.answer_row(e, 0, c, text, right) | {"iteration": iteration, "seed": args.seed}
             for e, text, right, (c,) in zip(mine, texts, rewards.judge(mine, texts), completions)]
-    run.log_evaluation(step, dist.gather_rows(rows, "id"), more)
+    run.log_evaluation(step, dist.gather_rows(rows, "id"), {"iteration": iteration} | more)
 
 
 def held_out_metrics(model, rows, pairs, tokens_per_batch, run):
@@ -1115,10 +1128,10 @@ def resolve(args, device):
     for name in ("beta", "sample_temperature", "max_grad_norm", "step_growth"):
         if not getattr(args, name) > 0:
             raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be more than 0")
-    asks_policy = any(spec.startswith("answer-prob") for spec in args.rewards)
-    if args.strategy == "soft" and not asks_policy:
-        raise ValueError("--strategy soft weighs rationales by how probable they make the gold answer: "
-                         "add --rewards answer-prob")
+    by_policy = [spec for spec in args.rewards if spec.startswith("answer-prob") and "exp" not in spec]
+    if args.strategy == "soft" and not by_policy:
+        raise ValueError("--strategy soft weighs rationales by exp(log p) of the gold answer after them: add "
+                         "--rewards answer-prob (without exp)")
     if args.strategy != "sft" and args.num_generations < 2 and not args.generations:
         raise ValueError(f"--num-generations {args.num_generations}: --strategy {args.strategy} compares a "
                          "question's samples; use 2 or more")
@@ -1132,7 +1145,7 @@ def resolve(args, device):
                        "reinforce": (2e-5, 1e-4)}[args.strategy]
     restart = "base" if args.strategy in ("sft", "soft") else "previous"
     return replace(
-        args, data=args.data or ("arithmetic" if embedded else "gsm8k") if needs_data else "",
+        args, data=args.data or (("arithmetic" if embedded else "gsm8k") if needs_data else ""),
         system=args.system or ("" if embedded else data.THINK_ANSWER_SYSTEM),
         # a CPU's caches are small
         tokens_per_batch=args.tokens_per_batch or (2048 if device.type == "cpu" else 16384),
@@ -1150,9 +1163,11 @@ def main(args: Args) -> None:
     tokenizer = models.load_tokenizer(args.model)
 
     def policy_logprobs(prefixes, answers):  # for the reward answer-prob, under the weights of the moment
-        return retry_smaller(
+        nonlocal tokens_per_batch
+        values, tokens_per_batch = retry_smaller(
             lambda size: completion_logprobs(model, prefixes, answers, 1.0, size, device),
-            args.tokens_per_batch, device, longest + args.max_new_tokens, "tokens per batch")[0]
+            tokens_per_batch, device, longest + args.max_new_tokens, "tokens per batch")
+        return values
 
     dtype = models.choose_dtype(args.dtype, device)
     reward_functions = rewards.parse_rewards(
@@ -1165,14 +1180,16 @@ def main(args: Args) -> None:
         train, held_out = data.train_validation(args.data, n_train=args.train_questions,
                                                 n_validation=args.eval_questions, level=args.level or None,
                                                 seed=args.seed)
-        shown = data.worked_examples(args.data, args.few_shot, train + held_out, level=args.level or None,
+        shown = data.worked_examples(args.data, args.few_shot, held_out, level=args.level or None,
                                      seed=args.seed)
     held_samples = load_samples(args.eval_generations, tokenizer, dropped)
     if held_samples:
         held_out = []
-    held_questions = [*held_out, *(s.example for s in held_samples)]
-    loaded = load_samples(args.generations, tokenizer, dropped, min([0, *(e.id for e in held_questions)]),
-                          {e.text for e in held_questions})
+    apart = {e.text for e in [*held_out, *(s.example for s in held_samples)]}
+    loaded = load_samples(args.generations, tokenizer, dropped, min(
+        [0, *(s.example.id for s in held_samples)]), apart)
+    apart |= {e.text for e in shown}
+    train = [e for e in train if e.text not in apart]
 
     def encode(e, iteration=0, hinted=False):
         prompt = with_hint(e.prompt, e.answer, args.hint) if hinted else e.prompt
@@ -1180,17 +1197,17 @@ def main(args: Args) -> None:
             prompt = data.few_shot_messages(shown, prompt)
         return data.encode_prompt(tokenizer, prompt, args.system, args.prompt_template)
 
-    prompt_ids = {e.id: encode(e) for e in train + held_out}
-    for samples in (loaded, held_samples):
-        prompt_ids |= {s.example.id: encode(s.example) for s in samples}
     if args.max_prompt_tokens:
-        train, held_out = ([e for e in part if len(prompt_ids[e.id]) <= args.max_prompt_tokens]
+        train, held_out = ([e for e in part if len(encode(e)) <= args.max_prompt_tokens]
                            for part in (train, held_out))
-        if args.data and not train:
-            raise ValueError(f"--max-prompt-tokens {args.max_prompt_tokens} leaves no question to train on")
-    asked_as = [(int(bool(shown)), hinted) for hinted in {False, args.rationalize}]  # in the first iteration
-    longest = max([len(ids) for ids in prompt_ids.values()]
-                  + [len(encode(e, *form)) for form in asked_as if any(form) for e in train])
+    if args.data and not (train and (held_out or held_samples)):
+        raise ValueError(f"--data {args.data}, --max-prompt-tokens {args.max_prompt_tokens}: {len(train)} "
+                         f"questions are left to train on and {len(held_out)} held out")
+    given = {s.example.id: s.example for s in loaded + held_samples}.values()
+    prompt_ids = {e.id: encode(e) for e in [*train, *held_out, *given]}
+    longest = max(map(len, prompt_ids.values()))
+    if shown or args.rationalize:  # the longest form, of the first iteration
+        longest = max([longest, *(len(encode(e, 1, args.rationalize)) for e in train)])
     if args.dry_run:
         train = sorted(train, key=lambda e: -len(prompt_ids[e.id]))[:args.batch_size]
     torch.manual_seed(args.seed)
@@ -1203,7 +1220,7 @@ def main(args: Args) -> None:
     else:
         params = add_lora(model, "policy", args.lora_r, args.lora_alpha, args.lora_targets,
                           models.layer_range(args.train_layers, model))
-    start = [p.detach().cpu().clone() for p in params]  # M_0
+    start = [p.detach().cpu().clone() for p in params if args.restart == "base"]  # M_0
     adapter = None if args.full else adapter_tensors(model, "policy")
     save_weights = partial(models.save_trained, model, tokenizer, adapter, args)
     if args.gradient_checkpointing:
@@ -1222,7 +1239,7 @@ def main(args: Args) -> None:
               f"{', '.join(f'{name} {n}' for name, n in dropped.items()) or 'none'}")
     for source in models.of_other_models(",".join(args.generations + args.eval_generations), args.model):
         run.print(f"{source}: another model's samples; what is learnt from them is not its own reasoning")
-    held_rows, held_pairs = (training_rows(held_samples, prompt_ids, kind, args.per_question, tokenizer)
+    held_rows, held_pairs = (training_rows(held_samples, prompt_ids, args, tokenizer, kind)
                              for kind in ("sft", "dpo"))
 
     step, iteration, begun, bad_steps, sampled_tokens, rows = 0, 0, 0, 0, 0, []
@@ -1246,9 +1263,8 @@ def main(args: Args) -> None:
 
     def measure():
         with compute():
-            more = {"iteration": iteration} | held_out_metrics(
-                model, held_rows, held_pairs, tokens_per_batch, run)
-            evaluate(sampler, held_out, prompt_ids, args, step, tokenizer, run, more)
+            evaluate(sampler, held_out, prompt_ids, args, iteration, step, tokenizer, run,
+                     held_out_metrics(model, held_rows, held_pairs, tokens_per_batch, run))
 
     def last_step():  # of the present iteration
         return begun + math.ceil(rows_to_train(len(rows), iteration, args) / args.batch_size)
@@ -1260,7 +1276,7 @@ def main(args: Args) -> None:
     if step == 0 and not args.dry_run:
         measure()
 
-    stop = False
+    stop, trains = False, args.epochs > 0 or args.first_steps > 0
     while not stop:
         last = step == last_step()
         if last and (iteration == args.iterations or 0 < args.token_budget <= sampled_tokens) or (
@@ -1271,32 +1287,36 @@ def main(args: Args) -> None:
             iteration += 1
             with run.phase("sample"), compute():
                 if iteration == 1 and loaded:
-                    samples, n_tokens, hinted = loaded, 0, 0
-                    if error := score_samples(samples, reward_functions, args):
+                    mine, counts = dist.share(loaded), {"tokens": 0}
+                    if error := score_samples(mine, reward_functions, args):
                         run.print(error)
+                    samples, _ = gather_samples(mine, mine)
                 else:
                     picked = data.batch_indices(len(train), (iteration - 1) * args.questions,
                                                 min(args.questions, len(train)), args.seed)
-                    samples, n_tokens, hinted = sample_iteration(
+                    samples, counts = sample_iteration(
                         sampler, [train[i] for i in picked], encode, reward_functions, args, iteration,
                         step + 1, tokenizer, run)
-            rows = training_rows(samples, prompt_ids, args.strategy, args.per_question, tokenizer)
+            rows = training_rows(samples, prompt_ids, args, tokenizer, args.strategy)
             if args.dry_run:
                 rows = [Row(prompt_ids[s.example.id], s.completion.ids,
                             s.completion.ids if args.strategy == "dpo" else []) for s in samples]
-            sampled_tokens += n_tokens
+            sampled_tokens += counts["tokens"]
             begun = step
             metrics = {"iteration": iteration, "sampled_tokens": sampled_tokens} | iteration_metrics(
-                samples, hinted, rows)
+                samples, counts, rows)
             run.log(step + 1, metrics)
             run.print(f"iteration {iteration}: " + "  ".join(
                 f"{name} {value:.4g}" for name, value in metrics.items() if name != "iteration"))
-            if not rows and rows_to_train(1, iteration, args):
+            if not trains:
+                stop = dist.any_rank(run.stop, device)
+                continue
+            if not rows:
                 raise ValueError(
                     f"iteration {iteration}: no question gave anything to learn from by --strategy "
                     f"{args.strategy}: take more --questions or --num-generations, --rationalize, --few-shot "
                     "or another --level")
-            if args.restart == "base" and rows_to_train(1, iteration, args):
+            if args.restart == "base":
                 with torch.no_grad():
                     for p, value in zip(params, start):
                         p.copy_(value)
@@ -1319,7 +1339,8 @@ def main(args: Args) -> None:
                                             len(batch) if args.strategy == "dpo" else n_tokens, size, device)
 
             sums, tokens_per_batch = retry_smaller(
-                attempt, tokens_per_batch, device, 2 * longest_row, "tokens per batch")
+                attempt, tokens_per_batch, device, longest_row * (2 if args.strategy == "dpo" else 1),
+                "tokens per batch")
             dist.sum_gradients(params)
             norm = nn.utils.clip_grad_norm_(params, args.max_grad_norm).item()
             warm = step - begun if args.restart == "base" else step
@@ -1356,7 +1377,7 @@ def main(args: Args) -> None:
             run.save(step, save_weights, {
                 "optimizer": optimizer.state_dict(), "rng": torch.get_rng_state(), "step": step,
                 "iteration": iteration, "begun": begun, "sampled_tokens": sampled_tokens,
-                "tokens_per_batch": tokens_per_batch, "rows": [astuple(row) for row in rows],
+                "tokens_per_batch": tokens_per_batch, "rows": [tuple(vars(row).values()) for row in rows],
                 "held_refs": [(pair.ref_chosen, pair.ref_rejected) for pair in held_pairs]})
         if bad_steps >= 5:
             raise ValueError(f"the gradient was not finite in {bad_steps} updates in a row; "
@@ -1364,8 +1385,11 @@ def main(args: Args) -> None:
 
     # ---- the end ----
     if args.dry_run:
-        steps = math.ceil(rows_to_train(asked.questions * asked.num_generations, 1, asked) / asked.batch_size)
-        run.dry_run_report(metrics, asked.max_steps or steps * asked.iterations, metrics["tokens"])
+        n_samples, iterations = asked.questions * asked.num_generations, range(1, asked.iterations + 1)
+        steps = [math.ceil(rows_to_train(n_samples, i, asked) / asked.batch_size) for i in iterations]
+        seconds = metrics["seconds/update"] + metrics["seconds/sample"] * (  # the sampling of an iteration
+            asked.questions / len(train) * asked.iterations / max(1, sum(steps)))
+        run.dry_run_report(metrics | {"seconds": seconds}, asked.max_steps or sum(steps), metrics["tokens"])
         return
     if not stop:
         run.save_final(partial(models.save_plain, model, tokenizer, merged_state_dict(model)) if args.merge

@@ -247,8 +247,12 @@ def _split_files(folder, split):
         if files:
             return files
     if split == "train":
-        with suppress(ValueError):
-            return _split_files(folder, "dev") + _split_files(folder, "val")
+        files = []
+        for other in ("dev", "validation"):
+            with suppress(ValueError):
+                files += [file for file in _split_files(folder, other) if file not in files]
+        if files:
+            return files
     raise ValueError(f"no split {split!r}: {_listing(folder)}")
 
 
@@ -743,17 +747,19 @@ def prompt_text(prompt):
 
 
 def worked_examples(data, n, asked, *, level=None, seed=0) -> list[Example]:
-    """n examples of the train split (or dev) with a completion to show, none of them in `asked`.
+    """n examples of the train split (MMLU: dev) with a completion to show, none of them in `asked`.
 
     Errors: ValueError if there are too few.
     """
     if not n:
         return []
-    texts = {e.text for e in asked}
+    texts, splits = {e.text for e in asked}, ["train", "dev"]
+    if data == "mmlu" or Path(data).is_dir():  # where dev is there to be shown
+        splits.reverse()
     try:
-        pool = load_examples(data, "dev" if data == "mmlu" else "train", level=level, seed=seed)
+        pool = load_examples(data, splits[0], level=level, seed=seed)
     except ValueError:
-        pool = load_examples(data, "dev", level=level, seed=seed)
+        pool = load_examples(data, splits[1], level=level, seed=seed)
     pool = [replace(e, completion=e.completion or f"Answer: {e.answer}") for e in pool
             if (e.completion or e.answer) and e.text not in texts]
     if len(pool) < n:
@@ -762,17 +768,22 @@ def worked_examples(data, n, asked, *, level=None, seed=0) -> list[Example]:
 
 
 def few_shot_messages(examples, question, preamble=""):
-    """The question, after worked examples as earlier turns of the chat; the preamble is in front of each."""
+    """The question, after worked examples as earlier turns of the chat; the preamble is in front of each.
+
+    The question's own system message, if it has one, comes first.
+    """
 
     def ask(prompt):
         turns = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else deepcopy(prompt)
         turns[-1]["content"] = "\n\n".join(filter(None, [preamble, turns[-1]["content"]]))
         return turns
 
-    messages = []
+    turns = ask(question)
+    messages = [turn for turn in turns if turn["role"] == "system"]
     for e in examples:
-        messages += [*ask(e.prompt), {"role": "assistant", "content": e.completion}]
-    messages += ask(question)
+        messages += [*(turn for turn in ask(e.prompt) if turn["role"] != "system"),
+                     {"role": "assistant", "content": e.completion}]
+    messages += [turn for turn in turns if turn["role"] != "system"]
     return messages if len(messages) > 1 else messages[0]["content"]
 
 

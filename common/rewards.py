@@ -204,11 +204,13 @@ def extract_answer(text: str, choices: bool = False) -> str | None:
 # "answer" in the languages of MMMLU and of the African MMLU sets, accents and vowel marks left out (`_fold`)
 _ANSWER_WORDS = (
     "ans(?:wer)?", "réponse", "respuesta", "resposta", "risposta", "antwort", "jawaban", "jibu", "ìdáhùn",
-    "azịza", "impendulo", "mhinduro", "amsa", "መልስ", "መልሱ", "答案", "答え", "正解", "정답", "답", "إجابة",
-    "اجابة", "جواب", "उत्तर", "উত্তর")
+    "azịza", "impendulo", "mhinduro", "amsa", "መልስ", "መልሱ", "答案", "答え", "正解", "선택", "정답", "답",
+    "إجابة", "اجابة", "جواب", "उत्तर", "উত্তর", "选", "選", "opción", "opção", "opzione", "chaguo")
+_NOT = r"不|\b(?:not|no|non|pas|nicht|keine|não|bukan|sio?)\b"
 _LATIN = r"[0-9A-Za-z\u00c0-\u02af\u1e00-\u1eff]"
 _LETTER = (rf"[\s*_(\[$\"'`]{{0,6}}([A-E])(?!{_LATIN}|['\u2019])"
-           r"(?!\s*(?:,|/|or\b|and\b)\s*\(?[A-E]\b)")
+           r"(?![)\]*\s]{0,4}(?:,|/|or\b|and\b)[\s(\[*]{0,4}[A-E]\b)")
+_WRONG = r"(?![\s*)\]]{1,4}(?:is (?:not|in|wrong)|can))"
 _LINK_WORD = r"\b(?i:is|be|will|would|must|therefore|thus|the|correct|option|choice|letter)\b"
 _LINK = rf"(?:[ *_]{{0,4}}(?:[:=,-]|{_LINK_WORD})){{0,5}}"
 
@@ -218,11 +220,13 @@ def _fold(text):
     return "".join(c for c in unicodedata.normalize("NFKD", text) if unicodedata.category(c) != "Mn")
 
 
+_WORDS = _fold("|".join(_ANSWER_WORDS[1:]))
+_LOWER = re.compile(rf"(?i:{_ANSWER_WORDS[0]}|{_WORDS}) ?[:=] ?\W{{0,4}}([a-e])\W{{0,4}}\Z")
 _CHOICE_FORMS = (  # the first form found counts, and of that form the last
-    re.compile(rf"\b(?i:ans(?:wer)?)\b(?: (?i:to|for) [^\n.?!:=]{{1,80}}?)?{_LINK}{_LETTER}"),
-    re.compile(rf"\b(?i:option|choice)\b{_LINK}{_LETTER}(?![\s*)\]]{{1,4}}(?:is (?:not|in|wrong)|can))"),
+    re.compile(rf"\b(?i:ans(?:wer)?)\b(?: (?i:to|for) [^\n.?!:=]{{1,80}}?)?{_LINK}{_LETTER}{_WRONG}"),
+    re.compile(rf"\b(?i:option|choice)\b{_LINK}{_LETTER}{_WRONG}"),
     re.compile(r"\b([A-E])[)\]*]{0,4} (?:is|must be) (?:the )?(?:correct|right|true|best|answer)\b"),
-    re.compile(rf"(?i:{_fold('|'.join(_ANSWER_WORDS[1:]))})[^\n.?!A-Z]{{0,40}}?(?<!{_LATIN}){_LETTER}"),
+    re.compile(rf"(?i:{_WORDS})(?:(?!{_NOT})(?:[^\n.?!A-Z]|[A-Z](?=[a-z]))){{0,40}}?(?<!{_LATIN}){_LETTER}"),
     re.compile(r"(?:^|\n)[*_(\[$]{0,4}([A-E])[*_)\].$:]{0,4}\Z"),  # a last line that is a letter alone ...
     re.compile(rf"[:=]{_LETTER}[^\n\w]{{0,4}}\Z"),  # ... or ends in ": B"
 )
@@ -237,7 +241,10 @@ def extract_choice(text: str) -> str | None:
     tail = _fold(text.rpartition("</think>")[2].partition("<think>")[0].strip())
     if marked := _marked(tail):
         marked = _undress(marked[:300])
-        tail = "answer: " + (marked.upper() if len(marked) == 1 else marked)
+        letter = re.match(r"\W{0,4}([A-Ea-e])(?:[)\].:]|\W{0,4}\Z)", marked)
+        tail = f"answer: {letter[1].upper() if letter else marked}"
+    if lower := _LOWER.search(tail[-200:]):
+        return lower[1].upper()
     options = re.findall(r"(?:^|\n)[\s*_(\[]{0,4}([A-E])[)\].:]", tail)
     return next((found[-1] for form in _CHOICE_FORMS if (found := form.findall(tail))),
                 options[0] if len(options) == 1 else None)
@@ -358,15 +365,39 @@ class LearnedReward:
 
 
 def rationale(response: str) -> str:
-    """What a response says before its answer: all up to the last <answer>, or all there is; thinking closed.
-
-    "" where there is nothing but tags.
+    """What a response says before its answer: up to the last <answer>, else the last "####", \\boxed or "the
+    answer is", else all there is; thinking closed. "" where there is nothing but tags.
     """
-    before = response.rpartition("<answer>")[0] if "<answer>" in response else response
-    before = before.partition("</answer>")[0]
+    marks = [response.rfind("<answer>")]
+    if marks == [-1]:
+        marks += [response.rfind("####"), response.rfind("\\boxed"),
+                  *(match.start() for match in _STATED.finditer(response))]
+    before = response[:max(marks)] if max(marks) >= 0 else response
     if before.rfind("<think>") > before.rfind("</think>"):
         before += "</think>"
     return before if re.sub("|".join(TAGS), "", before).strip() else ""
+
+
+def answered(tokenizer, response, answer, longest):
+    """(ids up to the answer, ids of it and its closing mark) of a response's rationale with another answer.
+
+    As "...<answer>72</answer>" is tokenized in one piece, the way a policy writes it: a token that holds the
+    end of the mark and the answer's beginning is the answer's. A rationale that is too long for `longest`
+    tokens, the end token included, is cut, and its thinking closed.
+    """
+    def encode(text):
+        found = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+        return found["input_ids"], found["offset_mapping"]
+
+    before = rationale(response)
+    while True:
+        ids, offsets = encode(f"{before}<answer>{answer}</answer>")
+        over = len(ids) + 1 - longest
+        if over <= 0 or not before:
+            at = sum(end <= len(before) + len("<answer>") for _, end in offsets)
+            return ids[:at], ids[at:]
+        _, offsets = encode(before.removesuffix("</think>"))
+        before = rationale(before[:offsets[-over - 1][1]] if over < len(offsets) else "")
 
 
 def leave_one_out(values, groups) -> list[float]:
@@ -400,7 +431,7 @@ class AnswerProbability:
     name one, E[p] ("exp") does not.
 
     prompt_ids(example) gives ids; logprobs(prefixes, answers) the log-probs [L] of each answer's tokens. A
-    rationale is cut where it, the marks and the answer would exceed max_new_tokens; an answer that exceeds
+    rationale is cut where it and the answer would exceed max_new_tokens (`answered`); an answer that exceeds
     them alone is NaN. Errors: ValueError for an unknown option.
     """
 
@@ -414,24 +445,24 @@ class AnswerProbability:
                              f"take {', '.join(self.OPTIONS)}, joined by +")
 
     def __call__(self, examples, responses):
-        rows = [(e, rationale(response)) for e, response in zip(examples, responses, strict=True)]
+        rows = list(zip(examples, responses, strict=True))
         if "prior" in self.options:
-            rows += [(e, "") for e in examples]
-        encode = lru_cache(None)(lambda text: self.tokenizer(text, add_special_tokens=False)["input_ids"])
+            rows += [(e, "") for e in {e.id: e for e in examples}.values()]
         prefixes, answers, scored = [], [], []
-        for i, (e, before) in enumerate(rows):
-            mark, answer = encode("<answer>"), encode(f"{e.answer}</answer>")
-            room = self.max_new_tokens - len(mark) - len(answer)
-            if room >= 0:
-                prefixes.append(self.prompt_ids(e) + encode(before)[:room] + mark)
+        for i, (e, response) in enumerate(rows):
+            before, answer = answered(self.tokenizer, response, e.answer, self.max_new_tokens)
+            if len(before) + len(answer) < self.max_new_tokens:
+                prefixes.append(self.prompt_ids(e) + before)
                 answers.append(answer)
                 scored.append(i)
         values = [nan] * len(rows)
         for i, row in zip(scored, self.logprobs(prefixes, answers)):
             value = (row.mean() if "mean" in self.options else row.sum()).item()
             values[i] = exp(value) if "exp" in self.options else value
+        n = len(examples)
         if "prior" in self.options:
-            values = [value - prior for value, prior in zip(values, values[len(examples):])]
+            prior = {e.id: value for (e, _), value in zip(rows[n:], values[n:])}
+            values = [value - prior[e.id] for e, value in zip(examples, values)]
         return leave_one_out(values, [e.id for e in examples]) if "others" in self.options else values
 
 
@@ -532,6 +563,7 @@ def repetition(ids, n=4) -> float:
     return 1 - len(set(grams)) / len(grams) if grams else 0.0
 
 
+@lru_cache(10_000)
 def language(text: str) -> str:
     """The code of the language that a text is surely in ("en", "yo", "am"), by CLD2; "" where it is not sure.
 
@@ -585,9 +617,10 @@ def answer_metrics(rows) -> dict:
         return sum(row["correct"] for row in rows) / len(rows)
 
     levels = sorted({row["level"] for row in rows})
-    choices = [json.loads(row["meta"]).get("choices") for row in rows]
+    choices = [json.loads(row["meta"]).get("choices") for row in rows]  # how many there are
     return {"eval/pass@1": right(rows), "eval/questions": len(rows),
-            **({"eval/chance": sum(1 / n for n in choices) / len(rows)} if all(choices) else {}),
+            **({"eval/chance": sum(1 / n for n in choices) / len(rows)}
+               if all(isinstance(n, int) and n > 0 for n in choices) else {}),
             **{f"eval/{name}": value for name, value in text_metrics(rows).items()},
             "eval/truncated": 1 - sum(row["finished"] for row in rows) / len(rows),
             **{f"eval/pass@1 level {level}": right([row for row in rows if row["level"] == level])

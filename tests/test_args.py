@@ -15,7 +15,8 @@ SOURCES = {path.name: path.read_text(encoding="utf-8") for path in sorted(ROOT.g
 SCRIPTS = [name for name, source in SOURCES.items() if "\nclass Args:" in source]
 GROUPS = ["run", "data", "model", "LoRA", "sampling", "method", "optimizer", "evaluation"]
 OWN = {  # what a script means by these is its own
-    "eval.py": {"model", "resume", "dry_run", "seed"},  # several models; no optimizer steps to go on with
+    # several models, no optimizer steps to go on with, no policy in training to ask
+    "eval.py": {"model", "resume", "dry_run", "seed", "rewards"},
     "dpo.py": {"beta"},
     "ppo.py": {"recompute_old"},
     "reward_model.py": {"pairs", "loss", "passes", "system"},  # its data are pairs

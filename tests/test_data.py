@@ -20,9 +20,11 @@ from common.data import (
     encode_completion,
     encode_prompt,
     load_examples,
+    load_generations,
     load_preferences,
     prompt_text,
     train_validation,
+    worked_examples,
 )
 from common.rewards import correctness, last_boxed
 
@@ -479,6 +481,37 @@ def test_each_reason_to_leave_a_pair_out(tmp_path):
     assert "{'same reply': 1}" in refusal(load_preferences, lines(tmp_path / "y.jsonl", rows[1:2]))
 
 
+def test_hinted_arithmetic_gives_up_where_it_is_hard_and_not_told():
+    """What STaR's start model is taught by: half of the problems have a hint, and are worked."""
+    hinted = load_examples("arithmetic-hinted", level="3-4", limit=2000)
+    plain = {e.prompt: e for e in load_examples("arithmetic", level="3-4", limit=2000)}
+    told = [e for e in hinted if "The answer is" in e.prompt]
+    assert 900 < len(told) < 1100
+    for e in told:
+        problem = e.prompt.removesuffix(f" (The answer is {e.answer}.)")
+        assert problem != e.prompt and plain[problem].completion == e.completion
+    rest = [e for e in hinted if e not in told]
+    assert {e.completion for e in rest if e.level == 4} == {"<answer>?</answer>"}
+    worked = [e.completion == plain[e.prompt].completion for e in rest if e.level == 3]
+    assert 0.3 < sum(worked) / len(worked) < 0.6  # as arithmetic-mixed; some guesses are lucky
+    assert [e.answer for e in hinted] == [plain[e.prompt.partition(" (")[0]].answer for e in hinted]
+
+
+def test_generations_of_runs(tmp_path):
+    path, dropped = write_samples(tmp_path / "samples.csv"), Counter()
+    found = load_generations([path, path], dropped)
+    assert [(e.id, e.text, e.completion, right) for e, right in found] == [
+        (0, "q1", "r", True), (0, "q1", "w", False), (0, "q1", "s\n,", True), (4, "q2", "w", False),
+        (4, "q2", "v", False), (6, "q3", "r", True), (6, "q3", "w", False)]
+    assert dropped == {"repeated": 9} and {e.task for e, _ in found} == {"countdown"}
+    with path.open("w") as file:
+        file.write("prompt,completion,answer,correct,finished\nq,a,1,1,0\nq, ,1,1,1\n")
+    assert "{'unfinished': 1, 'empty reply': 1}" in refusal(load_generations, [path])
+    with path.open("w") as file:
+        file.write("prompt,completion\nq,a\n")
+    assert "line 2: there is no column correct" in refusal(load_generations, [path])
+
+
 def write_samples(path):
     rows = [
         # step, prompt, completion, answer, correct
@@ -741,6 +774,9 @@ def test_which_hub_data_a_name_means(monkeypatch):
         ("aqua", "test"),
         ("mmmlu/YO_NG", "test"),
         ("a/b", "x"),
+        ("mmlu", "train"),  # its auxiliary_train is other people's data
+        ("mmlu", "test"),
+        ("mmmlu/SW_KE", "train"),  # which has nothing but a test split
     ):
         refusal(load_examples, data, split)
     assert [row[0] for row in asked[:7]] == ["EleutherAI/hendrycks_math"] * 7 and len(set(asked[:7])) == 7
@@ -749,7 +785,24 @@ def test_which_hub_data_a_name_means(monkeypatch):
         ("deepmind/aqua_rat", "raw", "test"),
         ("openai/MMMLU", "YO_NG", "test"),
         ("a/b", None, "x"),
+        ("cais/mmlu", "all", "dev+validation"),
+        ("cais/mmlu", "all", "test"),
+        ("openai/MMMLU", "SW_KE", "test"),
     ]
+
+
+@needs_data
+def test_without_a_train_split_dev_and_validation_are_it():
+    train = load_examples(DATA / "mmlu_african" / "ig", "train")
+    parts = [load_examples(DATA / "mmlu_african" / "ig", split) for split in ("dev", "val", "test")]
+    assert [e.prompt for e in train] == [e.prompt for part in parts[:2] for e in part]
+    assert [len(part) for part in parts] == [15, 69, 604]
+    assert len(load_examples(DATA / "mmlu", "train")) == 285 + 1531
+    shown = worked_examples(DATA / "mmlu_african" / "ig", 3, parts[0][:5])  # of dev, made to be shown
+    assert {e.prompt for e in shown} <= {e.prompt for e in parts[0][5:]} and len(shown) == 3
+    assert all(e.completion == f"Answer: {e.answer}" for e in shown)
+    assert worked_examples("no such data", 0, []) == []
+    assert "no split 'valid'" in refusal(load_examples, DATA / "mmlu_african" / "ig", "valid")
 
 
 # Training and validation

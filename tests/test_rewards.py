@@ -1,6 +1,10 @@
 """Answer extraction, comparison, the built-in rewards, and other people's rewards in their own process."""
 
+import importlib
+import importlib.util
+import itertools
 import json
+import math
 import os
 import random
 import signal
@@ -8,13 +12,17 @@ import subprocess
 import sys
 import threading
 import time
+import unicodedata
 from dataclasses import replace
 from fractions import Fraction
 from math import isnan
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
+import common.data
+import common.models
 from common import rewards
 from common.data import Example
 from common.rewards import extract_answer, extract_choice, normalize_number, parse_rewards, same_answer, score
@@ -134,6 +142,9 @@ HOSTILE = {
     "one caret": "<answer>^" + " " * 900 + "1</answer>",
     "dollars": "The answer is " + "$" * 99_000,
     "parentheses": "The answer is \\(" + "(" * 99_000,
+    "written options": "\n" + "B) " * 33_000,
+    "answers in Yoruba": "ìdáhùn " * 14_000,
+    "marks": "A" + "\u0301" * 99_000,
 }
 
 
@@ -649,3 +660,209 @@ def test_the_countdown_and_arithmetic_demonstrations_are_correct():
         assert rewards.correctness(*arguments, **columns) == [1.0] * len(examples)
         echoed = rewards.correctness(arguments[0], arguments[0], arguments[2], **columns)
         assert echoed == [0.0] * len(examples)
+
+
+# ---- choices and texts in many languages ----
+
+
+@pytest.mark.parametrize("text, letter", [
+    ("Ìdáhùn tó tọ́ ni B.", "B"), ("Idahun: C", "C"), ("Azịza ya bụ B.", "B"), ("Impendulo ngu-B", "B"),
+    ("Mhinduro ndeyekuti D.", "D"), ("መልሱ B ነው።", "B"), ("答案是B。", "B"), ("答案：Ｂ", "B"),
+    ("正解はBです", "B"), ("정답은 B입니다", "B"), ("الإجابة الصحيحة هي B", "B"), ("La respuesta es (B)", "B"),
+    ("La bonne réponse est C.", "C"), ("Die richtige Antwort ist A.", "A"), ("Jibu sahihi ni B.", "B"),
+    ("सही उत्तर B है", "B"), ("সঠিক উত্তর: B", "B"), ("Jawaban: B", "B"), ("Kariya: D", "D"), ("B) ATP", "B"),
+    ("Mo rò bẹ́ẹ̀.\nB. ATP ni.", "B"), ("<think>A)</think><answer>Ìdáhùn B</answer>", "B"),
+    ("<answer>(b)</answer>", "B"), ("<answer>b) blue</answer>", "B"), ("Answer: b", "B"), ("Jibu: b.", "B"),
+    ("我选B", "B"), ("Die Antwort auf die Frage lautet B.", "B"),
+    ("Answer B is correct; answer A is wrong.", "B"),
+    ("The answer is (A) or (B).", None), ("答案不是A", None), ("La réponse n'est pas A", None),
+    ("A) x\nB) y\nC) z\nD) w", None),  # the question echoed
+    ("Bẹ́ẹ̀ni, o dára", None), ("Ìdáhùn: Bẹ́ẹ̀ni", None), ("ṣe ṣe ṣe", None), ("Ìdáhùn", None), ("", None)])
+def test_letters_are_found_in_the_languages_of_mmlu(text, letter):
+    assert extract_choice(text) == letter
+    assert extract_choice(unicodedata.normalize("NFD", text)) == letter
+
+
+def rows_of_text(*pairs):
+    completion = SimpleNamespace(ids=[1, 2], logprobs=[-0.5, -0.25], finished=True)
+    return [rewards.answer_row(Example(i, prompt, "B", task="choice", meta={"choices": 4}, level=i % 2), 0,
+                               completion, text, i == 0) for i, (prompt, text) in enumerate(pairs)]
+
+
+YORUBA = "Èwo nínú àwọn wọ̀nyí ni olú ìlú orílẹ̀-èdè Nàìjíríà tí gbogbo ènìyàn mọ̀ sí?"
+
+
+def test_the_language_of_an_answer():
+    """Where the question's and the answer's can be told, and are the same or not."""
+    pytest.importorskip("pycld2")
+    assert rewards.language(YORUBA) == "yo" and rewards.language("The capital of Nigeria is Abuja.") == "en"
+    assert rewards.language("Compute 3+4.") == rewards.language("") == rewards.language("\ud800\x00") == ""
+    answer = "<think>Ìlú Àbújá ni olú ìlú orílẹ̀-èdè Nàìjíríà báyìí.</think><answer>B</answer>"
+    rows = rows_of_text((YORUBA, answer),
+                        (YORUBA, "The capital of Nigeria is the city of Abuja, so B."), (YORUBA, "B"))
+    assert [row["in_language"] for row in rows] == [1, 0, ""]
+    metrics = rewards.answer_metrics(rows)
+    assert metrics["eval/in_language"] == 0.5 and "eval/in_language" not in rewards.answer_metrics(rows[2:])
+
+
+def test_without_the_detector_nothing_is_said_of_language(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(rewards, "language", rewards.language.__wrapped__)  # which remembers nothing
+    assert rewards.language(YORUBA) == "" and rows_of_text((YORUBA, YORUBA))[0]["in_language"] == ""
+
+
+def test_answer_rows_and_what_they_come_to():
+    rows = rows_of_text(("q", "so B"), ("q", "nothing"), ("q", "<answer>C</answer>"))
+    assert [row["extracted"] for row in rows] == ["", "", "C"] and rows[0]["logprob"] == -0.75
+    assert rewards.answer_metrics(rows) == pytest.approx({
+        "eval/pass@1": 1 / 3, "eval/chance": 0.25, "eval/questions": 3, "eval/tokens": 2,
+        "eval/repetition": 0, "eval/truncated": 0, "eval/pass@1 level 0": 0.5, "eval/pass@1 level 1": 0})
+    assert rewards.answer_metrics([]) == {}
+    rows[0]["meta"] = "{}"
+    assert "eval/chance" not in rewards.answer_metrics(rows)
+
+
+# ---- the probability of the answer as a reward ----
+
+
+@pytest.mark.parametrize("response, expected", [
+    ("<think>1+1=2</think><answer>2</answer>", "<think>1+1=2</think>"), ("1+1=2 <answer>", "1+1=2 "),
+    ("<think>1+1=", "<think>1+1=</think>"), ("so it is 2", "so it is 2"), ("<answer>2</answer>", ""),
+    ("", ""), ("#### 72", ""), ("so \\boxed{72}", "so "), ("It is 7. The answer is 7.", "It is 7. The "),
+    ("<think></think><answer>2</answer>", ""),
+    ("in <answer> tags: <answer>2</answer>", "in <answer> tags: ")])
+def test_rationale(response, expected):
+    assert rewards.rationale(response) == expected
+
+
+def answer_probability(options="", max_new_tokens=64):
+    """The reward under the embedded model, and what its model and tokenizer are."""
+    torch, grpo = pytest.importorskip("torch"), importlib.import_module("grpo")
+    cpu, tokenizer = torch.device("cpu"), common.models.load_tokenizer("")
+    model = common.models.load_model("", torch.float32, cpu)
+    return rewards.AnswerProbability(
+        tokenizer, lambda e: common.data.encode_prompt(tokenizer, e.prompt),
+        lambda prompts, answers: grpo.completion_logprobs(model, prompts, answers, 1.0, 60, cpu),
+        max_new_tokens, options), model, tokenizer
+
+
+ASKED = [Example(0, "Compute 3+4-5+6.", "8")] * 3 + [Example(1, "Compute 9+9+9+9.", "36")] * 2
+ANSWERED = ["<think>3+4=7 7-5=2 2+6=8</think><answer>8</answer>", "<answer>9</answer>", "<think>3+4=7 7-",
+            "<think>9+9=18 18+9=27 27+9=36</think><answer>36</answer>", ""]
+
+
+def test_answer_probability_is_brute_force():
+    """Rationale, none, cut off; log p of "8</answer>" by transformers' own forward pass, token by token."""
+    import torch
+
+    reward, model, tokenizer = answer_probability()
+    rationales = ["<think>3+4=7 7-5=2 2+6=8</think>", "", "<think>3+4=7 7-</think>",
+                  "<think>9+9=18 18+9=27 27+9=36</think>", ""]
+    expected = []
+    for e, before in zip(ASKED, rationales):
+        prefix = common.data.encode_prompt(tokenizer, e.prompt) + tokenizer(
+            f"{before}<answer>", add_special_tokens=False)["input_ids"]
+        total = []
+        for token in tokenizer(f"{e.answer}</answer>", add_special_tokens=False)["input_ids"]:
+            total.append(model(torch.tensor([prefix])).logits[0, -1].log_softmax(-1)[token].item())
+            prefix = prefix + [token]
+        expected.append(total)
+    assert [len(row) for row in expected] == [2, 2, 2, 3, 3]
+    sums = [sum(row) for row in expected]
+    assert reward(ASKED, ANSWERED) == pytest.approx(sums, abs=1e-4)
+    assert sums[0] > -0.1 > sums[1] and sums[3] > -0.1 > sums[4]  # working makes the answer all but certain
+    for options, values in (
+            ("mean", [total / len(row) for total, row in zip(sums, expected)]),
+            ("exp", [math.exp(total) for total in sums]),
+            ("prior", [total - sums[1 if i < 3 else 4] for i, total in enumerate(sums)]),
+            ("others", [sums[0] - (sums[1] + sums[2]) / 2, sums[1] - (sums[0] + sums[2]) / 2,
+                        sums[2] - (sums[0] + sums[1]) / 2, sums[3] - sums[4], sums[4] - sums[3]])):
+        assert answer_probability(options)[0](ASKED, ANSWERED) == pytest.approx(values, abs=1e-4), options
+    assert answer_probability("exp+prior")[0](ASKED, ANSWERED)[1] == pytest.approx(0, abs=1e-6)
+
+
+def test_a_rationale_that_fills_the_context_is_cut():
+    """The answer still fits; one that would not alone has no reward."""
+    reward, model, tokenizer = answer_probability(max_new_tokens=10)
+    seen = []
+    reward.logprobs = lambda prompts, answers: seen.extend(zip(prompts, answers)) or [
+        importlib.import_module("torch").zeros(len(answer)) for answer in answers]
+    long = "<think>" + "3+4=7 " * 50
+    values = reward([Example(0, "Q", "8"), Example(1, "Q", "8" * 9)], [long, "x"])
+    assert values[0] == 0 and math.isnan(values[1]) and len(seen) == 1
+    prompt = common.data.encode_prompt(tokenizer, "Q")
+    assert len(seen[0][0]) + len(seen[0][1]) == len(prompt) + 9  # and the end token
+    text = tokenizer.decode(seen[0][0][len(prompt):])
+    assert text.startswith("<think>3+4=") and text.endswith("</think><answer>")  # its thinking is closed
+    assert reward([], []) == []
+
+
+def test_the_answer_is_asked_as_a_policy_writes_it():
+    """Qwen2.5 has one token for ">B" and one for "><": they are asked for, not "B" after ">"."""
+    folder = DATA / "tokenizers" / "qwen2.5"
+    if not folder.exists():
+        pytest.skip(f"no tokenizer in {folder}")
+    tokenizer = common.models.load_tokenizer(str(folder))
+    for response, answer in (("<think>x</think><answer>C</answer>", "B"), ("", "-3"),
+                             ("<think>" + "a b " * 99, "7")):
+        before, after = rewards.answered(tokenizer, response, answer, 40)
+        whole = tokenizer.decode(before + after)
+        ids = tokenizer(whole, add_special_tokens=False)["input_ids"]
+        assert before + after == ids and len(ids) < 40 and whole.endswith(f"<answer>{answer}</answer>")
+        assert tokenizer.decode(after).lstrip(">") == f"{answer}</answer>"
+        assert tokenizer.decode(before).rstrip(">").endswith("<answer")
+        assert whole.count("<think>") == whole.count("</think>") == bool(response)
+
+
+def test_leave_one_out_is_a_baseline_that_leaves_the_gradient():
+    """It sums to 0 over a question; over all pairs of samples the expected gradient is that without it."""
+    values = [0.3, -1.0, 2.5, math.nan, 4.0]
+    left = rewards.leave_one_out(values, "aabab")
+    assert left[:2] == pytest.approx([1.3, -1.3]) and math.isnan(left[3])
+    assert left[2] + left[4] == pytest.approx(0) and rewards.leave_one_out([7.0], [0]) == [0.0]
+    assert rewards.leave_one_out([0.1] * 8, [0] * 8) == [0.0] * 8
+    p, r = [0.2, 0.5, 0.3], [1.0, -2.0, 0.5]  # a softmax policy over three rationales
+
+    def score(action):  # d log p(action) / d logits
+        return [(i == action) - p[i] for i in range(3)]
+
+    plain = [sum(p[z] * r[z] * score(z)[i] for z in range(3)) for i in range(3)]
+    with_baseline = [0.0] * 3
+    for pair in itertools.product(range(3), repeat=2):
+        weights = rewards.leave_one_out([r[z] for z in pair], [0, 0])
+        for z, w in zip(pair, weights):
+            for i in range(3):
+                with_baseline[i] += p[pair[0]] * p[pair[1]] * w * score(z)[i] / 2
+    assert with_baseline == pytest.approx(plain)
+
+
+def test_where_answers_are_random_the_log_probability_rewards_hedging():
+    """Four answers equally likely; a rationale names one (p = 0.97 for it) or none (1/4 each).
+
+    By E[log p] the optimum is the one that says nothing; by E[p] ("exp") and log E[p] all are alike.
+    """
+    torch = pytest.importorskip("torch")
+    named = [[0.97 if y == z else 0.01 for y in range(4)] for z in range(4)]
+    table = [*named, [0.25] * 4]  # p(answer y | rationale z)
+
+    def rewards_by(options):
+        """Mean over the answers that may come, through the reward itself."""
+        given = [torch.tensor([math.log(p)]) for row in table for p in row]
+        reward = rewards.AnswerProbability(
+            lambda text, **_: {"input_ids": [0], "offset_mapping": [(0, len(text))]}, lambda e: [0],
+            lambda prompts, answers: given, 9, options)
+        values = reward([Example(0, "q", "a")] * 20, ["r"] * 20)
+        return [sum(values[4 * z:4 * z + 4]) / 4 for z in range(5)]
+
+    log = rewards_by("")
+    assert log[:4] == pytest.approx([(math.log(0.97) + 3 * math.log(0.01)) / 4] * 4)  # -3.46
+    assert log[4] == pytest.approx(math.log(0.25)) and max(log) == log[4]
+    assert rewards_by("exp") == pytest.approx([0.25] * 5)
+    assert [math.log(sum(row) / 4) for row in table] == pytest.approx([math.log(0.25)] * 5)
+
+
+def test_only_a_policy_can_be_asked_for_the_probability():
+    with pytest.raises(ValueError, match="asks the policy in training"):
+        parse_rewards(["answer-prob"])
+    made = parse_rewards(["answer-prob:exp+mean=0.5", "correctness"], answer_prob=lambda options: options)
+    assert [(f.name, f.weight, f.function) for f in made][0] == ("answer-prob", 0.5, "exp+mean")
