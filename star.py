@@ -1107,12 +1107,12 @@ def held_out_metrics(model, rows, pairs, tokens_per_batch, run):
 
 def rows_to_train(n_rows, iteration, args):
     """Rows that an iteration's steps take in all, each counted as often as it is trained."""
-    if iteration == 0:
+    if iteration == 0 or not (args.epochs or args.first_steps):
         return 0
     growth = args.step_growth ** (iteration - 1)
     if args.first_steps:
         return math.ceil(args.first_steps * growth) * args.batch_size
-    return round(args.epochs * growth * n_rows)
+    return max(1, round(args.epochs * growth * n_rows))
 
 
 def resolve(args, device):

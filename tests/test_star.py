@@ -349,20 +349,33 @@ def test_given_answers_are_united_and_counted(tmp_path):
     assert (f"held out {n_held}" in out) == (n_held > 0)
 
 
-def test_the_hint_leaves_no_trace(monkeypatch, tmp_path):
+def told_the_sum(text):
+    """(right reply if the hint is there, wrong one) to a sum."""
+    problem = re.search(r"Compute ([-+\d]+)\.", text)[1]
+    total = sum(map(int, re.findall(r"[+-]?\d+", problem)))
+    right = f"<think>{problem}={total}</think><answer>{total}</answer>" if "(The answer is" in text else ""
+    return right, f"<answer>{total + 7}</answer>"
+
+
+def told_the_letter(text):
+    marked = re.search(r"\n([A-D])\) [^\n]*\(CORRECT\)", text)
+    return f"<think>nitori</think><answer>{marked[1]}</answer>" if marked else "", "<answer>none</answer>"
+
+
+@pytest.mark.parametrize("solve, mark, more", [
+    (told_the_sum, "The answer is", []),
+    pytest.param(told_the_letter, "CORRECT", ["--hint", "mark", "--data", DATA / "mmlu_african" / "ig",
+                                              "--max-prompt-tokens", 400], marks=needs_data)])
+def test_the_hint_leaves_no_trace(solve, mark, more, monkeypatch, tmp_path):
     """With a sampler that solves what it is told, and else fails: no row that is trained has the hint."""
     tokenizer, trained, hinted = models.load_tokenizer(""), [], []
 
     def sampling(sampler, prompt_ids, keys, n, temperature, run, doing):
         found = []
         for ids, row in zip(prompt_ids, keys):
-            text = tokenizer.decode(ids)
-            problem = re.search(r"Compute ([-+\d]+)\.", text)[1]
-            total = sum(map(int, re.findall(r"[+-]?\d+", problem)))
-            reply = f"<answer>{total + 7}</answer>"
-            if "(The answer is" in text:
-                hinted.append(text)
-                reply = f"<think>{problem}={total}</think><answer>{total}</answer>"
+            right, wrong = solve(tokenizer.decode(ids))
+            hinted.extend([right] if right else [])
+            reply = right or wrong
             ids = tokenizer(reply, add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id]
             found.append([Completion(ids, [-1.0] * len(ids), True) for _ in row])
         return found
@@ -371,18 +384,18 @@ def test_the_hint_leaves_no_trace(monkeypatch, tmp_path):
     monkeypatch.setattr(star, "sample_all", sampling)
     monkeypatch.setattr(star, "accumulate_gradients", lambda model, rows, *rest: (
         trained.extend(rows), real(model, rows, *rest))[1])
-    run("--out", "a", *SMALL, "--iterations", 2, "--rationalize", cwd=tmp_path, script="star.py")
+    run("--out", "a", *SMALL, "--iterations", 2, "--rationalize", *more, cwd=tmp_path, script="star.py")
     texts = [tokenizer.decode(row.prompt_ids + row.chosen) for row in trained]
-    assert len(hinted) == 24 and texts and not any("The answer is" in text for text in texts)
+    assert len(hinted) == 24 and texts and not any(mark in text for text in texts)
     assert all("<think>" in text for text in texts)
     rows = read_csv(tmp_path / "a" / "samples.csv")
     told = [row for row in rows if row["source"] == "rationalized"]
     assert len(told) == 2 * 12 * 4 and all(row["correct"] == "1" for row in told)
-    assert not any("The answer is" in value for row in rows for value in row.values())
+    assert not any(mark in value for row in rows for value in row.values())
     assert not any(row["correct"] == "1" for row in rows if row["source"] == "sampled")
     [first, _] = [line for line in curves.read_metrics(tmp_path / "a") if "hinted" in line]
     assert (first["hinted"], first["solved"], first["rationalized"], first["rows"]) == (12, 0, 1, 12)
-    out = run("--out", "b", *SMALL, "--iterations", 1, cwd=tmp_path, fails=True, script="star.py")
+    out = run("--out", "b", *SMALL, "--iterations", 1, *more, cwd=tmp_path, fails=True, script="star.py")
     assert "no question gave anything to learn from" in out and "--rationalize" in out
 
 
