@@ -463,6 +463,9 @@ def test_two_ranks_are_one(tmp_path, more):
         (r["id"], r["completion"], r["source"]) for r in two]
     for a, b in zip(train_lines(tmp_path / "r1"), train_lines(tmp_path / "r2"), strict=True):
         assert a["loss"] == pytest.approx(b["loss"], abs=1e-6)
+    counts = [[(line["samples"], line["rows"]) for line in curves.read_metrics(tmp_path / f"r{n}")
+               if "samples" in line] for n in (1, 2)]
+    assert counts[0] == counts[1] and len(counts[0]) == 2
     [name] = [path.name for path in (tmp_path / "r1" / "final").glob("*.safetensors")]
     final = [load_file(tmp_path / f"r{n}" / "final" / name) for n in (1, 2)]
     assert all(torch.allclose(final[0][k], final[1][k], atol=1e-5) for k in final[0])
