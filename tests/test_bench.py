@@ -1,16 +1,22 @@
 """The benchmarks run to their end at toy sizes, and what they report is what they measured."""
 
+import importlib
 import importlib.util
 import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+import tyro
 
+import common.models
 import grpo
 from bench import algorithms, beside, gpu, grpo_step, models, pairs_step, ppo_memory, sampling, scaling
+from common import data
+from tests.commands import run
 
 ROOT = Path(__file__).resolve().parents[1]
 torch.set_num_threads(1)
@@ -198,13 +204,32 @@ def test_ppo_memory(capsys, monkeypatch):
 
 @pytest.mark.slow
 def test_algorithms(tmp_path, capsys, monkeypatch):
-    words = ["--seeds", 2, "--tokens", 100, "--out", tmp_path, "--more", "prompts-per-step=4",
-             "num-generations=2", "eval-questions=8", "max-new-tokens=16"]
+    words = ["--methods", "grpo", "iterative dpo", "--seeds", 2, "--tokens", 500, "--out", tmp_path, "--more",
+             "num-generations=4", "eval-questions=8", "max-new-tokens=40"]
+    in_process = SimpleNamespace(run=lambda command, **_: SimpleNamespace(
+        returncode=0, stdout=run(*command[2:], cwd=tmp_path, script=Path(command[1]).name)))
+    monkeypatch.setattr(algorithms, "subprocess", in_process)
     _, table, _ = run_main(algorithms, capsys, monkeypatch, *words)
-    assert [row.split("|")[1].strip() for row in table[2:]] == ["grpo", "ppo"]
+    assert [row.split("|")[1].strip() for row in table[2:]] == ["grpo", "iterative dpo"]
     for row in table[2:]:
-        assert len(row.split("|")[3].split()) == 2 and int(row.split("|")[6].replace(",", "")) >= 100
+        assert len(row.split("|")[3].split()) == 2 and int(row.split("|")[6].replace(",", "")) >= 500
     assert run_main(algorithms, capsys, monkeypatch, *words)[1] == table  # from what is there
+
+
+@pytest.mark.parametrize("method", algorithms.METHODS)
+def test_the_command_of_each_method(method):
+    """It parses; sft.py trains, and a round of dpo.py samples, about as many tokens as the others sample."""
+    script, *words = algorithms.METHODS[method](100_000).split()
+    args = tyro.cli(importlib.import_module(script.removesuffix(".py")).Args, args=words)
+    if method == "sft":
+        rows = data.load_examples("arithmetic", limit=64 * args.max_steps)
+        tokenizer = common.models.load_tokenizer("")
+        tokens = sum(len(data.encode_completion(tokenizer, e.completion, 0)) for e in rows)
+        assert tokens == pytest.approx(100_000, rel=0.02)
+    elif method == "dpo":
+        assert args.questions * args.num_generations == pytest.approx(7400, rel=0.01)  # of 13.5 tokens
+    else:
+        assert args.token_budget == 100_000
 
 
 def test_interval_over_seeds():

@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 import tyro
 
+from tests.commands import run
+
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"```bash\n(.*?)```", README, re.DOTALL)
@@ -36,14 +38,11 @@ def test_command_parses(words):
 
 @pytest.mark.parametrize("switches", SWITCHES)
 def test_every_method_in_the_table_runs(switches, tmp_path):
-    command = [sys.executable, "grpo.py", *shlex.split(switches), "--dry-run", "--prompts-per-step", "2",
-               "--num-generations", "2", "--max-new-tokens", "16", "--train-questions", "8",
-               "--eval-questions", "2"]
-    if "--overlong-buffer" in command:
-        command[command.index("--overlong-buffer") + 1] = "8"
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert "dry run: peak memory" in done.stdout
+    words = [*shlex.split(switches), "--dry-run", "--prompts-per-step", 2, "--num-generations", 2,
+             "--max-new-tokens", 16, "--train-questions", 8, "--eval-questions", 2]
+    if "--overlong-buffer" in words:
+        words[words.index("--overlong-buffer") + 1] = 8
+    assert "dry run: peak memory" in run(*words, cwd=tmp_path, script="grpo.py")
 
 
 def test_the_table_names_every_method():
@@ -72,10 +71,10 @@ def test_first_run_is_within_40_lines():
 
 
 def test_importing_a_script_does_nothing(tmp_path):
-    for path in ROOT.glob("*.py"):
-        done = subprocess.run([sys.executable, "-c", f"import {path.stem}"], cwd=tmp_path,
-                              capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)})
-        assert done.returncode == 0 and not done.stdout and not list(tmp_path.iterdir()), done.stderr
+    names = ", ".join(path.stem for path in ROOT.glob("*.py"))
+    done = subprocess.run([sys.executable, "-c", f"import {names}"], cwd=tmp_path, capture_output=True,
+                          text=True, env=os.environ | {"PYTHONPATH": str(ROOT)})
+    assert done.returncode == 0 and not done.stdout and not list(tmp_path.iterdir()), done.stderr
 
 
 def test_algorithm_files_import_only_common_and_libraries():
