@@ -1269,6 +1269,10 @@ def main(args: Args) -> None:
     def last_step():  # of the present iteration
         return begun + math.ceil(rows_to_train(len(rows), iteration, args) / args.batch_size)
 
+    def finished():
+        spent = iteration == args.iterations or 0 < args.token_budget <= sampled_tokens
+        return step == last_step() and spent or 0 < args.max_steps == step
+
     with compute():
         run.self_check(self_check(model, params, sampler, list(prompt_ids.values())[:3], args, 1.0, device))
         if held_pairs and math.isnan(held_pairs[0].ref_chosen):
@@ -1277,12 +1281,8 @@ def main(args: Args) -> None:
         measure()
 
     stop, trains = False, args.epochs > 0 or args.first_steps > 0
-    while not stop:
-        last = step == last_step()
-        if last and (iteration == args.iterations or 0 < args.token_budget <= sampled_tokens) or (
-                0 < args.max_steps == step):
-            break
-        if last:
+    while not (finished() or stop):
+        if step == last_step():
             # ---- sample: what the next iteration learns from ----
             iteration += 1
             with run.phase("sample"), compute():
@@ -1391,7 +1391,7 @@ def main(args: Args) -> None:
             asked.questions / len(train) * asked.iterations / max(1, sum(steps)))
         run.dry_run_report(metrics | {"seconds": seconds}, asked.max_steps or sum(steps), metrics["tokens"])
         return
-    if not stop:
+    if finished():
         run.save_final(partial(models.save_plain, model, tokenizer, merged_state_dict(model)) if args.merge
                        else save_weights)
         run.before_after()

@@ -158,14 +158,15 @@ def _generate(data, split, level, limit, seed, filter):
         digest = hashlib.sha256(prompt.encode()).digest()
         if SPLITS[int.from_bytes(digest[:8], "big") % len(SPLITS)] != split:
             continue
-        author = random.Random(f"author {seed} {prompt}")
-        if data == "arithmetic-hinted" and author.random() < 0.5:
-            problem["prompt"] = HINT.format(**problem)
-        elif data == "arithmetic-hinted" and row_level > GIVEN_UP:
-            problem["completion"] = "<answer>?</answer>"
-        elif data != "arithmetic" and make is _arithmetic and author.random() >= WORKED_SHARE:
-            guess = int(problem["answer"]) + author.randint(-SLIP, SLIP)
-            problem["completion"] = f"<answer>{guess}</answer>"
+        if data in ("arithmetic-mixed", "arithmetic-hinted"):
+            author, hinted = random.Random(f"author {seed} {prompt}"), data == "arithmetic-hinted"
+            if hinted and author.random() < 0.5:
+                problem["prompt"] = HINT.format(**problem)
+            elif hinted and row_level > GIVEN_UP:
+                problem["completion"] = "<answer>?</answer>"
+            elif author.random() >= WORKED_SHARE:
+                guess = int(problem["answer"]) + author.randint(-SLIP, SLIP)
+                problem["completion"] = f"<answer>{guess}</answer>"
         # All splits read one stream of draws, so their ids never meet either.
         examples.append(Example(id=draw, level=row_level, **problem))
 

@@ -3,8 +3,10 @@
 import csv
 import itertools
 import math
+import os
 import re
 import shutil
+import signal
 from dataclasses import replace
 from pathlib import Path
 
@@ -445,6 +447,20 @@ def test_resumed_is_the_same_bit_for_bit(tmp_path, more):
         assert (cut / "samples.csv").read_bytes() == (tmp_path / "whole" / "samples.csv").read_bytes()
         name = "final/model.safetensors" if "--full" in more else "final/adapter_model.safetensors"
         assert (cut / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+
+
+def test_a_signal_ends_the_run_with_its_step(monkeypatch, tmp_path):
+    """After the last step it is a finished run; before that it goes on later."""
+    train = star.accumulate_gradients
+    monkeypatch.setattr(star, "accumulate_gradients", lambda *words: (
+        os.kill(os.getpid(), signal.SIGTERM), train(*words))[1])
+    for steps in (1, 2):
+        path = tmp_path / str(steps)
+        run("--out", path, *SMALL, "--iterations", 1, "--max-steps", steps, cwd=tmp_path, script="star.py")
+        assert [p.name for p in (path / "checkpoints").iterdir()] == ["step-1"]
+        assert (path / "final").exists() == (steps == 1)
+    run("--out", path, "--resume", cwd=tmp_path, script="star.py")
+    assert (path / "final").exists() and len(train_lines(path)) == 2
 
 
 @pytest.mark.parametrize("more", [["--rationalize", "--rewards", "correctness", "answer-prob=0"],
