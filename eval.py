@@ -35,8 +35,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from common import curves, data, dist, models, rewards
-from common.run import Run, check_out, cli, clock, read_csv, retry_smaller
+from common import curves, data, dist, models, rewards, shard
+from common.run import Run, check_args, cli, clock, read_csv, retry_smaller
 
 # Shapes: B rows, V vocabulary, P prompts, D hidden size, H heads, K head size, R LoRA rank, N tokens in all.
 
@@ -263,13 +263,15 @@ class FusedLinear:
     """
 
     def __init__(self, parts, dtype):
-        self.parts, self.bases = parts, [getattr(part, "base", part) for part in parts]
+        self.parts, self.bases, self.dtype = parts, [getattr(part, "base", part) for part in parts], dtype
         adapted = [part for part in parts if isinstance(part, LoRALinear)]
-        self.merge = bool(adapted) and dtype == torch.float32
-        self.shared = not self.merge and all(base.weight.dtype == dtype for base in self.bases)
         weights = [base.weight.detach() for base in self.bases]
-        self.weight = weights[0] if self.shared and len(parts) == 1 else torch.cat(weights).to(dtype)
-        self.rows = self.weight.split([base.out_features for base in self.bases])  # each part's own, views
+        self.split = shard.is_split(weights[0])
+        self.merge = bool(adapted) and dtype == torch.float32
+        self.shared = not (self.merge or self.split) and all(weight.dtype == dtype for weight in weights)
+        self.weight = None
+        if not self.split:
+            self._hold(weights[0] if self.shared and len(parts) == 1 else torch.cat(weights).to(dtype))
         if self.shared:
             for base, rows in zip(self.bases, self.rows):
                 base.weight.data = rows
@@ -278,12 +280,25 @@ class FusedLinear:
         self.A = self.B = None
         if adapted and not self.merge:
             rank = sum(max(len(A) for A in part.A.values()) for part in adapted)  # of any adapter made active
-            self.A = self.weight.new_zeros(rank, self.weight.shape[1])
-            self.B = self.weight.new_zeros(self.weight.shape[0], rank)
+            new = partial(torch.zeros, dtype=dtype, device=weights[0].device)
+            self.A = new(rank, self.bases[0].in_features)
+            self.B = new(sum(base.out_features for base in self.bases), rank)
+
+    def _hold(self, weight):
+        self.weight = weight
+        self.rows = weight.split([base.out_features for base in self.bases])  # each part's own, views
+
+    def release(self):
+        """Let go of weights that were gathered."""
+        if self.split:
+            self.weight = self.rows = None
 
     @torch.no_grad()
     def refresh(self):
-        """Take over the present weights, biases and active adapters of the modules."""
+        """Take over the present weights, biases and active adapters of the modules; gather split weights."""
+        if self.weight is None:
+            self._hold(torch.empty(sum(base.out_features for base in self.bases), self.bases[0].in_features,
+                                   dtype=self.dtype, device=self.bases[0].weight.device))
         if self.bias is not None:
             self.bias.copy_(torch.cat([base.bias for base in self.bases]))
         if self.B is not None:
@@ -291,7 +306,7 @@ class FusedLinear:
         out = rank = 0
         for part, base, rows in zip(self.parts, self.bases, self.rows):
             if not self.shared:
-                rows.copy_(base.weight)
+                rows.copy_(shard.whole(base.weight))
             if isinstance(part, LoRALinear) and part.active:
                 A, B, scale = part.A[part.active], part.B[part.active], part.scale[part.active]
                 if self.merge:
@@ -312,10 +327,11 @@ class SamplerLayer:
     """One decoder layer of the Llama family, written out: x [N, D] -> [N, D], for any N tokens of any rows.
 
     Covers grouped-query attention, q/k norms (Qwen3), norms around blocks and (1 + weight) norms (Gemma).
+    by_layer: split weights are gathered at each call and let go after it.
     """
 
-    def __init__(self, layer, dtype):
-        attn, mlp = layer.self_attn, layer.mlp
+    def __init__(self, layer, dtype, by_layer=False):
+        attn, mlp, self.by_layer = layer.self_attn, layer.mlp, by_layer
         self.qkv = FusedLinear([attn.q_proj, attn.k_proj, attn.v_proj], dtype)
         self.out = FusedLinear([attn.o_proj], dtype)
         self.gate_up = FusedLinear([mlp.gate_proj, mlp.up_proj], dtype)
@@ -336,8 +352,14 @@ class SamplerLayer:
         for part in (self.qkv, self.out, self.gate_up, self.down):
             part.refresh()
 
+    def release(self):
+        for part in (self.qkv, self.out, self.gate_up, self.down):
+            part.release()
+
     def __call__(self, x, cos, sin, attend):
         """cos, sin [N, 1, K], sine signed as the rotated half; attend(q, k, v) -> [N, H K] keeps k and v."""
+        if self.by_layer:
+            self.refresh()
         qkv = self.qkv(rms_norm(x, self.attn_norm)).view(len(x), -1, self.head_dim)  # [N, H + 2 Hkv, K]
         qk, v = qkv.split([self.heads + self.kv_heads, self.kv_heads], dim=1)
         if self.q_norm:
@@ -348,6 +370,8 @@ class SamplerLayer:
         x = x + (rms_norm(y, self.attn_out_norm) if self.attn_out_norm else y)
         gate, up = self.gate_up(rms_norm(x, self.mlp_norm)).chunk(2, -1)
         y = self.down(self.act(gate) * up)
+        if self.by_layer:
+            self.release()
         return x + (rms_norm(y, self.mlp_out_norm) if self.mlp_out_norm else y)
 
 
@@ -378,21 +402,58 @@ class Sampler:
     the first, and the next waiting row is admitted behind them. A prompt is prefilled once for all its
     samples. Attention reads the cache only up to the longest live row, in blocks. On CUDA a step is a
     captured graph for each (rows, length) block and the host looks at the tokens only every `sync_every`
-    steps; what a row drew past its end is thrown away.
+    steps; what a row drew past its end is thrown away. The weights of a model that is split over ranks are
+    gathered for the time of `sample`, or, `by_layer`, each layer's for its turn in each pass.
     """
 
-    def __init__(self, model, stop_ids, slots=256, dtype=None, sync_every=None, graphs=None):
+    def __init__(self, model, stop_ids, slots=256, dtype=None, sync_every=None, graphs=None, by_layer=False):
         self.model, self.stop_ids, self.slots = model, set(stop_ids), slots
         self.device = model.get_input_embeddings().weight.device
         self.dtype = dtype or model.get_input_embeddings().weight.dtype
         on_gpu = self.device.type == "cuda"
         self.sync_every = sync_every or (8 if on_gpu else 1)
-        self.use_graphs = on_gpu if graphs is None else graphs
+        self.split = shard.is_split(model.get_input_embeddings().weight)
+        self.by_layer = by_layer and self.split
+        self.use_graphs = (on_gpu if graphs is None else graphs) and not self.by_layer
         self.block, self.row_block = (256, 32) if on_gpu else (16, 1)
-        self.layers = [SamplerLayer(layer, self.dtype) for layer in model.base_model.layers]
+        self.layers = [SamplerLayer(layer, self.dtype, self.by_layer) for layer in model.base_model.layers]
         self.head = FusedLinear([model.get_output_embeddings()], self.dtype)
         self.softcap = getattr(model.config, "final_logit_softcapping", None)
         self.cache = None
+        self.graphs = {}
+
+    def _gather(self):
+        """Take over the present weights; what is split is gathered, which all ranks do together."""
+        for part in (self.head,) if self.by_layer else (*self.layers, self.head):
+            part.refresh()
+        if self.split:
+            embedding, head = self.model.get_input_embeddings(), self.model.get_output_embeddings()
+            self.embedding = (self.head.weight if embedding.weight is head.weight
+                              else shard.whole(embedding.weight).to(self.dtype))
+
+    def _release(self):
+        """Let go of gathered weights, and of the graphs that hold their addresses."""
+        if self.split:
+            self.embedding = None
+            self.graphs.clear()
+            for part in (*self.layers, self.head):
+                part.release()
+
+    def _leave_together(self):
+        """Join in the passes of ranks that still sample: none of them waits for this one's weights."""
+        while self.by_layer and dist.any_rank(False, self.device):
+            for layer in self.layers:
+                layer.refresh()
+                layer.release()
+
+    def _embed(self, ids):
+        module = self.model.get_input_embeddings()
+        if not self.split:
+            return module(ids).to(self.dtype)
+        if self.by_layer:  # a pass begins: those in `_leave_together` join in
+            dist.any_rank(True, self.device)
+        return F.embedding(ids, self.embedding) * torch.as_tensor(
+            getattr(module, "embed_scale", 1.0), dtype=self.dtype, device=self.device)
 
     def _allocate(self, slots, length):
         """Make the cache [L, 2, slots, Hkv, length, K] and the buffers of a step large enough."""
@@ -426,7 +487,7 @@ class Sampler:
         ids = torch.zeros(P, T, dtype=torch.int64)
         for row, prompt in zip(ids, prompts):
             row[:len(prompt)] = torch.tensor(prompt)
-        x = self.model.get_input_embeddings()(ids.to(self.device)).to(self.dtype).flatten(0, 1)  # [P T, D]
+        x = self._embed(ids.to(self.device)).flatten(0, 1)  # [P T, D]
         cos, sin = self.cos[:T].repeat(P, 1, 1), self.sin[:T].repeat(P, 1, 1)
         kept = x.new_empty(len(self.layers), 2, P, self.layers[0].kv_heads, T, self.layers[0].head_dim)
         ahead = self.columns[:T] > self.columns[:T, None]
@@ -447,7 +508,7 @@ class Sampler:
     def _decode(self, n, length, temperature):
         """One token for each of the first n slots, reading `length` cache columns; in place: graph-safe."""
         positions, rows = self.positions[:n], self.rows[:n]
-        x = self.model.get_input_embeddings()(self.tokens[:n]).to(self.dtype)  # [n, D]
+        x = self._embed(self.tokens[:n])  # [n, D]
         cos, sin = self.cos[positions], self.sin[positions]
         ahead = self.columns[:length] > positions[:, None]
         bias = torch.zeros(n, length, dtype=self.dtype, device=self.device).masked_fill(
@@ -496,13 +557,13 @@ class Sampler:
             raise ValueError("a prompt has no tokens; there is nothing to continue")
         done = [[Completion([], [], False) for _ in row] for row in keys]
         waiting = deque((p, g) for p, row in enumerate(keys) for g in range(len(row)))
-        if not waiting:
+        if not waiting and not self.split:
             return done
         total, live, prefilled = len(waiting), [], {}
-        for part in (*self.layers, self.head):
-            part.refresh()
-        self._allocate(min(self.slots, total), max(map(len, prompts)) + max_new_tokens + self.sync_every)
-        slots = self.cache.shape[2]
+        self._gather()
+        if waiting:
+            self._allocate(min(self.slots, total), max(map(len, prompts)) + max_new_tokens + self.sync_every)
+            slots = self.cache.shape[2]
 
         def record(slot_rows, tokens, logprobs):
             """Append one step's draws; returns the slots whose row has just ended."""
@@ -575,6 +636,8 @@ class Sampler:
             for tokens, logprobs in zip(*self._run(n, length, temperature)):
                 ended.update(record(live, tokens, logprobs))
             leave(ended)
+        self._leave_together()
+        self._release()
         return done
 
 
@@ -648,8 +711,7 @@ def answer_all(sampler, questions, prompts, prompt_ids, reward_functions, args, 
         right, started = Counter(), time.monotonic()
 
         def progress(done, total, ended):
-            if run.stop:
-                raise SystemExit("stopped: --resume goes on with what is not measured yet")
+            dist.check_stop()
             if not sys.stderr.isatty():
                 return
             for p, _, c in ended:
@@ -840,7 +902,7 @@ def main(args: Args) -> None:
         args = replace(args, dry_run=True)
     if args.dry_run:
         args = replace(args, wandb=False, resume=False)
-    check_out(args)
+    check_args(args)
     dtype = models.choose_dtype(args.dtype, device)
     reward_functions = rewards.parse_rewards(args.rewards, partial(
         rewards.LearnedReward, dtype=dtype, device=device, tokens_per_batch=16384))

@@ -20,7 +20,6 @@ The first update's policy loss is near 0 and its clip shares are 0, by construct
     torchrun --nproc-per-node 8 ppo.py --model Qwen/Qwen2.5-3B-Instruct
 """
 
-import copy
 import hashlib
 import itertools
 import math
@@ -35,8 +34,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from common import data, dist, models, rewards
-from common.run import Run, check_out, cli, retry_smaller
+from common import data, dist, models, rewards, shard
+from common.run import Run, check_args, cli, retry_smaller
 
 # Shapes: B rows, T tokens, V vocabulary, P prompts, G samples per prompt, D hidden size, L layers or a row's
 # completion tokens, H heads, K head size, R LoRA rank, N rows or tokens in all.
@@ -65,6 +64,8 @@ class Args:
     """also log to Weights & Biases"""
     dry_run: bool = False
     """build all, run one step at the largest sizes, print peak memory and projected time, keep nothing"""
+    download_only: bool = False
+    """fetch model and data into the hub's cache, then end: the run itself then needs no network"""
     profile: int = 0
     """steps to trace with torch.profiler, from the first on"""
     device: str = ""
@@ -93,6 +94,10 @@ class Args:
     """train all weights (kept in float32) instead of an adapter"""
     gradient_checkpointing: bool = False
     """recompute the layers in the backward pass: less memory, about a third more time"""
+    shard: bool = False
+    """split the weights over the ranks of torchrun (FSDP2): the frozen base, or with --full all there is"""
+    reshard: bool = False
+    """with --shard, gather them layer by layer while sampling too: slower, for what one GPU cannot hold"""
     tokens_per_batch: int = 0
     """padded tokens per forward and backward pass and GPU, halved if out of memory; 0: 16384, CPU 2048"""
     # ---- LoRA ----
@@ -288,13 +293,13 @@ def adapter_tensors(model, name: str) -> dict[str, tuple[nn.Parameter, nn.Parame
 @torch.no_grad()
 def merged_state_dict(model) -> dict[str, torch.Tensor]:
     """The weights of a plain model, the active adapter added in float32; the base itself is untouched."""
-    state = {key.replace(".base.", "."): value for key, value in model.state_dict().items()
+    state = {key.replace(".base.", "."): shard.gather(value) for key, value in model.state_dict().items()
              if ".A." not in key and ".B." not in key}
     for path, module in lora_modules(model).items():
-        if module.active is not None:
+        weight = state[f"{path}.weight"]
+        if module.active is not None and weight is not None:
             delta = module.scale[module.active] * module.B[module.active] @ module.A[module.active]
-            weight = module.base.weight
-            state[f"{path}.weight"] = (weight.float() + delta).to(weight.dtype)
+            state[f"{path}.weight"] = (weight.float() + delta.to(weight.device)).to(weight.dtype)
     return state
 
 
@@ -378,7 +383,7 @@ def token_logprobs(model, input_ids, completion_mask, temperature=1.0, attention
     positions = None if attention_mask is None else (attention_mask.cumsum(1) - 1).clamp(min=0)
     hidden = model.base_model(input_ids=input_ids, attention_mask=attention_mask, position_ids=positions,
                               use_cache=False).last_hidden_state[rows, columns]  # [N, D]
-    weight = model.get_output_embeddings().weight
+    weight = shard.whole(model.get_output_embeddings().weight)
     chunk_tokens = chunk_tokens or max(16, (2**27 if weight.is_cuda else 2**24) // weight.shape[0])
     values = TokenLogprobs.apply(hidden, weight.to(hidden.dtype), input_ids[rows, columns + 1], temperature,
                                  getattr(model.config, "final_logit_softcapping", None), chunk_tokens)
@@ -453,13 +458,15 @@ class FusedLinear:
     """
 
     def __init__(self, parts, dtype):
-        self.parts, self.bases = parts, [getattr(part, "base", part) for part in parts]
+        self.parts, self.bases, self.dtype = parts, [getattr(part, "base", part) for part in parts], dtype
         adapted = [part for part in parts if isinstance(part, LoRALinear)]
-        self.merge = bool(adapted) and dtype == torch.float32
-        self.shared = not self.merge and all(base.weight.dtype == dtype for base in self.bases)
         weights = [base.weight.detach() for base in self.bases]
-        self.weight = weights[0] if self.shared and len(parts) == 1 else torch.cat(weights).to(dtype)
-        self.rows = self.weight.split([base.out_features for base in self.bases])  # each part's own, views
+        self.split = shard.is_split(weights[0])
+        self.merge = bool(adapted) and dtype == torch.float32
+        self.shared = not (self.merge or self.split) and all(weight.dtype == dtype for weight in weights)
+        self.weight = None
+        if not self.split:
+            self._hold(weights[0] if self.shared and len(parts) == 1 else torch.cat(weights).to(dtype))
         if self.shared:
             for base, rows in zip(self.bases, self.rows):
                 base.weight.data = rows
@@ -468,12 +475,25 @@ class FusedLinear:
         self.A = self.B = None
         if adapted and not self.merge:
             rank = sum(max(len(A) for A in part.A.values()) for part in adapted)  # of any adapter made active
-            self.A = self.weight.new_zeros(rank, self.weight.shape[1])
-            self.B = self.weight.new_zeros(self.weight.shape[0], rank)
+            new = partial(torch.zeros, dtype=dtype, device=weights[0].device)
+            self.A = new(rank, self.bases[0].in_features)
+            self.B = new(sum(base.out_features for base in self.bases), rank)
+
+    def _hold(self, weight):
+        self.weight = weight
+        self.rows = weight.split([base.out_features for base in self.bases])  # each part's own, views
+
+    def release(self):
+        """Let go of weights that were gathered."""
+        if self.split:
+            self.weight = self.rows = None
 
     @torch.no_grad()
     def refresh(self):
-        """Take over the present weights, biases and active adapters of the modules."""
+        """Take over the present weights, biases and active adapters of the modules; gather split weights."""
+        if self.weight is None:
+            self._hold(torch.empty(sum(base.out_features for base in self.bases), self.bases[0].in_features,
+                                   dtype=self.dtype, device=self.bases[0].weight.device))
         if self.bias is not None:
             self.bias.copy_(torch.cat([base.bias for base in self.bases]))
         if self.B is not None:
@@ -481,7 +501,7 @@ class FusedLinear:
         out = rank = 0
         for part, base, rows in zip(self.parts, self.bases, self.rows):
             if not self.shared:
-                rows.copy_(base.weight)
+                rows.copy_(shard.whole(base.weight))
             if isinstance(part, LoRALinear) and part.active:
                 A, B, scale = part.A[part.active], part.B[part.active], part.scale[part.active]
                 if self.merge:
@@ -502,10 +522,11 @@ class SamplerLayer:
     """One decoder layer of the Llama family, written out: x [N, D] -> [N, D], for any N tokens of any rows.
 
     Covers grouped-query attention, q/k norms (Qwen3), norms around blocks and (1 + weight) norms (Gemma).
+    by_layer: split weights are gathered at each call and let go after it.
     """
 
-    def __init__(self, layer, dtype):
-        attn, mlp = layer.self_attn, layer.mlp
+    def __init__(self, layer, dtype, by_layer=False):
+        attn, mlp, self.by_layer = layer.self_attn, layer.mlp, by_layer
         self.qkv = FusedLinear([attn.q_proj, attn.k_proj, attn.v_proj], dtype)
         self.out = FusedLinear([attn.o_proj], dtype)
         self.gate_up = FusedLinear([mlp.gate_proj, mlp.up_proj], dtype)
@@ -526,8 +547,14 @@ class SamplerLayer:
         for part in (self.qkv, self.out, self.gate_up, self.down):
             part.refresh()
 
+    def release(self):
+        for part in (self.qkv, self.out, self.gate_up, self.down):
+            part.release()
+
     def __call__(self, x, cos, sin, attend):
         """cos, sin [N, 1, K], sine signed as the rotated half; attend(q, k, v) -> [N, H K] keeps k and v."""
+        if self.by_layer:
+            self.refresh()
         qkv = self.qkv(rms_norm(x, self.attn_norm)).view(len(x), -1, self.head_dim)  # [N, H + 2 Hkv, K]
         qk, v = qkv.split([self.heads + self.kv_heads, self.kv_heads], dim=1)
         if self.q_norm:
@@ -538,6 +565,8 @@ class SamplerLayer:
         x = x + (rms_norm(y, self.attn_out_norm) if self.attn_out_norm else y)
         gate, up = self.gate_up(rms_norm(x, self.mlp_norm)).chunk(2, -1)
         y = self.down(self.act(gate) * up)
+        if self.by_layer:
+            self.release()
         return x + (rms_norm(y, self.mlp_out_norm) if self.mlp_out_norm else y)
 
 
@@ -568,21 +597,58 @@ class Sampler:
     the first, and the next waiting row is admitted behind them. A prompt is prefilled once for all its
     samples. Attention reads the cache only up to the longest live row, in blocks. On CUDA a step is a
     captured graph for each (rows, length) block and the host looks at the tokens only every `sync_every`
-    steps; what a row drew past its end is thrown away.
+    steps; what a row drew past its end is thrown away. The weights of a model that is split over ranks are
+    gathered for the time of `sample`, or, `by_layer`, each layer's for its turn in each pass.
     """
 
-    def __init__(self, model, stop_ids, slots=256, dtype=None, sync_every=None, graphs=None):
+    def __init__(self, model, stop_ids, slots=256, dtype=None, sync_every=None, graphs=None, by_layer=False):
         self.model, self.stop_ids, self.slots = model, set(stop_ids), slots
         self.device = model.get_input_embeddings().weight.device
         self.dtype = dtype or model.get_input_embeddings().weight.dtype
         on_gpu = self.device.type == "cuda"
         self.sync_every = sync_every or (8 if on_gpu else 1)
-        self.use_graphs = on_gpu if graphs is None else graphs
+        self.split = shard.is_split(model.get_input_embeddings().weight)
+        self.by_layer = by_layer and self.split
+        self.use_graphs = (on_gpu if graphs is None else graphs) and not self.by_layer
         self.block, self.row_block = (256, 32) if on_gpu else (16, 1)
-        self.layers = [SamplerLayer(layer, self.dtype) for layer in model.base_model.layers]
+        self.layers = [SamplerLayer(layer, self.dtype, self.by_layer) for layer in model.base_model.layers]
         self.head = FusedLinear([model.get_output_embeddings()], self.dtype)
         self.softcap = getattr(model.config, "final_logit_softcapping", None)
         self.cache = None
+        self.graphs = {}
+
+    def _gather(self):
+        """Take over the present weights; what is split is gathered, which all ranks do together."""
+        for part in (self.head,) if self.by_layer else (*self.layers, self.head):
+            part.refresh()
+        if self.split:
+            embedding, head = self.model.get_input_embeddings(), self.model.get_output_embeddings()
+            self.embedding = (self.head.weight if embedding.weight is head.weight
+                              else shard.whole(embedding.weight).to(self.dtype))
+
+    def _release(self):
+        """Let go of gathered weights, and of the graphs that hold their addresses."""
+        if self.split:
+            self.embedding = None
+            self.graphs.clear()
+            for part in (*self.layers, self.head):
+                part.release()
+
+    def _leave_together(self):
+        """Join in the passes of ranks that still sample: none of them waits for this one's weights."""
+        while self.by_layer and dist.any_rank(False, self.device):
+            for layer in self.layers:
+                layer.refresh()
+                layer.release()
+
+    def _embed(self, ids):
+        module = self.model.get_input_embeddings()
+        if not self.split:
+            return module(ids).to(self.dtype)
+        if self.by_layer:  # a pass begins: those in `_leave_together` join in
+            dist.any_rank(True, self.device)
+        return F.embedding(ids, self.embedding) * torch.as_tensor(
+            getattr(module, "embed_scale", 1.0), dtype=self.dtype, device=self.device)
 
     def _allocate(self, slots, length):
         """Make the cache [L, 2, slots, Hkv, length, K] and the buffers of a step large enough."""
@@ -616,7 +682,7 @@ class Sampler:
         ids = torch.zeros(P, T, dtype=torch.int64)
         for row, prompt in zip(ids, prompts):
             row[:len(prompt)] = torch.tensor(prompt)
-        x = self.model.get_input_embeddings()(ids.to(self.device)).to(self.dtype).flatten(0, 1)  # [P T, D]
+        x = self._embed(ids.to(self.device)).flatten(0, 1)  # [P T, D]
         cos, sin = self.cos[:T].repeat(P, 1, 1), self.sin[:T].repeat(P, 1, 1)
         kept = x.new_empty(len(self.layers), 2, P, self.layers[0].kv_heads, T, self.layers[0].head_dim)
         ahead = self.columns[:T] > self.columns[:T, None]
@@ -637,7 +703,7 @@ class Sampler:
     def _decode(self, n, length, temperature):
         """One token for each of the first n slots, reading `length` cache columns; in place: graph-safe."""
         positions, rows = self.positions[:n], self.rows[:n]
-        x = self.model.get_input_embeddings()(self.tokens[:n]).to(self.dtype)  # [n, D]
+        x = self._embed(self.tokens[:n])  # [n, D]
         cos, sin = self.cos[positions], self.sin[positions]
         ahead = self.columns[:length] > positions[:, None]
         bias = torch.zeros(n, length, dtype=self.dtype, device=self.device).masked_fill(
@@ -686,13 +752,13 @@ class Sampler:
             raise ValueError("a prompt has no tokens; there is nothing to continue")
         done = [[Completion([], [], False) for _ in row] for row in keys]
         waiting = deque((p, g) for p, row in enumerate(keys) for g in range(len(row)))
-        if not waiting:
+        if not waiting and not self.split:
             return done
         total, live, prefilled = len(waiting), [], {}
-        for part in (*self.layers, self.head):
-            part.refresh()
-        self._allocate(min(self.slots, total), max(map(len, prompts)) + max_new_tokens + self.sync_every)
-        slots = self.cache.shape[2]
+        self._gather()
+        if waiting:
+            self._allocate(min(self.slots, total), max(map(len, prompts)) + max_new_tokens + self.sync_every)
+            slots = self.cache.shape[2]
 
         def record(slot_rows, tokens, logprobs):
             """Append one step's draws; returns the slots whose row has just ended."""
@@ -765,6 +831,8 @@ class Sampler:
             for tokens, logprobs in zip(*self._run(n, length, temperature)):
                 ended.update(record(live, tokens, logprobs))
             leave(ended)
+        self._leave_together()
+        self._release()
         return done
 
 
@@ -930,7 +998,8 @@ def make_batch(prompt_ids, completion_ids, device):
 def completion_logprobs(model, prompt_ids, completion_ids, temperature, tokens_per_batch, device):
     """Log-probs [L] of each row's completion under the model as it stands, a list in the rows' order."""
     values = [None] * len(prompt_ids)
-    for rows in pack([len(p) + len(c) for p, c in zip(prompt_ids, completion_ids)], tokens_per_batch):
+    batches = pack([len(p) + len(c) for p, c in zip(prompt_ids, completion_ids)], tokens_per_batch)
+    for rows in shard.micro_batches(model, batches, partial(token_logprobs, model)):
         input_ids, mask = make_batch([prompt_ids[i] for i in rows], [completion_ids[i] for i in rows], device)
         logprobs = token_logprobs(model, input_ids, mask, temperature)
         for i, row, of_row in zip(rows, logprobs.cpu(), mask):
@@ -965,7 +1034,8 @@ def token_values(model, head, input_ids, completion_mask):
 def completion_values(model, head, prompt_ids, completion_ids, tokens_per_batch, device):
     """Values [L + 1] of each row: before each token and after the last; a list in the rows' order."""
     found = [None] * len(prompt_ids)
-    for rows in pack([len(p) + len(c) for p, c in zip(prompt_ids, completion_ids)], tokens_per_batch):
+    batches = pack([len(p) + len(c) for p, c in zip(prompt_ids, completion_ids)], tokens_per_batch)
+    for rows in shard.micro_batches(model, batches, lambda *none: token_values(model, head, *none)[0]):
         input_ids, mask = make_batch([prompt_ids[i] for i in rows], [completion_ids[i] for i in rows], device)
         values, after = (x.cpu() for x in token_values(model, head, input_ids, mask))
         for i, row, of_row, end in zip(rows, values, mask, after):
@@ -1008,7 +1078,17 @@ def accumulate_gradients(model, critic, critic_on, head, rollouts, args, beta, n
     """
     names = ("loss", "value_loss", "approx_kl", "clip_low", "clip_high", "value_clip", "gap")
     sums = dict.fromkeys(names, torch.zeros((), device=device))
-    for rows in pack([len(r) for r in rollouts], tokens_per_batch):
+
+    def policy_logprobs(input_ids, mask):  # [B, T]
+        with nullcontext() if train_policy else torch.no_grad():
+            return token_logprobs(model, input_ids, mask, args.temperature)
+
+    def critic_values(input_ids, mask):  # [B, T]
+        with critic_on():
+            return token_values(critic, head, input_ids, mask)[0]
+
+    batches = pack([len(r) for r in rollouts], tokens_per_batch)
+    for rows in shard.micro_batches(model, batches, policy_logprobs, critic_values):
         batch = [rollouts[i] for i in rows]
         input_ids, cpu_mask = make_batch(
             [r.prompt_ids for r in batch], [r.completion.ids for r in batch], device)
@@ -1017,8 +1097,7 @@ def accumulate_gradients(model, critic, critic_on, head, rollouts, args, beta, n
         def padded(name):
             return pad_logprobs([getattr(r, name) for r in batch], cpu_mask).to(device)
 
-        with nullcontext() if train_policy else torch.no_grad():
-            logprobs = token_logprobs(model, input_ids, cpu_mask, args.temperature)  # [B, T]
+        logprobs = policy_logprobs(input_ids, cpu_mask)
         old, advantages = padded("old_logprobs"), padded("advantages")
         loss, low, high = clipped_loss(
             logprobs, old, advantages, mask, args.clip_eps_low, args.clip_eps_high)
@@ -1028,7 +1107,7 @@ def accumulate_gradients(model, critic, critic_on, head, rollouts, args, beta, n
         if train_policy:
             (loss.sum() / n_tokens).backward()
         with critic_on():
-            values, _ = token_values(critic, head, input_ids, cpu_mask)
+            values = critic_values(input_ids, cpu_mask)
             old_values = pad_logprobs([r.values[:-1] for r in batch], cpu_mask).to(device)
             critic_loss, clipped = value_loss(
                 values, old_values, padded("returns"), mask, args.value_clip)
@@ -1252,7 +1331,7 @@ def main(args: Args) -> None:
     asked = args = resolve(args, device)
     if args.dry_run:
         args = replace(args, max_steps=1, wandb=False, resume=False, critic_warmup=0, target_kl=0.0)
-    check_out(args)
+    check_args(args)
     tokenizer = models.load_tokenizer(args.model)
 
     def policy_logprobs(prefixes, answers):  # for the reward answer-prob, under the weights of the moment
@@ -1277,13 +1356,16 @@ def main(args: Args) -> None:
         if not train or not held_out:
             raise ValueError(f"--max-prompt-tokens {args.max_prompt_tokens} leaves {len(train)} questions "
                              f"to train on and {len(held_out)} held out")
+    if args.download_only:
+        return models.download(args.model)
     longest = max(len(prompt_ids[e.id]) for e in train + held_out)
     if args.dry_run:
         train = sorted(train, key=lambda e: -len(prompt_ids[e.id]))[:args.prompts_per_step]
     torch.manual_seed(args.seed)
     dtype = models.choose_dtype(args.dtype, device)
-    model = models.load_model(args.model, torch.float32 if args.full else dtype, device,
-                              longest + args.max_new_tokens)
+    load_model = partial(models.load_model, args.model, torch.float32 if args.full else dtype, device,
+                         longest + args.max_new_tokens, split=args.shard)
+    model = load_model()
     models.check_token_ids(model, tokenizer)
     reward_functions = [replace(f, function=shared_reward(f.function, f"reward{i}", args, model, device))
                         if isinstance(f.function, str) else f for i, f in enumerate(reward_functions)]
@@ -1291,8 +1373,8 @@ def main(args: Args) -> None:
     reference = None  # the KL's frozen model: the base with no adapter; with --full a copy of the start
     if args.full:
         params = [p.requires_grad_() for p in model.parameters()]
-        reference = copy.deepcopy(model).requires_grad_(False) if args.beta else None
-        critic, critic_on = copy.deepcopy(model), nullcontext
+        reference = load_model().requires_grad_(False) if args.beta else None
+        critic, critic_on = load_model(), nullcontext
         critic_params = [*critic.base_model.parameters(), head]
     else:
         lora = args.lora_r, args.lora_alpha, args.lora_targets, models.layer_range(args.train_layers, model)
@@ -1309,13 +1391,18 @@ def main(args: Args) -> None:
         if args.gradient_checkpointing:
             enable_checkpointing(body)
         body.train()  # dropout is off (load_model); gradient checkpointing acts in this mode alone
-    optimizer = torch.optim.AdamW(params, lr=args.lr, weight_decay=args.weight_decay)
-    critic_optimizer = torch.optim.AdamW(critic_params, lr=args.critic_lr, weight_decay=args.weight_decay)
+    optimizer = torch.optim.AdamW(params, lr=args.lr, weight_decay=args.weight_decay,
+                                  foreach=False if args.shard else None)
+    critic_optimizer = torch.optim.AdamW(critic_params, lr=args.critic_lr, weight_decay=args.weight_decay,
+                                         foreach=False if args.shard else None)
     stop_ids = models.stop_ids(model, tokenizer)
-    sampler = Sampler(model, () if args.dry_run else stop_ids, args.slots, dtype)  # dry run: full length
+    sampler = Sampler(model, () if args.dry_run else stop_ids, args.slots, dtype,  # dry run: full length
+                      by_layer=args.reshard)
     run = Run(args, __file__, device, tags=models.run_tags(args.model, args.data))
+    for each in (optimizer, critic_optimizer):
+        each.register_step_pre_hook(run.weights_move)
     compute = partial(torch.autocast, device.type, torch.bfloat16,
-                      enabled=args.full and dtype == torch.bfloat16)
+                      enabled=args.full and dtype == torch.bfloat16, cache_enabled=False)
     run.print(models.describe(args, model, params + critic_params, dtype))
     run.print(f"data: {args.data}, {len(train)} questions to train on, {len(held_out)} held out, prompts "
               f"up to {longest} tokens; {args.prompts_per_step} x {args.num_generations} samples a step")
@@ -1408,8 +1495,8 @@ def main(args: Args) -> None:
                         break
                     dist.sum_gradients(params)
                     dist.sum_gradients(critic_params)
-                    norm = nn.utils.clip_grad_norm_(params, args.max_grad_norm).item()
-                    critic_norm = nn.utils.clip_grad_norm_(critic_params, args.critic_max_grad_norm).item()
+                    norm = shard.clip_gradients(params, args.max_grad_norm)
+                    critic_norm = shard.clip_gradients(critic_params, args.critic_max_grad_norm)
                     optimizer.param_groups[0]["lr"] = learning_rate(max(1, step - args.critic_warmup), args)
                     critic_optimizer.param_groups[0]["lr"] = learning_rate(
                         step, replace(args, lr=args.critic_lr))
@@ -1460,13 +1547,12 @@ def main(args: Args) -> None:
                 evaluate(sampler, held_out, prompt_ids, args, step, tokenizer, run)
 
         # ---- save ----
-        stop = bad_steps >= 5 or dist.any_rank(run.stop, device)
-        if step % args.save_every == 0 or last or stop:
-            run.save(step, save_weights, {
-                "optimizer": optimizer.state_dict(), "critic_optimizer": critic_optimizer.state_dict(),
-                "critic": [p.detach() for p in critic_params], "rng": torch.get_rng_state(), "step": step,
-                "position": position, "accumulated_reward": accumulated_reward,
-                "tokens_per_batch": tokens_per_batch, "sampled_tokens": sampled_tokens, "beta": beta})
+        due = step % args.save_every == 0 or last or bad_steps >= 5
+        stop = run.remember(step, due, save_weights, {
+            "optimizer": optimizer.state_dict(), "critic_optimizer": critic_optimizer.state_dict(),
+            "critic": [p.detach() for p in critic_params], "rng": torch.get_rng_state(), "step": step,
+            "position": position, "accumulated_reward": accumulated_reward,
+            "tokens_per_batch": tokens_per_batch, "sampled_tokens": sampled_tokens, "beta": beta})
         if bad_steps >= 5:
             raise ValueError(f"the loss was not finite in {bad_steps} updates in a row; "
                              f"the state is in {run.path}: lower --lr")

@@ -31,8 +31,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from common import curves, data, dist, models
-from common.run import Run, check_out, cli, retry_smaller
+from common import curves, data, dist, models, shard
+from common.run import Run, check_args, cli, retry_smaller
 
 # Shapes: B questions of a micro-batch, N replies to a question, T tokens, D hidden size, R LoRA rank.
 
@@ -58,6 +58,8 @@ class Args:
     """also log to Weights & Biases"""
     dry_run: bool = False
     """build all, run one step at the largest sizes, print peak memory and projected time, keep nothing"""
+    download_only: bool = False
+    """fetch model and data into the hub's cache, then end: the run itself then needs no network"""
     profile: int = 0
     """steps to trace with torch.profiler, from the first on"""
     device: str = ""
@@ -88,6 +90,8 @@ class Args:
     """train all weights (kept in float32) instead of an adapter"""
     gradient_checkpointing: bool = False
     """recompute the layers in the backward pass: less memory, about a third more time"""
+    shard: bool = False
+    """split the weights over the ranks of torchrun (FSDP2): the frozen base, or with --full all there is"""
     tokens_per_batch: int = 0
     """padded tokens per forward and backward pass and GPU, halved if out of memory; 0: 16384, CPU 2048"""
     # ---- LoRA ----
@@ -237,13 +241,13 @@ def adapter_tensors(model, name: str) -> dict[str, tuple[nn.Parameter, nn.Parame
 @torch.no_grad()
 def merged_state_dict(model) -> dict[str, torch.Tensor]:
     """The weights of a plain model, the active adapter added in float32; the base itself is untouched."""
-    state = {key.replace(".base.", "."): value for key, value in model.state_dict().items()
+    state = {key.replace(".base.", "."): shard.gather(value) for key, value in model.state_dict().items()
              if ".A." not in key and ".B." not in key}
     for path, module in lora_modules(model).items():
-        if module.active is not None:
+        weight = state[f"{path}.weight"]
+        if module.active is not None and weight is not None:
             delta = module.scale[module.active] * module.B[module.active] @ module.A[module.active]
-            weight = module.base.weight
-            state[f"{path}.weight"] = (weight.float() + delta).to(weight.dtype)
+            state[f"{path}.weight"] = (weight.float() + delta.to(weight.device)).to(weight.dtype)
     return state
 
 
@@ -312,6 +316,11 @@ def learning_rate(step, args):
                       "cosine": (1 + math.cos(math.pi * done)) / 2}[args.lr_schedule]
 
 
+def no_scores(model, head, input_ids, _):
+    """A pass over nothing, for `shard.micro_batches`."""
+    return models.last_token_scores(model, head, input_ids.tolist())
+
+
 def accumulate_gradients(model, head, comparisons, args, n_questions, tokens_per_batch, device):
     """Add the gradient of the step's mean loss over this rank's questions; returns sums for the metrics.
 
@@ -319,7 +328,8 @@ def accumulate_gradients(model, head, comparisons, args, n_questions, tokens_per
     """
     names = ("loss", "accuracy", "margin", "chosen", "rejected")
     sums = dict.fromkeys(names, torch.zeros((), device=device))
-    for picked in pack([len(c.rows) * len(c) for c in comparisons], tokens_per_batch):
+    batches = pack([len(c.rows) * len(c) for c in comparisons], tokens_per_batch)
+    for picked in shard.micro_batches(model, batches, partial(no_scores, model, head)):
         batch = [comparisons[i] for i in picked]
         margins = torch.tensor([args.margin * c.preference.margin for c in batch]).to(device)
         place = torch.tensor([(i, n) for i, c in enumerate(batch) for n in range(len(c.rows))]).to(device)
@@ -339,7 +349,8 @@ def score_all(model, head, comparisons, tokens_per_batch):
     """The score of every reply, as lists like `Comparison.rows`."""
     flat = [(i, row) for i, c in enumerate(comparisons) for row in c.rows]
     values = [None] * len(flat)
-    for picked in pack([len(row) for _, row in flat], tokens_per_batch):
+    batches = pack([len(row) for _, row in flat], tokens_per_batch)
+    for picked in shard.micro_batches(model, batches, partial(no_scores, model, head)):
         scores = models.last_token_scores(model, head, [flat[i][1] for i in picked]).tolist()
         for i, value in zip(picked, scores):
             values[i] = value
@@ -464,7 +475,7 @@ def main(args: Args) -> None:
     # ---- set up: whatever can be wrong is found here ----
     device = dist.setup(args.device)
     args, dropped = resolve(args, device), Counter()
-    check_out(args)
+    check_args(args)
     tokenizer = models.load_tokenizer(args.model)
     preferences = data.load_preferences(
         args.pairs, seed=args.seed, level=args.level or None, pairs_per_question=args.pairs_per_question,
@@ -475,6 +486,8 @@ def main(args: Args) -> None:
     if not train or not held_out:
         raise ValueError(f"--max-tokens {args.max_tokens} leaves {len(train)} pairs of {args.pairs} to train "
                          f"on and {len(held_out)} held out")
+    if args.download_only:
+        return models.download(args.model)
     longest = max(map(len, train + held_out))
     if args.max_steps == 0:
         args = replace(args, max_steps=math.ceil(args.passes * len(train) / args.pairs_per_step))
@@ -484,7 +497,8 @@ def main(args: Args) -> None:
         train = sorted(train, key=lambda c: -len(c.rows) * len(c))[:args.pairs_per_step]
     torch.manual_seed(args.seed)
     dtype = models.choose_dtype(args.dtype, device)
-    model = models.load_model(args.model, torch.float32 if args.full else dtype, device, longest)
+    model = models.load_model(args.model, torch.float32 if args.full else dtype, device, longest,
+                              split=args.shard)
     models.check_token_ids(model, tokenizer)
     size = model.config.hidden_size
     head = nn.Parameter((torch.randn(1, size) / (size + 1) ** 0.5).to(device))  # arXiv 1909.08593's start
@@ -499,10 +513,12 @@ def main(args: Args) -> None:
     if args.gradient_checkpointing:
         enable_checkpointing(model)
     model.train()  # dropout is off (load_model); gradient checkpointing acts in this mode alone
-    optimizer = torch.optim.AdamW(params, lr=args.lr, weight_decay=args.weight_decay)
+    optimizer = torch.optim.AdamW(params, lr=args.lr, weight_decay=args.weight_decay,
+                                  foreach=False if args.shard else None)
     run = Run(args, __file__, device, tags=models.run_tags(args.model, args.pairs))
+    optimizer.register_step_pre_hook(run.weights_move)
     compute = partial(torch.autocast, device.type, torch.bfloat16,
-                      enabled=args.full and dtype == torch.bfloat16)
+                      enabled=args.full and dtype == torch.bfloat16, cache_enabled=False)
     run.print(models.describe(args, model, params, dtype))
     run.print(f"data: {args.pairs}, {len(train)} pairs to train on, {len(held_out)} held out, up to "
               f"{longest} tokens; left out: "
@@ -522,9 +538,10 @@ def main(args: Args) -> None:
             models.save_plain(model, tokenizer, merged_state_dict(model) | {models.HEAD: head}, folder)
         else:
             models.save_trained(model, tokenizer, adapter, args, folder, head)
-        Path(folder, models.REWARD_FILE).write_text(json.dumps(
-            {"system": args.system, "prompt_template": args.prompt_template,
-             "mean": scale[0], "std": max(scale[1], 1e-6)}))
+        if dist.is_main():
+            Path(folder, models.REWARD_FILE).write_text(json.dumps(
+                {"system": args.system, "prompt_template": args.prompt_template,
+                 "mean": scale[0], "std": max(scale[1], 1e-6)}))
 
     with compute():
         run.self_check(check_scores(model, head, sorted(train, key=len)[:3], args, device))
@@ -547,7 +564,7 @@ def main(args: Args) -> None:
             sums, tokens_per_batch = retry_smaller(
                 attempt, tokens_per_batch, device, 2 * longest, "tokens per batch")
             dist.sum_gradients(params)
-            norm = nn.utils.clip_grad_norm_(params, args.max_grad_norm).item()
+            norm = shard.clip_gradients(params, args.max_grad_norm)
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(step, args)
             if math.isfinite(norm):
@@ -573,11 +590,10 @@ def main(args: Args) -> None:
                 scale = evaluate(model, head, held_out, args, step, tokens_per_batch, run)
 
         # ---- save ----
-        stop = bad_steps >= 5 or dist.any_rank(run.stop, device)
-        if step % args.save_every == 0 or step == args.max_steps or stop:
-            run.save(step, save_weights, {
-                "optimizer": optimizer.state_dict(), "rng": torch.get_rng_state(), "step": step,
-                "tokens_per_batch": tokens_per_batch, "scale": scale})
+        due = step % args.save_every == 0 or step == args.max_steps or bad_steps >= 5
+        stop = run.remember(step, due, save_weights, {
+            "optimizer": optimizer.state_dict(), "rng": torch.get_rng_state(), "step": step,
+            "tokens_per_batch": tokens_per_batch, "scale": scale})
         if bad_steps >= 5:
             raise ValueError(f"the gradient was not finite in {bad_steps} updates in a row; "
                              f"the state is in {run.path}: lower --lr")

@@ -24,8 +24,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from common import data, dist, models, rewards
-from common.run import Run, check_out, cli, retry_smaller
+from common import data, dist, models, rewards, shard
+from common.run import Run, check_args, cli, retry_smaller
 
 # Shapes: B rows, T tokens, V vocabulary, P prompts, D hidden size, H heads, K head size, R LoRA rank, N rows
 # or tokens in all.
@@ -52,6 +52,8 @@ class Args:
     """also log to Weights & Biases"""
     dry_run: bool = False
     """build all, run one step at the largest sizes, print peak memory and projected time, keep nothing"""
+    download_only: bool = False
+    """fetch model and data into the hub's cache, then end: the run itself then needs no network"""
     profile: int = 0
     """steps to trace with torch.profiler, from the first on"""
     device: str = ""
@@ -86,6 +88,10 @@ class Args:
     """train all weights (kept in float32) instead of an adapter"""
     gradient_checkpointing: bool = False
     """recompute the layers in the backward pass: less memory, about a third more time"""
+    shard: bool = False
+    """split the weights over the ranks of torchrun (FSDP2): the frozen base, or with --full all there is"""
+    reshard: bool = False
+    """with --shard, gather them layer by layer while sampling too: slower, for what one GPU cannot hold"""
     tokens_per_batch: int = 0
     """padded tokens per forward and backward pass and GPU, halved if out of memory; 0: 16384, CPU 2048"""
     # ---- LoRA ----
@@ -232,13 +238,13 @@ def adapter_tensors(model, name: str) -> dict[str, tuple[nn.Parameter, nn.Parame
 @torch.no_grad()
 def merged_state_dict(model) -> dict[str, torch.Tensor]:
     """The weights of a plain model, the active adapter added in float32; the base itself is untouched."""
-    state = {key.replace(".base.", "."): value for key, value in model.state_dict().items()
+    state = {key.replace(".base.", "."): shard.gather(value) for key, value in model.state_dict().items()
              if ".A." not in key and ".B." not in key}
     for path, module in lora_modules(model).items():
-        if module.active is not None:
+        weight = state[f"{path}.weight"]
+        if module.active is not None and weight is not None:
             delta = module.scale[module.active] * module.B[module.active] @ module.A[module.active]
-            weight = module.base.weight
-            state[f"{path}.weight"] = (weight.float() + delta).to(weight.dtype)
+            state[f"{path}.weight"] = (weight.float() + delta.to(weight.device)).to(weight.dtype)
     return state
 
 
@@ -322,7 +328,7 @@ def token_logprobs(model, input_ids, completion_mask, temperature=1.0, attention
     positions = None if attention_mask is None else (attention_mask.cumsum(1) - 1).clamp(min=0)
     hidden = model.base_model(input_ids=input_ids, attention_mask=attention_mask, position_ids=positions,
                               use_cache=False).last_hidden_state[rows, columns]  # [N, D]
-    weight = model.get_output_embeddings().weight
+    weight = shard.whole(model.get_output_embeddings().weight)
     chunk_tokens = chunk_tokens or max(16, (2**27 if weight.is_cuda else 2**24) // weight.shape[0])
     values = TokenLogprobs.apply(hidden, weight.to(hidden.dtype), input_ids[rows, columns + 1], temperature,
                                  getattr(model.config, "final_logit_softcapping", None), chunk_tokens)
@@ -364,7 +370,8 @@ def pack(lengths, tokens_per_batch):
 def completion_logprobs(model, prompt_ids, completion_ids, temperature, tokens_per_batch, device):
     """Log-probs [L] of each row's completion under the model as it stands, a list in the rows' order."""
     values = [None] * len(prompt_ids)
-    for rows in pack([len(p) + len(c) for p, c in zip(prompt_ids, completion_ids)], tokens_per_batch):
+    batches = pack([len(p) + len(c) for p, c in zip(prompt_ids, completion_ids)], tokens_per_batch)
+    for rows in shard.micro_batches(model, batches, partial(token_logprobs, model)):
         input_ids, mask = make_batch([prompt_ids[i] for i in rows], [completion_ids[i] for i in rows], device)
         logprobs = token_logprobs(model, input_ids, mask, temperature)
         for i, row, of_row in zip(rows, logprobs.cpu(), mask):
@@ -440,13 +447,15 @@ class FusedLinear:
     """
 
     def __init__(self, parts, dtype):
-        self.parts, self.bases = parts, [getattr(part, "base", part) for part in parts]
+        self.parts, self.bases, self.dtype = parts, [getattr(part, "base", part) for part in parts], dtype
         adapted = [part for part in parts if isinstance(part, LoRALinear)]
-        self.merge = bool(adapted) and dtype == torch.float32
-        self.shared = not self.merge and all(base.weight.dtype == dtype for base in self.bases)
         weights = [base.weight.detach() for base in self.bases]
-        self.weight = weights[0] if self.shared and len(parts) == 1 else torch.cat(weights).to(dtype)
-        self.rows = self.weight.split([base.out_features for base in self.bases])  # each part's own, views
+        self.split = shard.is_split(weights[0])
+        self.merge = bool(adapted) and dtype == torch.float32
+        self.shared = not (self.merge or self.split) and all(weight.dtype == dtype for weight in weights)
+        self.weight = None
+        if not self.split:
+            self._hold(weights[0] if self.shared and len(parts) == 1 else torch.cat(weights).to(dtype))
         if self.shared:
             for base, rows in zip(self.bases, self.rows):
                 base.weight.data = rows
@@ -455,12 +464,25 @@ class FusedLinear:
         self.A = self.B = None
         if adapted and not self.merge:
             rank = sum(max(len(A) for A in part.A.values()) for part in adapted)  # of any adapter made active
-            self.A = self.weight.new_zeros(rank, self.weight.shape[1])
-            self.B = self.weight.new_zeros(self.weight.shape[0], rank)
+            new = partial(torch.zeros, dtype=dtype, device=weights[0].device)
+            self.A = new(rank, self.bases[0].in_features)
+            self.B = new(sum(base.out_features for base in self.bases), rank)
+
+    def _hold(self, weight):
+        self.weight = weight
+        self.rows = weight.split([base.out_features for base in self.bases])  # each part's own, views
+
+    def release(self):
+        """Let go of weights that were gathered."""
+        if self.split:
+            self.weight = self.rows = None
 
     @torch.no_grad()
     def refresh(self):
-        """Take over the present weights, biases and active adapters of the modules."""
+        """Take over the present weights, biases and active adapters of the modules; gather split weights."""
+        if self.weight is None:
+            self._hold(torch.empty(sum(base.out_features for base in self.bases), self.bases[0].in_features,
+                                   dtype=self.dtype, device=self.bases[0].weight.device))
         if self.bias is not None:
             self.bias.copy_(torch.cat([base.bias for base in self.bases]))
         if self.B is not None:
@@ -468,7 +490,7 @@ class FusedLinear:
         out = rank = 0
         for part, base, rows in zip(self.parts, self.bases, self.rows):
             if not self.shared:
-                rows.copy_(base.weight)
+                rows.copy_(shard.whole(base.weight))
             if isinstance(part, LoRALinear) and part.active:
                 A, B, scale = part.A[part.active], part.B[part.active], part.scale[part.active]
                 if self.merge:
@@ -489,10 +511,11 @@ class SamplerLayer:
     """One decoder layer of the Llama family, written out: x [N, D] -> [N, D], for any N tokens of any rows.
 
     Covers grouped-query attention, q/k norms (Qwen3), norms around blocks and (1 + weight) norms (Gemma).
+    by_layer: split weights are gathered at each call and let go after it.
     """
 
-    def __init__(self, layer, dtype):
-        attn, mlp = layer.self_attn, layer.mlp
+    def __init__(self, layer, dtype, by_layer=False):
+        attn, mlp, self.by_layer = layer.self_attn, layer.mlp, by_layer
         self.qkv = FusedLinear([attn.q_proj, attn.k_proj, attn.v_proj], dtype)
         self.out = FusedLinear([attn.o_proj], dtype)
         self.gate_up = FusedLinear([mlp.gate_proj, mlp.up_proj], dtype)
@@ -513,8 +536,14 @@ class SamplerLayer:
         for part in (self.qkv, self.out, self.gate_up, self.down):
             part.refresh()
 
+    def release(self):
+        for part in (self.qkv, self.out, self.gate_up, self.down):
+            part.release()
+
     def __call__(self, x, cos, sin, attend):
         """cos, sin [N, 1, K], sine signed as the rotated half; attend(q, k, v) -> [N, H K] keeps k and v."""
+        if self.by_layer:
+            self.refresh()
         qkv = self.qkv(rms_norm(x, self.attn_norm)).view(len(x), -1, self.head_dim)  # [N, H + 2 Hkv, K]
         qk, v = qkv.split([self.heads + self.kv_heads, self.kv_heads], dim=1)
         if self.q_norm:
@@ -525,6 +554,8 @@ class SamplerLayer:
         x = x + (rms_norm(y, self.attn_out_norm) if self.attn_out_norm else y)
         gate, up = self.gate_up(rms_norm(x, self.mlp_norm)).chunk(2, -1)
         y = self.down(self.act(gate) * up)
+        if self.by_layer:
+            self.release()
         return x + (rms_norm(y, self.mlp_out_norm) if self.mlp_out_norm else y)
 
 
@@ -555,21 +586,58 @@ class Sampler:
     the first, and the next waiting row is admitted behind them. A prompt is prefilled once for all its
     samples. Attention reads the cache only up to the longest live row, in blocks. On CUDA a step is a
     captured graph for each (rows, length) block and the host looks at the tokens only every `sync_every`
-    steps; what a row drew past its end is thrown away.
+    steps; what a row drew past its end is thrown away. The weights of a model that is split over ranks are
+    gathered for the time of `sample`, or, `by_layer`, each layer's for its turn in each pass.
     """
 
-    def __init__(self, model, stop_ids, slots=256, dtype=None, sync_every=None, graphs=None):
+    def __init__(self, model, stop_ids, slots=256, dtype=None, sync_every=None, graphs=None, by_layer=False):
         self.model, self.stop_ids, self.slots = model, set(stop_ids), slots
         self.device = model.get_input_embeddings().weight.device
         self.dtype = dtype or model.get_input_embeddings().weight.dtype
         on_gpu = self.device.type == "cuda"
         self.sync_every = sync_every or (8 if on_gpu else 1)
-        self.use_graphs = on_gpu if graphs is None else graphs
+        self.split = shard.is_split(model.get_input_embeddings().weight)
+        self.by_layer = by_layer and self.split
+        self.use_graphs = (on_gpu if graphs is None else graphs) and not self.by_layer
         self.block, self.row_block = (256, 32) if on_gpu else (16, 1)
-        self.layers = [SamplerLayer(layer, self.dtype) for layer in model.base_model.layers]
+        self.layers = [SamplerLayer(layer, self.dtype, self.by_layer) for layer in model.base_model.layers]
         self.head = FusedLinear([model.get_output_embeddings()], self.dtype)
         self.softcap = getattr(model.config, "final_logit_softcapping", None)
         self.cache = None
+        self.graphs = {}
+
+    def _gather(self):
+        """Take over the present weights; what is split is gathered, which all ranks do together."""
+        for part in (self.head,) if self.by_layer else (*self.layers, self.head):
+            part.refresh()
+        if self.split:
+            embedding, head = self.model.get_input_embeddings(), self.model.get_output_embeddings()
+            self.embedding = (self.head.weight if embedding.weight is head.weight
+                              else shard.whole(embedding.weight).to(self.dtype))
+
+    def _release(self):
+        """Let go of gathered weights, and of the graphs that hold their addresses."""
+        if self.split:
+            self.embedding = None
+            self.graphs.clear()
+            for part in (*self.layers, self.head):
+                part.release()
+
+    def _leave_together(self):
+        """Join in the passes of ranks that still sample: none of them waits for this one's weights."""
+        while self.by_layer and dist.any_rank(False, self.device):
+            for layer in self.layers:
+                layer.refresh()
+                layer.release()
+
+    def _embed(self, ids):
+        module = self.model.get_input_embeddings()
+        if not self.split:
+            return module(ids).to(self.dtype)
+        if self.by_layer:  # a pass begins: those in `_leave_together` join in
+            dist.any_rank(True, self.device)
+        return F.embedding(ids, self.embedding) * torch.as_tensor(
+            getattr(module, "embed_scale", 1.0), dtype=self.dtype, device=self.device)
 
     def _allocate(self, slots, length):
         """Make the cache [L, 2, slots, Hkv, length, K] and the buffers of a step large enough."""
@@ -603,7 +671,7 @@ class Sampler:
         ids = torch.zeros(P, T, dtype=torch.int64)
         for row, prompt in zip(ids, prompts):
             row[:len(prompt)] = torch.tensor(prompt)
-        x = self.model.get_input_embeddings()(ids.to(self.device)).to(self.dtype).flatten(0, 1)  # [P T, D]
+        x = self._embed(ids.to(self.device)).flatten(0, 1)  # [P T, D]
         cos, sin = self.cos[:T].repeat(P, 1, 1), self.sin[:T].repeat(P, 1, 1)
         kept = x.new_empty(len(self.layers), 2, P, self.layers[0].kv_heads, T, self.layers[0].head_dim)
         ahead = self.columns[:T] > self.columns[:T, None]
@@ -624,7 +692,7 @@ class Sampler:
     def _decode(self, n, length, temperature):
         """One token for each of the first n slots, reading `length` cache columns; in place: graph-safe."""
         positions, rows = self.positions[:n], self.rows[:n]
-        x = self.model.get_input_embeddings()(self.tokens[:n]).to(self.dtype)  # [n, D]
+        x = self._embed(self.tokens[:n])  # [n, D]
         cos, sin = self.cos[positions], self.sin[positions]
         ahead = self.columns[:length] > positions[:, None]
         bias = torch.zeros(n, length, dtype=self.dtype, device=self.device).masked_fill(
@@ -673,13 +741,13 @@ class Sampler:
             raise ValueError("a prompt has no tokens; there is nothing to continue")
         done = [[Completion([], [], False) for _ in row] for row in keys]
         waiting = deque((p, g) for p, row in enumerate(keys) for g in range(len(row)))
-        if not waiting:
+        if not waiting and not self.split:
             return done
         total, live, prefilled = len(waiting), [], {}
-        for part in (*self.layers, self.head):
-            part.refresh()
-        self._allocate(min(self.slots, total), max(map(len, prompts)) + max_new_tokens + self.sync_every)
-        slots = self.cache.shape[2]
+        self._gather()
+        if waiting:
+            self._allocate(min(self.slots, total), max(map(len, prompts)) + max_new_tokens + self.sync_every)
+            slots = self.cache.shape[2]
 
         def record(slot_rows, tokens, logprobs):
             """Append one step's draws; returns the slots whose row has just ended."""
@@ -752,6 +820,8 @@ class Sampler:
             for tokens, logprobs in zip(*self._run(n, length, temperature)):
                 ended.update(record(live, tokens, logprobs))
             leave(ended)
+        self._leave_together()
+        self._release()
         return done
 
 
@@ -816,7 +886,8 @@ def sample_all(sampler, prompt_ids, keys, max_new_tokens, temperature, run, doin
 def accumulate_gradients(model, rows, n_tokens, tokens_per_batch, device):
     """Add the gradient of -sum(log-probs) / n_tokens, returned, over this rank's (prompt, completion) ids."""
     loss_sum = torch.zeros((), device=device)
-    for picked in pack([len(p) + len(c) for p, c in rows], tokens_per_batch):
+    batches = pack([len(p) + len(c) for p, c in rows], tokens_per_batch)
+    for picked in shard.micro_batches(model, batches, partial(token_logprobs, model)):
         input_ids, mask = make_batch([rows[i][0] for i in picked], [rows[i][1] for i in picked], device)
         loss = -token_logprobs(model, input_ids, mask).sum() / n_tokens
         loss.backward()
@@ -867,7 +938,7 @@ def main(args: Args) -> None:
     # ---- set up: whatever can be wrong is found here ----
     device = dist.setup(args.device)
     args = resolve(args, device)
-    check_out(args)
+    check_args(args)
     tokenizer = models.load_tokenizer(args.model)
     dropped = Counter()
     train, held_out = data.train_validation(args.data, n_train=args.train_questions,
@@ -883,6 +954,8 @@ def main(args: Args) -> None:
     if not train:
         raise ValueError(f"--data {args.data}: no row has a completion to imitate"
                          + (f" of at most --max-tokens {args.max_tokens}" if args.max_tokens else ""))
+    if args.download_only:
+        return models.download(args.model)
     if not args.max_steps:
         args = replace(args, max_steps=math.ceil(args.epochs * len(train) / args.batch_size))
     asked = args
@@ -894,7 +967,7 @@ def main(args: Args) -> None:
     longest = max(lengths[e.id] for e in train + held_out)
     needed = max(longest, max(len(encoded[e.id][0]) for e in train + held_out) + args.max_new_tokens)
     model = models.load_model(args.model, torch.float32 if args.full else dtype, device, needed,
-                              args.from_scratch)
+                              args.from_scratch, split=args.shard)
     models.check_token_ids(model, tokenizer)
     if args.full:
         params = [p.requires_grad_() for p in model.parameters()]
@@ -906,11 +979,13 @@ def main(args: Args) -> None:
     if args.gradient_checkpointing:
         enable_checkpointing(model)
     model.train()  # dropout is off (load_model); gradient checkpointing acts in this mode alone
-    optimizer = torch.optim.AdamW(params, lr=args.lr, weight_decay=args.weight_decay, betas=(0.9, 0.95))
-    sampler = Sampler(model, models.stop_ids(model, tokenizer), args.slots, dtype)
+    optimizer = torch.optim.AdamW(params, lr=args.lr, weight_decay=args.weight_decay, betas=(0.9, 0.95),
+                                  foreach=False if args.shard else None)
+    sampler = Sampler(model, models.stop_ids(model, tokenizer), args.slots, dtype, by_layer=args.reshard)
     run = Run(args, __file__, device, tags=models.run_tags(args.model, args.data))
+    optimizer.register_step_pre_hook(run.weights_move)
     compute = partial(torch.autocast, device.type, torch.bfloat16,
-                      enabled=args.full and dtype == torch.bfloat16)
+                      enabled=args.full and dtype == torch.bfloat16, cache_enabled=False)
     run.print(models.describe(args, model, params, dtype))
     run.print(f"data: {args.data}, {len(train)} rows to train on, {len(held_out)} held out, "
               f"up to {longest} tokens; {args.batch_size} rows a step; left out: "
@@ -947,7 +1022,7 @@ def main(args: Args) -> None:
             loss, tokens_per_batch = retry_smaller(
                 attempt, tokens_per_batch, device, longest, "tokens per batch")
             dist.sum_gradients(params)
-            norm = nn.utils.clip_grad_norm_(params, args.max_grad_norm).item()
+            norm = shard.clip_gradients(params, args.max_grad_norm)
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(step, args)
             if math.isfinite(norm):
@@ -974,11 +1049,10 @@ def main(args: Args) -> None:
                 evaluate(model, sampler, held_out, encoded, args, step, tokens_per_batch, tokenizer, run)
 
         # ---- save ----
-        stop = bad_steps >= 5 or dist.any_rank(run.stop, device)
-        if step % args.save_every == 0 or step == args.max_steps or stop:
-            run.save(step, save_weights, {
-                "optimizer": optimizer.state_dict(), "rng": torch.get_rng_state(), "step": step,
-                "tokens_per_batch": tokens_per_batch})
+        due = step % args.save_every == 0 or step == args.max_steps or bad_steps >= 5
+        stop = run.remember(step, due, save_weights, {
+            "optimizer": optimizer.state_dict(), "rng": torch.get_rng_state(), "step": step,
+            "tokens_per_batch": tokens_per_batch})
         if bad_steps >= 5:
             raise ValueError(f"the gradient was not finite in {bad_steps} updates in a row; "
                              f"the state is in {run.path}: lower --lr")

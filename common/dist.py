@@ -1,25 +1,37 @@
 """torch.distributed behind a few functions that also work on one process, so that no loop needs an `if`."""
 
+import json
 import os
+import secrets
+import signal
 import socket
+import subprocess
+import sys
+import threading
+import time
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 
+STOPPED = 75  # exit code of a run that a signal ended, its state saved (EX_TEMPFAIL in sysexits.h: try again)
+
 
 def setup(device: str = "") -> torch.device:
-    """Join the process group that torchrun announced (if it did) and choose this rank's device.
+    """Join the process group that torchrun or srun announced (if one did) and choose this rank's device.
 
-    device: "" picks CUDA, then MPS, then the CPU; under torchrun a CUDA rank takes its LOCAL_RANK's card.
+    device: "" picks CUDA, then MPS, then the CPU; of several ranks on a machine each takes its LOCAL_RANK's
+    card. A collective that lasts longer than UNROLLED_TIMEOUT seconds (default 1800) fails.
     Errors: ValueError for a device that this machine lacks.
     """
+    _read_slurm()
     kind = device or ("cuda" if torch.cuda.is_available()
                       else "mps" if torch.backends.mps.is_available() else "cpu")
     if kind.startswith("cuda") and not torch.cuda.is_available():
         raise ValueError(f"--device {kind}: no CUDA device is visible here; use --device cpu")
-    if kind == "cuda":
-        kind = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+    if kind == "cuda":  # srun may show each rank its own card alone
+        bound = "SLURM_STEP_NUM_TASKS" in os.environ and torch.cuda.device_count() == 1
+        kind = f"cuda:{0 if bound else os.environ.get('LOCAL_RANK', 0)}"
     try:
         chosen = torch.device(kind)
     except RuntimeError:
@@ -31,9 +43,171 @@ def setup(device: str = "") -> torch.device:
         torch.cuda.set_device(chosen)
     if "RANK" in os.environ and not dist.is_initialized():
         backend = "nccl" if chosen.type == "cuda" else "gloo"
-        # A rank that hangs must not hold the others for ever: collectives fail after this long.
-        dist.init_process_group(backend, timeout=timedelta(minutes=30))
+        # a rank that hangs must not hold the others for ever
+        limit = timedelta(seconds=float(os.environ.get("UNROLLED_TIMEOUT", 1800)))
+        try:
+            dist.init_process_group(backend, timeout=limit)
+        except (RuntimeError, ValueError) as error:
+            raise ValueError(f"rank {os.environ['RANK']} of {os.environ.get('WORLD_SIZE')}: cannot join the "
+                             f"others at {os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')} "
+                             f"({first_line(error)})") from None
+        if world_size() > 1:
+            global _watch
+            _watch = Watch()
     return chosen
+
+
+def _read_slurm():
+    """Of ranks that srun started without torchrun: put SLURM's variables under torchrun's names."""
+    if "RANK" in os.environ or int(os.environ.get("SLURM_STEP_NUM_TASKS", 1)) == 1:
+        return
+    names = {"RANK": "SLURM_PROCID", "WORLD_SIZE": "SLURM_STEP_NUM_TASKS", "LOCAL_RANK": "SLURM_LOCALID"}
+    os.environ.update({name: os.environ[slurm] for name, slurm in names.items()})
+    os.environ.setdefault("MASTER_PORT", str(20000 + int(os.environ["SLURM_JOB_ID"]) % 20000))
+    if "MASTER_ADDR" not in os.environ:
+        nodes = os.environ["SLURM_STEP_NODELIST"]
+        try:
+            hosts = subprocess.run(["scontrol", "show", "hostnames", nodes], capture_output=True, text=True)
+            os.environ["MASTER_ADDR"] = hosts.stdout.split()[0]
+        except (OSError, IndexError):
+            raise ValueError(f"scontrol cannot tell the hosts of {nodes} here (inside a container?): export "
+                             "MASTER_ADDR, the first of them, in the job script") from None
+
+
+def first_line(error) -> str:
+    """What an exception says, cut to a line."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)[:200]
+
+
+# ---- ending together: a signal, a failure, a rank that is gone ----
+
+stop_signal = ""  # the name of the signal that asks this process to save and leave
+stoppable = True  # whether the step under way can be given up: false once it has moved the weights
+lockstep = False  # whether the ranks make each pass together (--shard): none can leave in between
+_stopped_at = 0.0
+_watch = None
+
+
+class Stopped(Exception):
+    """A signal came: the step under way is given up, on all ranks; the one before it is saved."""
+
+
+def check_stop() -> None:
+    """Errors: Stopped if a signal asks to leave and the step under way can be given up."""
+    if stop_signal and stoppable and not lockstep:
+        raise Stopped
+
+
+def listen() -> None:
+    """From here on SIGINT, SIGTERM and SIGUSR1 set `stop_signal`; a second Ctrl-C ends the process."""
+    global stop_signal, stoppable
+    stop_signal, stoppable = "", True
+    if threading.current_thread() is threading.main_thread():
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+            signal.signal(number, _on_signal)
+
+
+def _on_signal(number, frame):
+    global stop_signal, _stopped_at
+    # torchrun passes on a Ctrl-C that the terminal has sent to its ranks already, and ends those that are
+    # still saving when the first has left with SIGTERM
+    if stop_signal and number == signal.SIGINT and time.monotonic() - _stopped_at > 1:
+        raise KeyboardInterrupt
+    if not stop_signal:
+        stop_signal, _stopped_at = signal.Signals(number).name, time.monotonic()
+        if is_main():  # not print: the signal may have come inside another
+            os.write(2, f"\n{stop_signal}: saving (Ctrl-C: leave at once)\n".encode())
+
+
+class Watch:
+    """A connection from each rank to rank 0 for as long as it lives: who fails or is killed ends all at once.
+
+    The kernel closes a dead process's connection, so that a kill -9 is seen in milliseconds, also by ranks
+    that wait in a collective, where no Python runs but this class's threads. Rank 0 prints the one line; if
+    rank 0 is gone, rank 1 does. A machine that goes down is noticed by TCP keep-alive, in 30 seconds.
+    """
+
+    def __init__(self):
+        self.lock, self.done, self.peers = threading.Lock(), False, {}
+        token, server = secrets.token_hex(), None
+        if is_main():
+            both = socket.has_dualstack_ipv6()
+            server = socket.create_server(("", 0), family=socket.AF_INET6 if both else socket.AF_INET,
+                                          dualstack_ipv6=both, backlog=world_size())
+            server.settimeout(60)
+        port, token = broadcast((server.getsockname()[1], token) if server else None)
+        if server:
+            while len(self.peers) < world_size() - 1:
+                peer, _ = server.accept()
+                with peer.makefile() as lines:
+                    hello = lines.readline().split()
+                if hello[:1] == [token]:
+                    self._follow(int(hello[1]), peer)
+            server.close()
+        else:
+            peer = socket.create_connection((os.environ["MASTER_ADDR"], port), timeout=60)
+            peer.settimeout(None)
+            peer.sendall(f"{token} {rank()}\n".encode())
+            self._follow(0, peer)
+        barrier()
+
+    def _follow(self, of_rank, peer):
+        peer.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        for name, value in (("TCP_KEEPIDLE", 10), ("TCP_KEEPINTVL", 5), ("TCP_KEEPCNT", 3)):
+            if hasattr(socket, name):
+                peer.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
+        self.peers[of_rank] = peer
+        threading.Thread(target=self._read, args=(of_rank, peer), daemon=True).start()
+
+    def _read(self, of_rank, peer):
+        message = None  # the connection ends without a word: the process is gone
+        try:
+            with peer.makefile() as lines:
+                message = json.loads(lines.readline() or "null")
+        except (OSError, ValueError):
+            pass
+        if message is None:
+            message = (f"rank {of_rank} of {world_size()} is gone without a word (killed? out of memory?); "
+                       "all ranks end; --resume goes on from the last checkpoint")
+        if message and not self.done:  # "" is a goodbye
+            time.sleep(0.3 if is_main() else 0)  # what all ranks find wrong, rank 0 says for itself
+            self.end(message, show=is_main() or of_rank == 0 and rank() == 1 and "is gone" in message)
+
+    def _tell(self, message):
+        for peer in self.peers.values():
+            try:
+                peer.sendall((json.dumps(message) + "\n").encode())
+            except OSError:
+                pass  # it is gone, too
+
+    def end(self, message, show):
+        """End this process, and the others with it."""
+        with self.lock:  # never released: one line, once
+            if show:
+                os.write(2, f"\nerror: {message}\n".encode())
+            if is_main():
+                self._tell(message)
+            for clean_up in at_failure:
+                clean_up()
+            os._exit(1)
+
+    def leave(self):
+        """The end of a run that did not fail."""
+        self.done = True
+        self._tell("")
+
+
+at_failure = []  # called in a process that is ended by another's failure
+
+
+def fail(message: str) -> None:
+    """Say on rank 0's stderr, once, why this rank cannot go on; then the processes of all ranks end."""
+    if _watch is None or _watch.done:
+        sys.exit(f"error: {message}")
+    if not is_main():
+        _watch._tell(f"rank {rank()}: {message}")
+        time.sleep(20)  # rank 0 ends this process when it has said so
+    _watch.end(message, show=True)
 
 
 def rank() -> int:
@@ -54,7 +228,13 @@ def barrier() -> None:
 
 
 def finish() -> None:
+    """Take leave of the other ranks."""
+    global _watch
     if dist.is_initialized():
+        if _watch:
+            barrier()  # torchrun ends the others as soon as one has left with a code that is not 0
+            _watch.leave()
+            _watch = None
         dist.destroy_process_group()
 
 
@@ -86,13 +266,18 @@ def broadcast(value):
     return box[0]
 
 
-def any_rank(flag: bool, device: torch.device) -> bool:
-    """True on all ranks if `flag` is true on one: how the ranks agree, so that none waits for another."""
+def any_ranks(flags: list[bool], device: torch.device) -> list[bool]:
+    """Each flag true on all ranks if it is on one: how the ranks agree, so that none waits for another."""
     if not dist.is_initialized():
-        return flag
-    agreed = torch.tensor([float(flag)], device=device)
+        return flags
+    agreed = torch.tensor(flags, dtype=torch.float32, device=device)
     dist.all_reduce(agreed, op=dist.ReduceOp.MAX)
-    return bool(agreed.item())
+    return [bool(flag) for flag in agreed.tolist()]
+
+
+def any_rank(flag: bool, device: torch.device) -> bool:
+    """`any_ranks` of one flag."""
+    return any_ranks([flag], device)[0]
 
 
 def sum_dict(values: dict[str, float], device: torch.device) -> dict[str, float]:
@@ -114,7 +299,8 @@ def sum_gradients(params: list[torch.nn.Parameter]) -> None:
     for p in params:
         if p.grad is None:
             p.grad = torch.zeros_like(p)
-    if not dist.is_initialized():
+    params = [p for p in params if not hasattr(p, "full_tensor")]  # split ones: FSDP2 has summed theirs
+    if not dist.is_initialized() or not params:
         return
     flat = torch.cat([p.grad.flatten() for p in params])
     dist.all_reduce(flat)

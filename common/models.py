@@ -17,6 +17,8 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from common import dist, shard
+
 TINY = Path(__file__).parent / "tiny"  # the embedded model
 
 # The decoder layer that the sampler writes out by hand is the layer of these families and of no other.
@@ -196,11 +198,12 @@ def of_other_models(sources: str, model: str) -> list[str]:
 
 
 def load_model(name: str, dtype: torch.dtype, device: torch.device, max_tokens: int = 0,
-               from_scratch: bool = False, scores: bool = False):
+               from_scratch: bool = False, scores: bool = False, split: bool = False):
     """A plain causal language model in `dtype` on `device`, dropout off; adapters are merged in float32.
 
     max_tokens: longest prompt and completion of the run; 0 leaves it unchecked. from_scratch: random weights.
-    scores: the body of a reward model, which is refused otherwise.
+    scores: the body of a reward model, which is refused otherwise. split: over the ranks; rank 0 loads it, on
+    the CPU.
     Errors: ValueError, one line, if the model is missing, unsupported, or its context or window is shorter.
     """
     from transformers import AutoModelForCausalLM
@@ -216,17 +219,27 @@ def load_model(name: str, dtype: torch.dtype, device: torch.device, max_tokens: 
         check_reward_model(name)
     elif (Path(folder) / REWARD_FILE).exists():
         raise ValueError(f"--model {name}: a reward model, no policy; use it as --rewards model:{name}")
-    load_dtype = dtype if folder == base else torch.float32
-    if from_scratch:
+    load_dtype, model = dtype if folder == base else torch.float32, None
+    if split and not dist.is_main():
+        pass  # its part comes from rank 0
+    elif from_scratch:
         model = AutoModelForCausalLM.from_config(config)
     else:
         model = _reach("weights", base, lambda: AutoModelForCausalLM.from_pretrained(base, dtype=load_dtype))
         merge_adapters(model, folder)
+    if split:
+        source = model
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+        shard.split(model, source, device)
+        model.generation_config = dist.broadcast(source and source.generation_config)
     for module in model.modules():  # dropout would make sampler, reference and trainer three models
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
         if isinstance(getattr(module, "attention_dropout", None), float):
             module.attention_dropout = 0.0
+    if split:
+        return model
     for p in model.parameters():  # not model.to(dtype): rotary frequencies are buffers, and stay float32
         p.data = p.data.to(device=device, dtype=dtype)
     return model.to(device)
@@ -366,7 +379,8 @@ def choose_dtype(name: str, device: torch.device) -> torch.dtype:
 def save_plain(model, tokenizer, state: dict[str, torch.Tensor], folder) -> None:
     """Write a plain Hugging Face model (safetensors, config, tokenizer): transformers, PEFT, vLLM load it.
 
-    With a reward model's HEAD in the state it is a sequence classifier of one label.
+    All ranks call it, rank 0 writes. With a reward model's HEAD in the state it is a sequence
+    classifier of one label.
     """
     config = copy.deepcopy(model.config)
     if HEAD in state:
@@ -378,6 +392,9 @@ def save_plain(model, tokenizer, state: dict[str, torch.Tensor], folder) -> None
         config.architectures = [MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING[type(config)].__name__]
     if model.config.tie_word_embeddings:
         state = {key: value for key, value in state.items() if key != "lm_head.weight"}
+    state = {key: shard.gather(value) for key, value in state.items()}
+    if not dist.is_main():
+        return
     os.makedirs(folder, exist_ok=True)
     state = {key: value.detach().cpu().contiguous().clone() for key, value in state.items()}
     save_file(state, f"{folder}/model.safetensors", {"format": "pt"})
@@ -389,11 +406,11 @@ def save_plain(model, tokenizer, state: dict[str, torch.Tensor], folder) -> None
 def save_trained(model, tokenizer, adapter, args, folder, head=None) -> None:
     """Write what a run trains: `adapter` (as `save_adapter` takes it), the whole model where it is None.
 
-    head: a reward model's [1, D], which goes into the same file.
+    head: a reward model's [1, D], which goes into the same file. All ranks call it, rank 0 writes.
     """
     if adapter is None:
         save_plain(model, tokenizer, model.state_dict() | ({} if head is None else {HEAD: head}), folder)
-    else:
+    elif dist.is_main():
         save_adapter(folder, adapter, args.lora_alpha, absolute(args.model), model, head)
         tokenizer.save_pretrained(folder)
 
@@ -401,7 +418,11 @@ def save_trained(model, tokenizer, adapter, args, folder, head=None) -> None:
 @torch.no_grad()
 def load_trained(folder, model, adapter, head=None) -> None:
     """Read back what `save_trained` wrote."""
-    if adapter is None:
+    if adapter is None and shard.is_split(model.get_input_embeddings().weight):
+        tied = model.config.tie_word_embeddings
+        shard.load(folder, {key: value for key, value in model.state_dict().items()
+                            if not (tied and key == "lm_head.weight")})
+    elif adapter is None:
         model.load_state_dict(load_file(f"{folder}/model.safetensors"), strict=False)
     else:
         load_adapter(folder, adapter)

@@ -16,19 +16,21 @@ import os
 import platform
 import resource
 import shutil
-import signal
 import subprocess
 import sys
 import tempfile
 import time
+import traceback
 import typing
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 
-from common import curves, dist, models, rewards
+from common import curves, dist, models, rewards, shard
 
 
 def cli(main, Args) -> None:
@@ -36,18 +38,30 @@ def cli(main, Args) -> None:
 
     `--config FILE` (YAML or JSON, also a run's config.json) and `--resume` (the config.json of `--out`) give
     the values that the command line does not. UNROLLED_TRACEBACK=1 shows a mistake's traceback all the same.
+    Exit codes: 0 the run is finished, 1 it failed, 75 a signal ended it and `--resume` goes on, 130 Ctrl-C.
     """
     import tyro
 
     try:
         main(tyro.cli(Args, default=_defaults(Args, sys.argv[1:]),
                       description=sys.modules["__main__"].__doc__))
-    except ValueError as error:
-        if os.environ.get("UNROLLED_TRACEBACK"):
+    except dist.Stopped:
+        dist.stop_signal = dist.stop_signal or "another rank's signal"
+        Run.current.save_remembered()
+        Run.current.finish()
+    except KeyboardInterrupt:
+        os._exit(130)
+    except Exception as error:
+        mistake = isinstance(error, ValueError) and not os.environ.get("UNROLLED_TRACEBACK")
+        if not mistake and dist.world_size() == 1:
             raise
-        sys.exit(f"error: {error}")  # exit code 1, as for any failed command
-    finally:
-        dist.finish()
+        if not mistake:  # a collective fails in all ranks when one is gone: that one is the news
+            time.sleep(2)
+            traceback.print_exc()
+        dist.fail(str(error) if mistake else f"{type(error).__name__}: {dist.first_line(error)}")
+    dist.finish()
+    if dist.stop_signal:
+        sys.exit(dist.STOPPED)
 
 
 def _defaults(Args, argv):
@@ -99,18 +113,20 @@ def _defaults(Args, argv):
     return Args(**values)
 
 
-def check_out(args) -> None:
-    """Refuse an `--out` that holds something or cannot be written, and negative limits. Writes nothing.
-
-    Errors: ValueError.
+def check_args(args) -> None:
+    """Refuse what no script can do: an `--out` that holds something or cannot be written, negative limits,
+    ways of saving memory that exclude each other. Writes nothing. Errors: ValueError.
     """
+    if getattr(args, "reshard", False) and not args.shard:
+        raise ValueError("--reshard says when --shard gathers the weights: add --shard")
     for name in ("max_steps", "token_budget"):
         if getattr(args, name, 0) < 0:
             raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)}: cannot be negative")
     path = Path(args.out or "runs")
     if args.resume or args.dry_run:
         return
-    if args.out and path.exists() and (not path.is_dir() or any(path.iterdir())):
+    # what begins with a dot is left from a start that was killed
+    if args.out and path.exists() and (not path.is_dir() or any(p.name[0] != "." for p in path.iterdir())):
         raise ValueError(f"--out {path} exists and is not empty; "
                          "add --resume to go on with it, or choose another")
     parent = next(p for p in (path.absolute(), *path.absolute().parents) if p.exists())
@@ -121,19 +137,20 @@ def check_out(args) -> None:
 class Run:
     """One run's directory and terminal.
 
-    State: `path`; `step`, the last step logged; `seconds`, what each phase of the present step took; `stop`,
-    true once SIGINT, SIGTERM or SIGUSR1 arrived (the loop then saves and leaves).
+    State: `path`; `seconds`, what each phase of the present step took; what `remember` was told last.
     Errors: ValueError if the directory holds a run already (and not `args.resume`), or cannot be written.
     """
 
+    current = None  # the one of this process, for `cli` to save when a signal comes
+
     def __init__(self, args, script, device, *, tags=()):
         self.args, self.device, self.name = args, device, Path(script).stem
-        self.seconds, self.stop, self._wandb, self._table = {}, False, None, []
+        self.seconds, self._wandb, self._table, self._remembered = {}, None, [], None
         self._profiled = 0
         self._started, self._first_step, self._line = time.time(), None, 0
         self.path = Path(dist.broadcast(self._make_directory(script, tags) if dist.is_main() else None))
-        for name in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
-            signal.signal(name, self._on_signal)
+        Run.current = self
+        dist.listen()
         if args.wandb and dist.is_main():
             import wandb
 
@@ -153,25 +170,28 @@ class Run:
             if args.dry_run:
                 path = Path(tempfile.mkdtemp(prefix="unrolled-"))
                 atexit.register(shutil.rmtree, path, ignore_errors=True)
+                dist.at_failure.append(partial(shutil.rmtree, path, ignore_errors=True))
             elif args.resume:
                 if not (path / "config.json").exists():
                     raise ValueError(f"--out {path} --resume: there is no run in that directory")
                 return str(path)
             while not (args.out or args.dry_run) and path.exists():  # two runs started in the same second
                 path = path.with_name(path.name + "x")
-            (path / "checkpoints").mkdir(parents=True, exist_ok=True)
-            shutil.copy(script, path / Path(script).name)
+            path.mkdir(parents=True, exist_ok=True)
             git = self._git()
             diff = git.pop("diff")
-            if diff:
-                (path / "git.diff").write_text(diff)
             packages = ("torch", "transformers", "numpy", "datasets", "tyro")
             named = [args.model] if isinstance(args.model, str) else [m for m in args.model if m != "base"]
             config = {"args": dataclasses.asdict(args), "id": digest, "argv": sys.argv, "git": git,
                       "models": [models.fingerprint(name) for name in named],
                       "versions": {"python": platform.python_version()} | {p: _version(p) for p in packages},
                       "host": platform.node(), "world_size": dist.world_size(), "device": str(self.device)}
-            (path / "config.json").write_text(json.dumps(config, indent=1, default=str))
+            # first of all: a run that is killed from here on can be resumed
+            replace_text(path / "config.json", json.dumps(config, indent=1, default=str))
+            (path / "checkpoints").mkdir(exist_ok=True)
+            shutil.copy(script, path / Path(script).name)
+            if diff:
+                (path / "git.diff").write_text(diff)
         except OSError as error:
             raise ValueError(f"--out {path}: cannot write there ({error.strerror})") from None
         return str(path)
@@ -187,14 +207,6 @@ class Run:
             return {"commit": git("rev-parse", "HEAD").strip(), "dirty": bool(diff), "diff": diff}
         except OSError:  # no git on this machine
             return {"commit": "", "dirty": False, "diff": ""}
-
-    def _on_signal(self, number, frame):
-        if self.stop:  # a second Ctrl-C means it
-            raise KeyboardInterrupt
-        self.stop = True
-        if dist.is_main():  # not print: the signal may have come inside another
-            name = signal.Signals(number).name
-            os.write(2, f"\n{name}: saving after this step (again to leave at once)\n".encode())
 
     # ---- terminal ----
 
@@ -212,7 +224,8 @@ class Run:
             self._line = 0
 
     def progress(self, text) -> None:
-        """A line that the next one overwrites, on a terminal only."""
+        """A line that the next one overwrites, on a terminal only. Errors: Stopped if a signal came."""
+        dist.check_stop()
         if dist.is_main() and sys.stderr.isatty():
             self._clear()
             sys.stderr.write(text[:shutil.get_terminal_size().columns - 1])
@@ -263,7 +276,7 @@ class Run:
 
     def _write_metrics(self, line):
         if dist.is_main():
-            with open(self.path / "metrics.jsonl", "a") as file:
+            with self._append("metrics.jsonl") as file:
                 file.write(json.dumps({k: None if isinstance(v, float) and not math.isfinite(v) else v
                                        for k, v in line.items()}) + "\n")
             if self._wandb:
@@ -279,8 +292,7 @@ class Run:
         """Append rows (dicts with the same keys, in order) to a CSV of the run; only rank 0's are written."""
         if not rows or not dist.is_main():
             return
-        path = self.path / file_name
-        with open(path, "a", newline="", encoding="utf-8") as file:
+        with self._append(file_name) as file:
             writer = csv.DictWriter(file, list(rows[0]))
             if file.tell() == 0:
                 writer.writeheader()
@@ -289,6 +301,15 @@ class Run:
             self._table = (self._table + rows)[-200:]  # wandb tables are rewritten whole: keep the newest
             table = self._wandb.Table(columns=list(rows[0]), data=[list(row.values()) for row in self._table])
             self._wandb.log({"samples": table}, commit=False)
+
+    @contextmanager
+    def _append(self, name):
+        try:
+            with open(self.path / name, "a", newline="", encoding="utf-8") as file:
+                yield file
+        except OSError as error:
+            raise ValueError(f"{self.path / name}: cannot write ({error.strerror}); make room, then go on "
+                             f"from the last checkpoint with --out {self.path} --resume") from None
 
     def log_evaluation(self, step, rows, more) -> None:
         """Held-out answers (rows of `rewards.answer_row`, of all ranks) to eval.csv, and what they come to.
@@ -305,70 +326,148 @@ class Run:
 
     # ---- checkpoints ----
 
-    def save(self, step, write_weights, training) -> None:
-        """Write checkpoints/step-N whole or not at all: aside, then renamed; old ones beyond `args.keep` go.
+    def remember(self, step, due, write_weights, training) -> bool:
+        """The state after a whole step, written now if it is `due` or a signal came. True: leave the loop.
 
-        write_weights(folder) writes the model's part; `training`: tensors and plain values, the rest.
+        write_weights(folder) writes the model's part, as it stands when it is called; `training`: the rest,
+        by name: tensors and plain values, or a function that makes them when they are written. A signal in
+        the next step gives it up and saves this state, as long as `weights_move` has not been called.
         """
+        self._remembered = step, write_weights, training
+        dist.stoppable = True
+        stop = dist.any_rank(bool(dist.stop_signal), self.device)
+        if stop:
+            dist.stop_signal = dist.stop_signal or "another rank's signal"
+        if due or stop:
+            self.save_remembered()
+        return stop
+
+    def weights_move(self, *_) -> None:
+        """From here to the next `remember` no signal gives up the step: the remembered state is no more."""
+        self._remembered, dist.stoppable = None, False
+
+    def save_remembered(self) -> None:
+        """Write checkpoints/step-N whole or not at all, then let old ones beyond `args.keep` go.
+
+        Written aside, hashed, renamed and verified before an older one is deleted. What cannot be written
+        (a full disk) is said in one line, and the run goes on: the next one may succeed.
+        Errors: ValueError if it cannot be written and the run is about to end.
+        """
+        if self._remembered is None:  # nothing new since the last one
+            return
+        step, write_weights, training = self._remembered
+
         def write(folder):
             write_weights(folder)
-            torch.save(training, folder / "training.pt")
-            (folder / "state.json").write_text(json.dumps({"step": step, "complete": True}))
+            values = {name: value() if callable(value) else value for name, value in training.items()}
+            values = shard.take_out(values, split := {})
+            if split:
+                shard.save(folder / "training", split)
+            if dist.is_main():
+                torch.save(values, folder / "training.pt")
 
-        self._write_whole(self.path / f"checkpoints/step-{step}", write)
-        if dist.is_main():
+        self._remembered = None
+        error = self._write_whole(self.path / f"checkpoints/step-{step}", write, step)
+        if error:
+            kept = self._checkpoints()
+            said = (f"step {step}: the checkpoint cannot be written ({error}); the last one is "
+                    f"{kept[-1].name if kept else 'none'}")
+            if dist.stop_signal:
+                raise ValueError(f"{said}: make room, then --out {self.path} --resume")
+            self.print(f"{said}; going on")
+        elif dist.is_main():
             for old in self._checkpoints()[:-self.args.keep]:
                 shutil.rmtree(old, ignore_errors=True)
 
     def save_final(self, write_weights) -> None:
-        """Write final/, whole or not at all: the trained model, for others to load."""
-        self._write_whole(self.path / "final", write_weights)
+        """Write final/, whole or not at all: the trained model, for others to load. Errors: ValueError."""
+        if error := self._write_whole(self.path / "final", write_weights):
+            raise ValueError(f"{self.path}/final cannot be written ({error}): make room, then "
+                             f"--out {self.path} --resume")
+        dist.stop_signal = ""  # what it asks for is done
 
-    def _write_whole(self, folder, write):
-        if dist.is_main():
-            aside = folder.with_name(f".tmp-{folder.name}")
+    def _write_whole(self, folder, write, step=None):
+        """Returns what went wrong, or "", on all ranks. `write` runs on all of them; most write on rank 0."""
+        aside = folder.with_name(f".tmp-{folder.name}")
+
+        def make():
             shutil.rmtree(aside, ignore_errors=True)
             aside.mkdir(parents=True)
-            write(aside)
-            for file in aside.iterdir():  # on disk before the rename makes it the newest
+
+        def seal():
+            files = sorted(path for path in aside.rglob("*") if path.is_file())
+            for file in files:  # on disk before the rename makes it the newest
                 with open(file, "rb") as handle:
                     os.fsync(handle.fileno())
+            if step is not None:
+                replace_text(aside / "state.json", json.dumps({
+                    "step": step, "complete": True,
+                    "sha256": {str(file.relative_to(aside)): sha256(file) for file in files}}))
             shutil.rmtree(folder, ignore_errors=True)
             aside.rename(folder)
-        dist.barrier()
+            return damage(folder) if step is not None else ""
+
+        for work, everywhere in ((make, False), (partial(write, aside), True), (seal, False)):
+            error = ""
+            try:
+                if everywhere or dist.is_main():
+                    error = work() or ""
+            except (OSError, RuntimeError, SafetensorError) as failed:  # torch.save's and safetensors' own
+                error = getattr(failed, "strerror", None) or dist.first_line(failed)
+            if error := next(filter(None, dist.gather(error)), ""):
+                if dist.is_main():
+                    shutil.rmtree(aside, ignore_errors=True)
+                return error
+        return ""
 
     def _checkpoints(self):
-        found = [p for p in self.path.glob("checkpoints/step-*") if (p / "state.json").exists()]
-        return sorted(found, key=lambda p: int(p.name.removeprefix("step-")))
+        found = [p for p in self.path.glob("checkpoints/step-*") if p.name[5:].isdigit()]
+        return sorted(found, key=lambda p: int(p.name[5:]))
 
     def load(self):
-        """(folder, training) of the newest checkpoint, or (None, None); later metrics and samples are cut.
+        """(folder, training) of the newest whole checkpoint, or (None, None); what was logged later is cut.
 
-        What was logged after the checkpoint will be logged again by the steps that are done again.
+        What was logged after the checkpoint will be logged again by the steps that are done again. One that
+        is cut short or changed is named, set aside as damaged-step-N, and the one before it is taken.
         """
-        found = self._checkpoints()
-        step = int(found[-1].name.removeprefix("step-")) if found else -1
+        folder = None
         if dist.is_main():
-            self._cut("metrics.jsonl", lambda line: json.loads(line)["step"] <= step)
+            found = self._checkpoints()
+            while found and (wrong := damage(found[-1])):
+                bad = found.pop()
+                self.print(f"{bad} is damaged ({wrong}); using "
+                           f"{found[-1].name if found else 'none: starting from step 0'}")
+                shutil.rmtree(bad.with_name(f"damaged-{bad.name}"), ignore_errors=True)
+                bad.rename(bad.with_name(f"damaged-{bad.name}"))
+            folder = found[-1] if found else None
+            step = int(folder.name[5:]) if folder else -1
+            lines = (self.path / "metrics.jsonl").read_text().splitlines(keepends=True) if (
+                self.path / "metrics.jsonl").exists() else []
+            # a kill can leave half a line
+            kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
+            if len(kept) < len(lines):
+                replace_text(self.path / "metrics.jsonl", "".join(kept))
             for name in ("samples.csv", "eval.csv"):
                 rows = self.read_rows(name)
                 kept = [row for row in rows if row["step"].isdigit() and int(row["step"]) <= step]
                 if len(kept) < len(rows):
-                    (self.path / name).unlink()
-                    self.write_rows(kept, name)
-        dist.barrier()
-        if not found:
+                    aside = f".{name}"
+                    (self.path / aside).unlink(missing_ok=True)
+                    self.write_rows(kept, aside)
+                    if kept:
+                        os.replace(self.path / aside, self.path / name)
+                    else:
+                        (self.path / name).unlink()
+        folder = dist.broadcast(folder and str(folder))
+        if not folder:
             self.print("no checkpoint in that run: starting from step 0")
             return None, None
-        self.print(f"resuming from {found[-1]}")
-        return found[-1], torch.load(found[-1] / "training.pt", map_location="cpu", weights_only=True)
-
-    def _cut(self, name, keep):
-        path = self.path / name
-        lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-        kept = [line for line in lines if line.endswith("\n") and keep(line)]  # a kill can leave half a line
-        if len(kept) < len(lines):
-            path.write_text("".join(kept))
+        self.print(f"resuming from {folder}")
+        saved = torch.load(Path(folder) / "training.pt", map_location="cpu", weights_only=True)
+        saved = shard.put_back(saved, self.device, split := {})
+        if split:
+            shard.load(Path(folder) / "training", split)
+        return Path(folder), saved
 
     # ---- odds and ends ----
 
@@ -403,14 +502,44 @@ class Run:
 
     def finish(self) -> None:
         """Draw curves.png, where matplotlib is installed, and say where the run lies."""
-        if dist.is_main() and len({line["step"] for line in curves.read_metrics(self.path)}) > 1:
-            try:
-                curves.draw([self.path], self.path / "curves.png")
-            except ValueError as error:
-                self.print(str(error))
-        self.print(f"done in {clock(time.time() - self._started)}: {self.path}")
+        if dist.stop_signal:
+            self.print(f"{dist.stop_signal}: stopped; --out {self.path} --resume goes on")
+        else:
+            if dist.is_main() and len({line["step"] for line in curves.read_metrics(self.path)}) > 1:
+                try:
+                    curves.draw([self.path], self.path / "curves.png")
+                except ValueError as error:
+                    self.print(str(error))
+            self.print(f"done in {clock(time.time() - self._started)}: {self.path}")
         if self._wandb:
             self._wandb.finish()
+
+
+def replace_text(path, text) -> None:
+    """Write a file whole or not at all: aside, then renamed."""
+    aside = path.with_name(f".{path.name}")
+    with open(aside, "w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(aside, path)
+
+
+def sha256(path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def damage(folder) -> str:
+    """What is wrong with a checkpoint's files, by the hashes in its state.json; "" if nothing is."""
+    try:
+        hashes = json.loads((folder / "state.json").read_text())["sha256"]
+        return next((f"{name} is not what was written" for name, expected in hashes.items()
+                     if sha256(folder / name) != expected), "")
+    except OSError as error:
+        return f"{Path(error.filename).name}: {error.strerror}"
+    except (ValueError, KeyError, TypeError):
+        return "state.json is not what was written"
 
 
 def read_csv(path) -> list[dict]:
@@ -433,17 +562,26 @@ def retry_smaller(attempt, size, device, smallest, note):
     """attempt(size), halving `size` on all ranks when one of them runs out of memory. Returns (result, size).
 
     The retry stands outside the `except`: inside it the traceback would keep the failed tensors alive.
-    `attempt` must be repeatable (zero its own gradients). Errors: ValueError once `smallest` does not fit.
+    `attempt` must be repeatable (zero its own gradients). Errors: ValueError once `smallest` does not fit;
+    Stopped, on all ranks, if a signal asks one of them to leave.
     """
     while True:
         result, failed = None, False
         try:
             result = attempt(size)
+        except dist.Stopped:
+            pass
         except RuntimeError as error:  # CUDA's own kind, or what the CPU's allocator says
             failed = isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
             if not failed:
                 raise
-        if not dist.any_rank(failed, device):
+        if failed and dist.lockstep:  # the other ranks wait for this one inside the pass
+            raise ValueError(f"out of memory ({note} {size}), which --shard cannot mend within a step: go on "
+                             "with --resume and a smaller --tokens-per-batch or --slots")
+        failed, stop = dist.any_ranks([failed, dist.stoppable and bool(dist.stop_signal)], device)
+        if stop:
+            raise dist.Stopped
+        if not failed:
             return result, size
         if size <= smallest:
             raise ValueError(f"out of memory at the smallest size ({note} {size}); "
