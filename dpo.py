@@ -91,6 +91,8 @@ class Args:
     """of the frozen weights and the computation; auto: bfloat16 on CUDA, else float32"""
     full: bool = False
     """train all weights (kept in float32) instead of an adapter"""
+    quantize: Literal["none", "nf4"] = "none"
+    """keep the frozen decoder layers in 4 bits (bitsandbytes; QLoRA, arXiv 2305.14314)"""
     gradient_checkpointing: bool = False
     """recompute the layers in the backward pass: less memory, about a third more time"""
     shard: bool = False
@@ -469,10 +471,14 @@ class FusedLinear:
     In float32 the active adapters are merged into it. In bfloat16 a merge would round small updates away, so
     they stay apart, as A [n R, in] and block-diagonal B [out, n R], and `weight` becomes the storage of the
     modules' own weights: no second copy. `refresh` writes in place: a captured graph sees the new values.
+    Quantized projections are called as they are, one after the other.
     """
 
     def __init__(self, parts, dtype):
         self.parts, self.bases, self.dtype = parts, [getattr(part, "base", part) for part in parts], dtype
+        self.split, self.quantized = False, hasattr(self.bases[0].weight, "quant_state")
+        if self.quantized:
+            return
         adapted = [part for part in parts if isinstance(part, LoRALinear)]
         weights = [base.weight.detach() for base in self.bases]
         self.split = shard.is_split(weights[0])
@@ -505,6 +511,8 @@ class FusedLinear:
     @torch.no_grad()
     def refresh(self):
         """Take over the present weights, biases and active adapters of the modules; gather split weights."""
+        if self.quantized:
+            return
         if self.weight is None:
             self._hold(torch.empty(sum(base.out_features for base in self.bases), self.bases[0].in_features,
                                    dtype=self.dtype, device=self.bases[0].weight.device))
@@ -527,6 +535,8 @@ class FusedLinear:
             out += len(rows)
 
     def __call__(self, x):
+        if self.quantized:
+            return torch.cat([part(x) for part in self.parts], -1)
         y = F.linear(x, self.weight, self.bias)
         return y if self.A is None else torch.addmm(y, x @ self.A.T, self.B.T)
 
@@ -623,9 +633,10 @@ class Sampler:
         self.sync_every = sync_every or (8 if on_gpu else 1)
         self.split = shard.is_split(model.get_input_embeddings().weight)
         self.by_layer = by_layer and self.split
-        self.use_graphs = (on_gpu if graphs is None else graphs) and not self.by_layer
         self.block, self.row_block = (256, 32) if on_gpu else (16, 1)
         self.layers = [SamplerLayer(layer, self.dtype, self.by_layer) for layer in model.base_model.layers]
+        self.use_graphs = (on_gpu if graphs is None else graphs) and not (
+            self.by_layer or self.layers[0].qkv.quantized)
         self.head = FusedLinear([model.get_output_embeddings()], self.dtype)
         self.softcap = getattr(model.config, "final_logit_softcapping", None)
         self.cache = None
@@ -1108,7 +1119,7 @@ def main(args: Args) -> None:
     torch.manual_seed(args.seed)
     dtype = models.choose_dtype(args.dtype, device)
     load_model = partial(models.load_model, args.model, torch.float32 if args.full else dtype, device,
-                         longest, split=args.shard)
+                         longest, split=args.shard, quantize=args.quantize)
     model = load_model()
     models.check_token_ids(model, tokenizer)
     reference = None  # the frozen start: the base with the adapter off; with --full a copy

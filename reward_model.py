@@ -88,6 +88,8 @@ class Args:
     """of the frozen weights and the computation; auto: bfloat16 on CUDA, else float32"""
     full: bool = False
     """train all weights (kept in float32) instead of an adapter"""
+    quantize: Literal["none", "nf4"] = "none"
+    """keep the frozen decoder layers in 4 bits (bitsandbytes; QLoRA, arXiv 2305.14314)"""
     gradient_checkpointing: bool = False
     """recompute the layers in the backward pass: less memory, about a third more time"""
     shard: bool = False
@@ -498,7 +500,7 @@ def main(args: Args) -> None:
     torch.manual_seed(args.seed)
     dtype = models.choose_dtype(args.dtype, device)
     model = models.load_model(args.model, torch.float32 if args.full else dtype, device, longest,
-                              split=args.shard)
+                              split=args.shard, quantize=args.quantize)
     models.check_token_ids(model, tokenizer)
     size = model.config.hidden_size
     head = nn.Parameter((torch.randn(1, size) / (size + 1) ** 0.5).to(device))  # arXiv 1909.08593's start

@@ -198,12 +198,13 @@ def of_other_models(sources: str, model: str) -> list[str]:
 
 
 def load_model(name: str, dtype: torch.dtype, device: torch.device, max_tokens: int = 0,
-               from_scratch: bool = False, scores: bool = False, split: bool = False):
+               from_scratch: bool = False, scores: bool = False, split: bool = False,
+               quantize: str = "none"):
     """A plain causal language model in `dtype` on `device`, dropout off; adapters are merged in float32.
 
     max_tokens: longest prompt and completion of the run; 0 leaves it unchecked. from_scratch: random weights.
     scores: the body of a reward model, which is refused otherwise. split: over the ranks; rank 0 loads it, on
-    the CPU.
+    the CPU. quantize: "nf4", the linear layers of the decoder in 4 bits.
     Errors: ValueError, one line, if the model is missing, unsupported, or its context or window is shorter.
     """
     from transformers import AutoModelForCausalLM
@@ -238,11 +239,36 @@ def load_model(name: str, dtype: torch.dtype, device: torch.device, max_tokens: 
             module.p = 0.0
         if isinstance(getattr(module, "attention_dropout", None), float):
             module.attention_dropout = 0.0
-    if split:
-        return model
+    if quantize == "nf4":
+        to_4_bits(model, dtype, device)
+    if split or quantize != "none":
+        return model.to(device)
     for p in model.parameters():  # not model.to(dtype): rotary frequencies are buffers, and stay float32
         p.data = p.data.to(device=device, dtype=dtype)
     return model.to(device)
+
+
+def to_4_bits(model, dtype, device) -> None:
+    """Replace the linear layers of the decoder by bitsandbytes' NF4 ones, one at a time, and move all there.
+
+    Blocks of 64 weights share an absolute maximum, which is quantized again (arXiv 2305.14314 sec. 3).
+    """
+    try:
+        import bitsandbytes
+    except ImportError:
+        raise ValueError("--quantize nf4 needs bitsandbytes: pip install bitsandbytes") from None
+    for p in model.parameters():
+        p.data = p.data.to(dtype)
+    for layer in model.base_model.layers:
+        for path, linear in list(layer.named_modules()):
+            if isinstance(linear, torch.nn.Linear):
+                small = bitsandbytes.nn.Linear4bit(
+                    linear.in_features, linear.out_features, linear.bias is not None, compute_dtype=dtype,
+                    compress_statistics=True, quant_type="nf4", device="meta")
+                small.weight = bitsandbytes.nn.Params4bit(
+                    linear.weight.data, requires_grad=False, quant_type="nf4", compress_statistics=True)
+                small.bias = linear.bias
+                layer.set_submodule(path, small.to(device))
 
 
 def check_length(name: str, config, max_tokens: int) -> None:
@@ -363,7 +389,8 @@ def run_tags(model: str, of_data: str) -> tuple[str, str]:
 
 def describe(args, model, params, dtype) -> str:
     """One line for the run's head: which weights, how many are trained, at what rate."""
-    n_all, n_trained = (sum(p.numel() for p in ps) / 1e6 for ps in (model.parameters(), params))
+    n_all, n_trained = (sum(getattr(p, "quant_state", p).shape.numel() for p in ps) / 1e6
+                        for ps in (model.parameters(), params))
     kind = "all" if args.full else f"LoRA r={args.lora_r}"
     return (f"model: {args.model or 'embedded'}, {n_all:.1f} M weights, {n_trained:.2f} M trained ({kind}), "
             f"{str(dtype)[6:]}, learning rate {args.lr:g}")
