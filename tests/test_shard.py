@@ -1,0 +1,117 @@
+"""--shard: a model split over ranks makes the run that it makes whole on one.
+
+Gradients are clipped so far that AdamW is linear in them: tests/test_ranks.py says why.
+"""
+
+import json
+
+import pytest
+import torch
+
+from common import models
+from tests.processes import (
+    assert_same_runs,
+    distance,
+    listing,
+    patched,
+    train_lines,
+    weights,
+)
+
+ALL = {"lr": 0.03, "max_grad_norm": 1e-9, "warmup_steps": 0, "max_steps": 2, "tokens_per_batch": 83,
+       "lora_r": 4, "system": "none"}
+ASKING = {"data": "arithmetic", "level": 1, "train_questions": 40, "eval_questions": 5, "max_new_tokens": 24}
+GRPO = ASKING | {"prompts_per_step": 5, "num_generations": 3, "rewards": "mark", "beta": 0.05}
+PPO = GRPO | {"critic_lr": 0.03, "critic_max_grad_norm": 1e-9, "minibatches": 2}
+SFT = ASKING | {"batch_size": 7}
+EMBEDDED = ASKING | {"model": "", "level": None, "max_new_tokens": 40, "num_generations": 5}
+PAIRS = {"pairs": "pairs.jsonl", "pairs_per_step": 7, "eval_pairs": 5}
+CASES = {  # the first word is the script
+    "grpo": GRPO,
+    "grpo --reshard": GRPO | {"reshard": True, "slots": 4},  # a rank that fills its slots again and again
+    "grpo --full": GRPO | {"full": True, "updates_per_batch": 2},
+    "grpo idle --reshard": GRPO | {"prompts_per_step": 1, "eval_questions": 1, "reshard": True},
+    "sft --full": SFT | {"full": True, "gradient_checkpointing": True},
+    "sft": SFT | {"gradient_checkpointing": True, "train_layers": "1"},
+    "reward_model": PAIRS,
+    "reward_model --full": PAIRS | {"full": True},
+    "dpo": EMBEDDED | {"questions": 17, "pairs_per_step": 7, "passes": 2},
+    "dpo --full": EMBEDDED | {"questions": 17, "pairs_per_step": 7, "passes": 2, "full": True},
+    "ppo": PPO,
+    "ppo --full": PPO | {"full": True},
+    "star": EMBEDDED | {"questions": 9, "batch_size": 7, "iterations": 1, "rationalize": True},
+}
+
+WATCHED = """
+from common import shard
+def split(model, source, device):
+    original(model, source, device)
+    held = sum(p.to_local().numel() if shard.is_split(p) else p.numel() for p in model.parameters())
+    open(f"held-{os.environ['RANK']}.txt", "w").write(f"{held} {sum(p.numel() for p in model.parameters())}")
+original, shard.split = shard.split, split
+"""
+
+
+@pytest.fixture
+def pairs(tmp_path):
+    with open(tmp_path / "pairs.jsonl", "w") as file:
+        for i in range(60):
+            pair = {"prompt": f"Compute {i}+{i % 7}.", "chosen": str(i + i % 7) * (1 + i % 5), "rejected": "no"}
+            file.write(json.dumps(pair) + "\n")
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_split_over_ranks_it_makes_the_same_run(go, tiny, tmp_path, pairs, name):
+    script = f"{name.split()[0]}.py"
+    flags = {"model": tiny} | ALL | CASES[name]
+    ranks = 3 if name == "grpo" else 2
+    one = go("one", script=script, bare=True, **flags | {"reshard": None}).folder
+    split = go("split", script=patched(tmp_path, script[:-3], WATCHED), ranks=ranks, shard=True, bare=True,
+               **flags).folder
+    assert_same_runs(split, one, to=1e-5)  # the samples of both token for token
+    held, of = map(int, (tmp_path / "held-0.txt").read_text().split())
+    assert held / of < 1 / ranks + 0.03
+    started = models.load_model(flags["model"] and str(tiny), torch.float32, torch.device("cpu"))
+    ended = weights(one)
+    moved = (distance({k: v for k, v in started.state_dict().items() if k in ended}, {
+        k: v for k, v in ended.items() if k in started.state_dict()}) if "full" in flags else max(
+        tensor.abs().max() for at, tensor in ended.items() if "lora_B" in at))
+    assert len(train_lines(one)) == 2 and moved > 2e-4
+
+
+@pytest.mark.parametrize("full", [True, False])
+def test_resumed_on_another_number_of_ranks(go, tiny, tmp_path, full):
+    """Weights and moments that two ranks wrote, read by three; nothing in the checkpoint is pickled code."""
+    flags = {"model": tiny} | ALL | GRPO | {"full": full or None, "max_steps": 4, "save_every": 2, "lr": 0.03}
+    whole = go("whole", bare=True, ranks=2, shard=True, **flags).folder
+    stop = patched(tmp_path, "grpo", """
+step = script.learning_rate
+def learning_rate(number, args):
+    if number == 3:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return step(number, args)
+script.learning_rate = learning_rate
+""")
+    killed = go("killed", script=stop, ranks=2, shard=True, bare=True, fails=True, **flags).folder
+    files = listing(killed / "checkpoints/step-2")
+    assert ("training/shard-00001-model-00001-of-00001.safetensors" in files) == full
+    go("killed", resume=True, bare=True, ranks=3)
+    assert_same_runs(killed, whole, to=1e-5)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_the_adapter_is_merged_into_what_was_split(go, tiny, dtype):
+    """--merge: a plain model, as from one rank; bfloat16 passes the self-check, too."""
+    flags = {"model": tiny, "dtype": dtype} | ALL | GRPO | {"merge": True, "max_steps": 1, "lr": 1e-3}
+    split = go("split", ranks=2, shard=True, bare=True, **flags).folder
+    merged = models.load_model(str(split / "final"), torch.float32, torch.device("cpu")).state_dict()
+    plain = models.load_model(str(tiny), torch.float32, torch.device("cpu")).state_dict()
+    assert 0 < distance(merged, plain) < 0.05
+    if dtype == "float32":
+        one = go("one", bare=True, **flags).folder
+        assert distance(weights(split), weights(one)) < 1e-5
+
+
+def test_mistakes(go, tiny):
+    assert "torchrun" in go("run", shard=True, fails=True).err
+    assert "--shard" in go("run", reshard=True, fails=True).err
