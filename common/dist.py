@@ -166,12 +166,13 @@ class Watch:
                 message = json.loads(lines.readline() or "null")
         except (OSError, ValueError):
             pass
-        if message is None:
+        gone = message is None
+        if gone:
             message = (f"rank {of_rank} of {world_size()} is gone without a word (killed? out of memory?); "
                        "all ranks end; --resume goes on from the last checkpoint")
         if message and not self.done:  # "" is a goodbye
             time.sleep(0.3 if is_main() else 0)  # what all ranks find wrong, rank 0 says for itself
-            self.end(message, show=is_main() or of_rank == 0 and rank() == 1 and "is gone" in message)
+            self.end(message, show=is_main() or gone and rank() == 1)
 
     def _tell(self, message):
         for peer in self.peers.values():

@@ -369,7 +369,8 @@ class Run:
             if split:
                 shard.save(folder / "training", split)
             if dist.is_main():
-                torch.save(values, folder / "training.pt")
+                with open(folder / "training.pt", "wb") as file:  # whose errors say more than torch's own
+                    torch.save(values, file)
 
         self._remembered = None
         error = self._write_whole(self.path / f"checkpoints/step-{step}", write, step)

@@ -1,0 +1,298 @@
+"""No run is lost: signals, dead and failing ranks, full disks, damaged checkpoints."""
+
+import json
+import os
+import re
+import shutil
+import signal
+import stat
+
+import pytest
+
+from common import dist
+from tests.processes import (
+    assert_equal_bits,
+    free_port,
+    metrics,
+    patched,
+    timeless,
+    train_lines,
+    wait_for,
+    weights,
+)
+
+
+def checkpoints(folder):
+    return sorted(path.name for path in (folder / "checkpoints").iterdir())
+
+
+# ---- signals ----
+
+SIGNALLED = """
+calls = 0
+def make_batch(*arguments):  # a signal in the second micro-batch of step 2
+    global calls
+    calls += 1
+    if len(METRICS()) == 1 and not os.path.exists("signalled"):
+        with open("signalled", "w") as file:
+            file.write(str(calls))
+        os.kill(os.getpid(), signal.{signal})
+    with open("calls", "w") as file:
+        file.write(str(calls))
+    return original(*arguments)
+def METRICS():
+    import json, glob
+    return [line for path in glob.glob("stopped/metrics.jsonl") for line in open(path) if '"lr"' in line]
+original, script.make_batch = script.make_batch, make_batch
+"""
+
+
+@pytest.mark.parametrize("script, name", [("grpo", "SIGTERM"), ("grpo", "SIGUSR1"), ("sft", "SIGINT")])
+def test_a_signal_ends_the_run_after_the_micro_batch(go, tmp_path, script, name):
+    """The step is given up, the one before is saved, the exit code says so; the resumed run lacks nothing."""
+    flags = {"tokens_per_batch": 60, "save_every": 50}
+    whole = go("whole", script=f"{script}.py", **flags).folder
+    wrapper = patched(tmp_path, script, SIGNALLED.replace("{signal}", name))
+    stopped = go("stopped", script=wrapper, fails=True, **flags)
+    assert stopped.code == dist.STOPPED == 75
+    assert (tmp_path / "calls").read_text() == (tmp_path / "signalled").read_text()  # no further micro-batch
+    assert f"{name}: saving" in stopped.err and "--resume goes on" in stopped.out
+    assert checkpoints(stopped.folder) == ["step-1"] and not (stopped.folder / "final").exists()
+    go("stopped", script=f"{script}.py", resume=True, bare=True)
+    assert timeless(stopped.folder) == timeless(whole)
+    assert_equal_bits(weights(stopped.folder), weights(whole))
+
+
+def test_a_step_that_has_moved_the_weights_is_finished(go, tmp_path):
+    """Its first update cannot be taken back: the checkpoint is that of the step's end."""
+    wrapper = patched(tmp_path, "grpo", """
+updates = 0
+def accumulate(*arguments):
+    global updates
+    updates += 1
+    if updates == 4:  # the second of step 2
+        os.kill(os.getpid(), signal.SIGTERM)
+    return original(*arguments)
+original, script.accumulate_gradients = script.accumulate_gradients, accumulate
+""")
+    flags = {"updates_per_batch": 2, "tokens_per_batch": 60}
+    whole = go("whole", **flags).folder
+    stopped = go("stopped", script=wrapper, fails=True, **flags)
+    assert stopped.code == 75 and checkpoints(stopped.folder) == ["step-2"]
+    go("stopped", resume=True, bare=True)
+    assert_equal_bits(weights(stopped.folder), weights(whole))
+
+
+def test_a_signal_to_one_of_two_ranks_ends_both(go, tmp_path):
+    wrapper = patched(tmp_path, "grpo", """
+def share(items):
+    if dist.rank() == 1 and os.path.exists("stopped/metrics.jsonl") and '"lr"' in open(
+            "stopped/metrics.jsonl").read():
+        os.kill(os.getpid(), signal.SIGUSR1)
+    return original(items)
+from common import dist
+original, dist.share = dist.share, share
+""")
+    whole = go("whole", ranks=2).folder
+    stopped = go("stopped", script=wrapper, ranks=2, fails=True)
+    assert [process.code for process in stopped.group] == [75, 75]
+    go("stopped", resume=True, bare=True, ranks=2)
+    assert timeless(stopped.folder) == timeless(whole)
+
+
+def test_a_second_ctrl_c_leaves_at_once(go, tmp_path):
+    wrapper = patched(tmp_path, "grpo", """
+def policy_loss(*arguments, **more):
+    os.kill(os.getpid(), signal.SIGINT)
+    os.kill(os.getpid(), signal.SIGINT)  # torchrun's copy of the same one
+    time.sleep(1.1)
+    os.kill(os.getpid(), signal.SIGINT)
+    time.sleep(30)
+script.policy_loss = policy_loss
+""")
+    stopped = go("stopped", script=wrapper, fails=True)
+    assert stopped.code == 130 and "Traceback" not in stopped.err
+
+
+# ---- ranks ----
+
+
+def one_line(group):
+    """What all ranks together say on stderr. Errors: if it is more than a line."""
+    said = [line for process in group for line in process.err.splitlines() if line.strip()]
+    assert len(said) == 1, said
+    return said[0]
+
+
+@pytest.mark.parametrize("victim, more", [(1, {}), (0, {}), (2, {"shard": True, "reshard": True})])
+def test_a_killed_rank_ends_all(go, victim, more):
+    """kill -9: within 30 seconds there is one line that names the rank, and no process left."""
+    run = go("run", ranks=3, wait=False, max_steps=10_000, **more)
+    wait_for(lambda: len(re.findall(r"^step +\d+/", run.out, re.MULTILINE)) > 2, run.said)
+    os.kill(run.group[victim].pid, signal.SIGKILL)
+    wait_for(lambda: None not in [process.poll() for process in run.group], run.said, seconds=30)
+    assert f"rank {victim} of 3 is gone" in one_line(run.group)
+    assert [process.code for process in run.group if process is not run.group[victim]] == [1, 1]
+
+
+@pytest.mark.parametrize("error, said", [
+    ("ValueError('a mistake')", "error: rank 1: a mistake"), ("KeyError('a defect')", "KeyError: 'a defect'")])
+def test_a_rank_that_fails_ends_all_with_its_error(go, tmp_path, error, said):
+    wrapper = patched(tmp_path, "grpo", f"""
+def policy_loss(*arguments, **more):
+    if os.environ["RANK"] == "1":
+        raise {error}
+    return original(*arguments, **more)
+original, script.policy_loss = script.policy_loss, policy_loss
+""")
+    run = go("run", script=wrapper, ranks=3, fails=True, tokens_per_batch=60)
+    if "ValueError" in error:
+        assert one_line(run.group) == said
+    else:  # a defect keeps its traceback, in the rank where it is
+        assert [said in process.err for process in run.group] == [True, True, False]
+        assert ["Traceback" in process.err for process in run.group] == [False, True, False]
+
+
+def test_what_all_ranks_find_wrong_is_said_once(go):
+    run = go("run", ranks=3, temperature=-1, fails=True)
+    assert one_line(run.group).startswith("error: --temperature -1")
+
+
+def test_a_rank_that_hangs_ends_all(go, tmp_path):
+    """Collectives carry a time limit: here of 4 seconds."""
+    wrapper = patched(tmp_path, "grpo", """
+def policy_loss(*arguments, **more):
+    time.sleep(1000 * (os.environ["RANK"] == "1"))
+    return original(*arguments, **more)
+original, script.policy_loss = script.policy_loss, policy_loss
+""")
+    run = go("run", script=wrapper, ranks=2, wait=False, env={"UNROLLED_TIMEOUT": "4"})
+    wait_for(lambda: None not in [process.poll() for process in run.group], run.said, seconds=30)
+    assert run.code == 1 and "imed out" in run.err
+
+
+def test_ranks_of_srun_without_torchrun(go, tmp_path, monkeypatch):
+    """Two tasks of a job step, joined by SLURM's variables alone."""
+    scontrol = tmp_path / "bin/scontrol"
+    scontrol.parent.mkdir()
+    scontrol.write_text('#!/bin/sh\n[ "$1 $2 $3" = "show hostnames node[1-2]" ] && echo 127.0.0.1 && echo node2\n')
+    scontrol.chmod(scontrol.stat().st_mode | stat.S_IEXEC)
+    step = {"SLURM_STEP_NUM_TASKS": "2", "SLURM_STEP_NODELIST": "node[1-2]", "SLURM_JOB_ID": str(free_port()),
+            "PATH": f"{scontrol.parent}:{os.environ['PATH']}"}
+    group = [go("run", wait=False, env=step | {"SLURM_PROCID": str(n), "SLURM_LOCALID": str(n)}) for n in (0, 1)]
+    assert [process.wait().code for process in group] == [0, 0], group[0].said() + group[1].said()
+    assert json.loads((group[0].folder / "config.json").read_text())["world_size"] == 2
+    one = go("one").folder
+    assert len(train_lines(group[0].folder)) == len(train_lines(one))
+    assert go("alone", env=step | {"SLURM_STEP_NUM_TASKS": "1", "SLURM_PROCID": "0"}).code == 0
+
+
+# ---- disks and damage ----
+
+SMALL_DISK = """
+import resource
+from common.run import Run
+def save(self):
+    step = self._remembered and self._remembered[0]
+    if step == 2:  # no file may be larger than this: the checkpoint's are
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, resource.RLIM_INFINITY))
+    original(self)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+original, Run.save_remembered = Run.save_remembered, save
+"""
+
+
+def test_a_full_disk_costs_no_run(go, tmp_path):
+    """The checkpoint of step 2 cannot be written: it is said, the one before stays, and the run goes on."""
+    flags = {"save_every": 1, "keep": 1, "max_steps": 3}
+    wrapper = patched(tmp_path, "grpo", SMALL_DISK)
+    run = go("run", script=wrapper, **flags)
+    (said,) = [line for line in run.out.splitlines() if "cannot be written" in line]
+    assert "step 2" in said and "File too large" in said and "the last one is step-1" in said
+    assert checkpoints(run.folder) == ["step-3"]
+
+
+def test_a_full_disk_at_the_end_is_one_line(go, tmp_path):
+    wrapper = patched(tmp_path, "grpo", SMALL_DISK.replace("step == 2", "False") + """
+def save_final(self, write):
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2000, resource.RLIM_INFINITY))
+    last(self, write)
+last, Run.save_final = Run.save_final, save_final
+""")
+    run = go("run", script=wrapper, fails=True)
+    assert run.err.startswith("error: ") and "final cannot be written" in run.err and "File too large" in run.err, run.err
+    assert run.err.count("\n") == 1
+    go("run", resume=True, bare=True)
+    assert_equal_bits(weights(run.folder), weights(go("whole").folder))
+
+
+def cut(path):
+    path.write_bytes(path.read_bytes()[:-20])
+
+
+def change(path):
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.fixture(scope="module")
+def saved(start, tiny, tmp_path_factory):
+    from tests.processes import launcher
+
+    cwd = tmp_path_factory.mktemp("saved")
+    run = launcher(start, tiny, cwd)("run", save_every=1, keep=2).folder
+    return cwd, run
+
+
+@pytest.mark.parametrize("file, damage, said", [
+    ("adapter_model.safetensors", cut, "adapter_model.safetensors is not what was written"),
+    ("training.pt", cut, "training.pt is not what was written"),
+    ("training.pt", change, "training.pt is not what was written"),
+    ("adapter_model.safetensors", lambda path: path.unlink(), "adapter_model.safetensors: No such file"),
+    ("state.json", cut, "state.json is not what was written"),
+    ("state.json", lambda path: path.unlink(), "state.json: No such file")])
+def test_a_damaged_checkpoint_is_set_aside(go, saved, tmp_path, file, damage, said):
+    shutil.copytree(saved[0], tmp_path / "copy")
+    folder = tmp_path / "copy/run"
+    shutil.rmtree(folder / "final")
+    damage(folder / "checkpoints/step-3" / file)
+    run = go("run", resume=True, bare=True, cwd=tmp_path / "copy")
+    (line,) = [line for line in run.out.splitlines() if "damaged" in line]
+    assert said in line and "using step-2" in line
+    assert timeless(folder) == timeless(saved[1])
+    assert_equal_bits(weights(folder), weights(saved[1]))
+    assert checkpoints(folder) == ["damaged-step-3", "step-2", "step-3"]
+
+
+def test_no_whole_checkpoint_is_a_run_from_the_start(go, saved, tmp_path):
+    shutil.copytree(saved[0], tmp_path / "copy")
+    folder = tmp_path / "copy/run"
+    for step in (2, 3):
+        cut(folder / f"checkpoints/step-{step}/training.pt")
+    run = go("run", resume=True, bare=True, cwd=tmp_path / "copy")
+    assert run.out.count("is damaged") == 2 and "starting from step 0" in run.out
+    assert timeless(folder) == timeless(saved[1])
+
+
+def test_an_older_checkpoint_goes_when_the_next_is_verified(go, tmp_path):
+    """A checkpoint that is not what was written leaves the one before in place."""
+    wrapper = patched(tmp_path, "grpo", """
+from common import run
+def damage(folder):
+    return "bad sector" if "step-2" in str(folder) else original(folder)
+original, run.damage = run.damage, damage
+""")
+    run = go("run", script=wrapper, save_every=1, keep=1, max_steps=2)
+    assert "bad sector" in run.out and "step-1" in checkpoints(run.folder)
+
+
+def test_killed_while_its_directory_is_made(go, tmp_path):
+    """From the first file on it can be resumed; before that the directory counts as empty."""
+    for name, code, more in (("config", "run.os.replace = lambda *_: os.kill(os.getpid(), 9)", {}),
+                             ("copy", "run.shutil.copy = lambda *_: os.kill(os.getpid(), 9)", {"resume": True})):
+        killed = go(name, script=patched(tmp_path, "grpo", f"from common import run\n{code}"), fails=True)
+        assert killed.code == -signal.SIGKILL and killed.folder.exists()
+        again = go(name, bare=bool(more), **more)
+        assert len(metrics(again.folder)) == len(metrics(go(f"{name}-whole").folder))
