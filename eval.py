@@ -56,6 +56,8 @@ class Args:
     """also log to Weights & Biases"""
     dry_run: bool = False
     """answer the longest few questions at full length, print the projected time, keep nothing"""
+    download_only: bool = False
+    """fetch model and data into the hub's cache, then end: the run itself then needs no network"""
     device: str = ""
     """cuda, mps or cpu; empty: the best there is"""
     # ---- data ----
@@ -84,6 +86,12 @@ class Args:
     """hub ids, folders, runs or checkpoints, a row of results for each; base: the base of the others"""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """of the frozen weights and the computation; auto: bfloat16 on CUDA, else float32"""
+    quantize: Literal["none", "nf4"] = "none"
+    """keep the frozen decoder layers in 4 bits (bitsandbytes; QLoRA, arXiv 2305.14314)"""
+    shard: bool = False
+    """split the weights over the ranks of torchrun (FSDP2): the frozen base, or with --full all there is"""
+    reshard: bool = False
+    """with --shard, gather them layer by layer while sampling too: slower, for what one GPU cannot hold"""
     # ---- sampling ----
     max_new_tokens: int = 512
     """longest completion; a longer one counts as truncated"""
@@ -826,13 +834,13 @@ def step_of(folder):
 class OneBase:
     """Models by name, of which those on the same base share its weights: only the adapter is exchanged."""
 
-    def __init__(self, names, dtype, device, slots):
+    def __init__(self, names, dtype, device, args):
         bases = [models.absolute(models.base_of(name)) for name in names if name != "base"]
         if "base" in names and len(set(bases)) != 1:
             raise ValueError("--model base: the base of which model? The others stand on "
                              f"{len(set(bases))} different ones")
         self.names = {name: bases[0] if name == "base" else name for name in names}
-        self.dtype, self.device, self.slots, self.base, self.model = dtype, device, slots, None, None
+        self.dtype, self.device, self.args, self.base, self.model = dtype, device, args, None, None
 
     def sampler(self, name, tokenizer, max_tokens):
         """A Sampler of the named model."""
@@ -841,7 +849,8 @@ class OneBase:
         base = models.absolute(settings["base_model_name_or_path"] if settings else folder)
         if base != self.base:
             self.model = None  # the old one goes before the next comes
-            self.model, self.base = models.load_model(base, self.dtype, self.device, max_tokens), base
+            self.model, self.base = models.load_model(base, self.dtype, self.device, max_tokens,
+                                                      split=self.args.shard, quantize=self.args.quantize), base
         for path, module in lora_modules(self.model).items():  # off with the last one's adapter
             self.model.set_submodule(path, module.base)
         if settings:
@@ -850,7 +859,8 @@ class OneBase:
                      settings["target_modules"], settings.get("layers_to_transform"))
             models.load_adapter(folder, adapter_tensors(self.model, "adapter"))
         models.check_token_ids(self.model, tokenizer)
-        return Sampler(self.model, models.stop_ids(self.model, tokenizer), self.slots, self.dtype)
+        return Sampler(self.model, models.stop_ids(self.model, tokenizer), self.args.slots, self.dtype,
+                       by_layer=self.args.reshard)
 
 
 def resolve(args):
@@ -915,9 +925,13 @@ def main(args: Args) -> None:
     dtype = models.choose_dtype(args.dtype, device)
     reward_functions = rewards.parse_rewards(args.rewards, partial(
         rewards.LearnedReward, dtype=dtype, device=device, tokens_per_batch=16384))
-    family = OneBase(args.model, dtype, device, args.slots)
+    family = OneBase(args.model, dtype, device, args)
     tokenizers = {name: models.load_tokenizer(family.names[name]) for name in args.model}
     questions, examples = choose_questions(args)
+    if args.download_only:
+        for name in args.model:
+            models.download(family.names[name])
+        return
     judged = any(e.task == "math" for e in questions) and all(r.name != "math" for r in reward_functions)
     judge = judged and importlib.util.find_spec("math_verify")
     if judge:
@@ -1141,7 +1155,8 @@ def replay(path, row):
     if "group" not in row:
         raise ValueError(f"--replay: {path} has no rollouts; only a row of grpo.py's samples.csv has a key")
     config = json.loads((path / "config.json").read_text())
-    args, step = argparse.Namespace(**config["args"]), int(row["step"])
+    args = argparse.Namespace(**{"quantize": "none"} | config["args"] | {"shard": False, "reshard": False})
+    step = int(row["step"])
     folder = args.model if step == 1 else str(path / f"checkpoints/step-{step - 1}")
     if step > 1 and not Path(folder).is_dir():
         kept = sorted(int(p.name[5:]) + 1 for p in path.glob("checkpoints/step-*"))
@@ -1156,7 +1171,7 @@ def replay(path, row):
     if question is None:
         raise ValueError(f"question {row['id']} is not in {args.data} any more")
     prompt_ids = data.encode_prompt(tokenizer, question.prompt, args.system, args.prompt_template)
-    sampler = OneBase([folder], dtype, device, args.slots).sampler(folder, tokenizer, 0)
+    sampler = OneBase([folder], dtype, device, args).sampler(folder, tokenizer, 0)
     key = noise_key(args.seed, step, int(row["group"]), int(row["sample"]))
     ((completion,),) = sampler.sample([prompt_ids], [[key]], args.max_new_tokens, args.temperature)
     ids = torch.tensor([prompt_ids + completion.ids], device=device)

@@ -122,7 +122,7 @@ def check_args(args) -> None:
     if getattr(args, "quantize", "none") != "none":
         for other, why in (("full", "4 bits are too coarse to train"), ("shard", "FSDP2 splits plain weights"),
                            ("merge", "the adapter belongs to a base in 4 bits")):
-            if getattr(args, other):
+            if getattr(args, other, False):
                 raise ValueError(f"--quantize {args.quantize} does not go with --{other}: {why}")
     for name in ("max_steps", "token_budget"):
         if getattr(args, name, 0) < 0:

@@ -79,6 +79,13 @@ def test_split_over_ranks_it_makes_the_same_run(go, tiny, tmp_path, pairs, name)
     assert len(train_lines(one)) == 2 and moved > 2e-4
 
 
+def test_evaluation(go):
+    flags = {"limit": 7, "k": [1, 2], "level": 1, "max_new_tokens": 24, "slots": 3}
+    one = go("one", script="eval.py", bare=True, **flags).folder
+    split = go("split", script="eval.py", ranks=2, shard=True, reshard=True, bare=True, **flags).folder
+    assert_same_runs(split, one)
+
+
 @pytest.mark.parametrize("full", [True, False])
 def test_resumed_on_another_number_of_ranks(go, tiny, tmp_path, full):
     """Weights and moments that two ranks wrote, read by three; nothing in the checkpoint is pickled code."""
