@@ -7,7 +7,9 @@ import copy
 import hashlib
 import json
 import os
+import re
 import socket
+import sys
 from functools import lru_cache
 from pathlib import Path
 from urllib.parse import urlparse
@@ -56,16 +58,36 @@ def absolute(name: str) -> str:
     return str(Path(folder).absolute()) if Path(folder).is_dir() else folder
 
 
+def use_token() -> None:
+    """Give the hub's clients a token: HF_TOKEN, else the one in ~/.huggingface_token or HF_TOKEN=... in ./.env.
+
+    It goes into this process's environment and nowhere else. A file that others can read is warned of.
+    """
+    for name, pattern in (("~/.huggingface_token", r"(\S+)"),
+                          (".env", r"""(?m)^\s*(?:export\s+)?HF_TOKEN\s*=\s*["']?([^\s"']+)""")):
+        path = Path(os.path.expanduser(name))
+        try:
+            found = not os.environ.get("HF_TOKEN") and re.search(pattern, path.read_text(errors="replace"))
+        except OSError:
+            continue
+        if found:
+            if path.stat().st_mode & 0o077 and dist.is_main():
+                print(f"warning: others can read the token in {path}: chmod 600 {path}", file=sys.stderr)
+            os.environ["HF_TOKEN"] = found[1]
+
+
 @lru_cache(maxsize=1)
 def offline_without_hub() -> None:
-    """Where the hub's host cannot be reached, let its clients look into their cache alone.
+    """Before the hub is asked: its clients get the token; where it cannot be reached, their cache alone.
 
     They would try again for a minute, and print each attempt. Behind a proxy they are left to find out.
     """
-    host = urlparse(os.environ.get("HF_ENDPOINT") or "https://huggingface.co").hostname
+    use_token()
+    hub = urlparse(os.environ.get("HF_ENDPOINT") or "https://huggingface.co")
     try:
         if not getproxies():
-            socket.create_connection((host, 443), timeout=10).close()
+            port = hub.port or {"http": 80}.get(hub.scheme, 443)
+            socket.create_connection((hub.hostname, port), timeout=10).close()
     except OSError:
         import huggingface_hub.constants
 
@@ -86,6 +108,24 @@ def _reach(what: str, name: str, load, flag: str = "--model"):
         raise ValueError(f"{flag} {name}: cannot reach the hub for its {what} ({reason}); download it "
                          f"where there is a network (huggingface-cli download {name}) "
                          f"and pass {flag} that folder") from None
+
+
+def download(name: str) -> None:
+    """Put a hub id's configuration, tokenizer and weights into the hub's cache, and those of its adapter's base.
+
+    Nothing is left to do for a local folder, unless it holds an adapter. Errors: ValueError, one line.
+    """
+    folder = resolve(name)
+    if not Path(folder).is_dir():
+        from huggingface_hub import snapshot_download
+
+        folder = _reach("files", folder, lambda: snapshot_download(
+            name, allow_patterns=["*.json", "*.safetensors", "*.txt", "*.jinja", "tokenizer.model"],
+            ignore_patterns=["*/*", "consolidated*"]))  # the same weights again, in their authors' own formats
+        if not any(Path(folder).glob("*.safetensors")):
+            raise ValueError(f"--model {name}: no safetensors weights on the hub")
+    if base := adapter_settings(folder).get("base_model_name_or_path"):
+        download(base)
 
 
 def load_tokenizer(name: str, flag: str = "--model"):

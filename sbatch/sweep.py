@@ -2,11 +2,11 @@
 
     python sbatch/sweep.py star.py lr=5e-4,1e-3 strategy=sft,dpo --dry              # four commands, printed
     python sbatch/sweep.py star.py lr=5e-4,1e-3 strategy=sft,dpo --local 2          # run here, two at a time
-    python sbatch/sweep.py grpo.py seed=0,1,2 --sbatch "--gpus=1 --time=4:00:00"    # a job each
+    ACCOUNT=my-project python sbatch/sweep.py grpo.py seed=0,1,2 --sbatch "--gpus=1"    # a job each
 
 name=value,value stands for --name value; flags are name=true,false; a value of several words goes in quotes:
 "rewards=correctness=1 format=0.2,math=1". Each run has a directory of its own under --out, named by its
-values; a run that is finished is left alone, one that was cut off goes on.
+values; a run that is finished is left alone, one that was cut off goes on. At the end of local runs, a table.
 """
 
 import itertools
@@ -18,10 +18,13 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from common import curves
 
 
 def expand(script, settings, out):
-    """(directory, command) of each combination. Errors: ValueError for what is no name=value,... ."""
+    """(directory, arguments) of each combination. Errors: ValueError for what is no name=value,... ."""
     names, choices = [], []
     for setting in settings:
         name, equals, values = setting.partition("=")
@@ -34,22 +37,43 @@ def expand(script, settings, out):
     for values in itertools.product(*choices):
         label = "-".join(f"{name}={value}" for name, value in zip(names, values))
         folder = Path(out, "".join(c if c.isalnum() or c in "=.-" else "_" for c in label) or "run")
-        words = [sys.executable, str(ROOT / script), "--out", str(folder)]
-        if (folder / "config.json").exists():
-            words.append("--resume")
+        words = ["--out", str(folder)]
         for name, value in zip(names, values):
             words += {"true": [f"--{name}"], "false": [f"--no-{name}"]}.get(
                 value, [f"--{name}", *shlex.split(value)])
         yield folder, words
 
 
+def send(script, folder, words, options, dry):
+    """The run as a job, its output in FOLDER.log. Errors: CalledProcessError."""
+    subprocess.run(["bash", str(ROOT / "sbatch/submit.sh"), *["--dry"] * dry, f"--job-name={folder.name}",
+                    f"--output={folder}.log", *shlex.split(options), script, *words], check=True)
+
+
 def run(folder, words):
     """The command with its output in FOLDER.log; "done", or how it ended."""
+    if (folder / "final").exists():
+        return "done"
     with open(f"{folder}.log", "a") as log:
-        code = subprocess.run(words, stdout=log, stderr=subprocess.STDOUT, cwd=Path.cwd()).returncode
+        code = subprocess.run(words, check=False, stdout=log, stderr=subprocess.STDOUT).returncode
     state = "done" if code == 0 else f"exit code {code}, see {folder}.log"
     print(f"{folder}: {state}", flush=True)
-    return code
+    return state
+
+
+def table(states):
+    """Text, of (directory, state) of each run: last step, the steps' seconds, held-out accuracy or reward."""
+    rows = [("run", "state", "step", "seconds", "result")]
+    for folder, state in states:
+        lines, result = curves.read_metrics(folder), "-"
+        for name in ("reward", "pass@1", "eval/pass@1"):  # the last one that there is
+            for line in lines:
+                if line.get(name) is not None:
+                    result = f"{name} {line[name]:.3g}"
+        seconds = sum(line.get("seconds") or 0 for line in lines)
+        rows.append((str(folder), state, str(lines[-1]["step"]) if lines else "-", f"{seconds:.0f}", result))
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
 
 
 def main():
@@ -69,19 +93,24 @@ def main():
         runs = list(expand(a.script, a.settings, a.out))
     except ValueError as error:
         sys.exit(f"error: {error}")
-    if a.dry:
-        print("\n".join(shlex.join(words) for _, words in runs))
-        return
-    runs = [(folder, words) for folder, words in runs if not (folder / "final").exists()]
-    Path(a.out).mkdir(parents=True, exist_ok=True)  # SLURM drops a log whose folder is not there
     if a.sbatch is not None:
-        for folder, words in runs:
-            subprocess.run(["sbatch", f"--output={folder}.log", "--open-mode=append", *shlex.split(a.sbatch),
-                            "--wrap", shlex.join(words)], check=True)
+        try:
+            for folder, words in runs:
+                if not (folder / "final").exists():
+                    send(a.script, folder, words, a.sbatch, a.dry)
+        except subprocess.CalledProcessError as error:  # it has said why
+            sys.exit(error.returncode)
         return
+    commands = [(folder, [sys.executable, str(ROOT / a.script), *words,
+                          *["--resume"] * (folder / "config.json").exists()]) for folder, words in runs]
+    if a.dry:
+        print("\n".join(shlex.join(words) for _, words in commands))
+        return
+    Path(a.out).mkdir(parents=True, exist_ok=True)
     with ThreadPoolExecutor(a.local) as pool:
-        codes = list(pool.map(lambda job: run(*job), runs))
-    sys.exit(any(codes))
+        states = list(pool.map(lambda job: run(*job), commands))
+    print(table([(folder, state) for (folder, _), state in zip(commands, states)]))
+    sys.exit(any(state != "done" for state in states))
 
 
 if __name__ == "__main__":
