@@ -85,9 +85,10 @@ def cluster(tmp_path):
     record.chmod(0o755)
     path = tmp_path / "a folder"  # with a space
     path.mkdir()
+    commands = f"{ROOT / 'tests/slurm'}:{Path(sys.executable).parent}:{ENV['PATH']}"
     return Cluster(path, ENV | {
-        "PATH": f"{ROOT / 'tests/slurm'}:{ENV['PATH']}", "FAKE_SLURM": str(path / "state"), "ACCOUNT": "none",
-        "RECORD": str(path / "started"), "PYTHON": str(record), "HOME": str(tmp_path)})
+        "PATH": commands, "FAKE_SLURM": str(path / "state"), "ACCOUNT": "none", "HOME": str(tmp_path),
+        "RECORD": str(path / "started"), "PYTHON": str(record)})
 
 
 # ---- the files ----

@@ -67,8 +67,9 @@ def slurm(tmp_path):
     """The environment of a user of tests/slurm, whose python notes its arguments and ends."""
     (tmp_path / "python").write_text('#!/bin/bash\nprintf "%s\\n" "$*" >> python.txt\n')
     (tmp_path / "python").chmod(0o755)
-    return {"PATH": f"{ROOT / 'tests/slurm'}:{os.environ['PATH']}", "FAKE_SLURM": str(tmp_path / "state"),
-            "ACCOUNT": "none", "PYTHON": str(tmp_path / "python")}
+    path = f"{ROOT / 'tests/slurm'}:{Path(sys.executable).parent}:{os.environ['PATH']}"
+    return {"PATH": path, "FAKE_SLURM": str(tmp_path / "state"), "ACCOUNT": "none",
+            "PYTHON": str(tmp_path / "python")}
 
 
 def test_it_sends_jobs(tmp_path, slurm):
