@@ -849,8 +849,9 @@ class OneBase:
         base = models.absolute(settings["base_model_name_or_path"] if settings else folder)
         if base != self.base:
             self.model = None  # the old one goes before the next comes
-            self.model, self.base = models.load_model(base, self.dtype, self.device, max_tokens,
-                                                      split=self.args.shard, quantize=self.args.quantize), base
+            self.model, self.base = models.load_model(
+                base, self.dtype, self.device, max_tokens, split=self.args.shard,
+                quantize=self.args.quantize), base
         for path, module in lora_modules(self.model).items():  # off with the last one's adapter
             self.model.set_submodule(path, module.base)
         if settings:

@@ -188,9 +188,7 @@ class Watch:
                 os.write(2, f"\nerror: {message}\n".encode())
             if is_main():
                 self._tell(message)
-            for clean_up in at_failure:
-                clean_up()
-            os._exit(1)
+            leave_now(1)
 
     def leave(self):
         """The end of a run that did not fail."""
@@ -198,7 +196,14 @@ class Watch:
         self._tell("")
 
 
-at_failure = []  # called in a process that is ended by another's failure
+at_exit = []  # called by a process that leaves in the middle
+
+
+def leave_now(code) -> None:
+    """End this process, whatever its other threads wait for."""
+    for clean_up in at_exit:
+        clean_up()
+    os._exit(code)
 
 
 def fail(message: str) -> None:

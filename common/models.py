@@ -59,7 +59,7 @@ def absolute(name: str) -> str:
 
 
 def use_token() -> None:
-    """Give the hub's clients a token: HF_TOKEN, else the one in ~/.huggingface_token or HF_TOKEN=... in ./.env.
+    """Give the hub's clients a token: HF_TOKEN, else that of ~/.huggingface_token or HF_TOKEN=... in ./.env.
 
     It goes into this process's environment and nowhere else. A file that others can read is warned of.
     """
@@ -111,7 +111,7 @@ def _reach(what: str, name: str, load, flag: str = "--model"):
 
 
 def download(name: str) -> None:
-    """Put a hub id's configuration, tokenizer and weights into the hub's cache, and those of its adapter's base.
+    """Put a hub id's configuration, tokenizer and weights into the hub's cache, those of an adapter's base too.
 
     Nothing is left to do for a local folder, unless it holds an adapter. Errors: ValueError, one line.
     """
@@ -121,7 +121,7 @@ def download(name: str) -> None:
 
         folder = _reach("files", folder, lambda: snapshot_download(
             name, allow_patterns=["*.json", "*.safetensors", "*.txt", "*.jinja", "tokenizer.model"],
-            ignore_patterns=["*/*", "consolidated*"]))  # the same weights again, in their authors' own formats
+            ignore_patterns=["*/*", "consolidated*"]))  # the same weights in their authors' own formats
         if not any(Path(folder).glob("*.safetensors")):
             raise ValueError(f"--model {name}: no safetensors weights on the hub")
     if base := adapter_settings(folder).get("base_model_name_or_path"):

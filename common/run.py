@@ -50,15 +50,18 @@ def cli(main, Args) -> None:
         Run.current.save_remembered()
         Run.current.finish()
     except KeyboardInterrupt:
-        os._exit(130)
+        dist.leave_now(130)
     except Exception as error:
-        mistake = isinstance(error, ValueError) and not os.environ.get("UNROLLED_TRACEBACK")
-        if not mistake and dist.world_size() == 1:
+        if isinstance(error, ValueError) and not os.environ.get("UNROLLED_TRACEBACK"):
+            dist.fail(str(error))
+        if dist.world_size() == 1:
             raise
-        if not mistake:  # a collective fails in all ranks when one is gone: that one is the news
-            time.sleep(2)
-            traceback.print_exc()
-        dist.fail(str(error) if mistake else f"{type(error).__name__}: {dist.first_line(error)}")
+        time.sleep(2)  # a collective fails in all ranks when one is gone: that one is the news
+        if "imed out" in str(error):
+            dist.fail("another rank did not answer in time (UNROLLED_TIMEOUT seconds, default 1800): "
+                      f"{dist.first_line(error)}")
+        traceback.print_exc()
+        dist.fail(f"{type(error).__name__}: {dist.first_line(error)}")
     dist.finish()
     if dist.stop_signal:
         sys.exit(dist.STOPPED)
@@ -120,8 +123,8 @@ def check_args(args) -> None:
     if getattr(args, "reshard", False) and not args.shard:
         raise ValueError("--reshard says when --shard gathers the weights: add --shard")
     if getattr(args, "quantize", "none") != "none":
-        for other, why in (("full", "4 bits are too coarse to train"), ("shard", "FSDP2 splits plain weights"),
-                           ("merge", "the adapter belongs to a base in 4 bits")):
+        for other, why in (("full", "4 bits are too coarse to train"),
+                           ("shard", "FSDP2 splits plain weights"), ("merge", "the adapter belongs to a base in 4 bits")):
             if getattr(args, other, False):
                 raise ValueError(f"--quantize {args.quantize} does not go with --{other}: {why}")
     for name in ("max_steps", "token_budget"):
@@ -175,7 +178,7 @@ class Run:
             if args.dry_run:
                 path = Path(tempfile.mkdtemp(prefix="unrolled-"))
                 atexit.register(shutil.rmtree, path, ignore_errors=True)
-                dist.at_failure.append(partial(shutil.rmtree, path, ignore_errors=True))
+                dist.at_exit.append(partial(shutil.rmtree, path, ignore_errors=True))
             elif args.resume:
                 if not (path / "config.json").exists():
                     raise ValueError(f"--out {path} --resume: there is no run in that directory")

@@ -113,11 +113,17 @@ def clip_gradients(params, max_norm: float) -> float:
 
 
 def save(folder, tensors: dict) -> None:
-    """Write split and whole tensors by name, each rank its own part. All ranks call it."""
+    """Write split and whole tensors by name, each rank its own part. All ranks call it.
+
+    Errors: RuntimeError, on all ranks, if one of them cannot.
+    """
     from torch.distributed import checkpoint
 
-    checkpoint.save(tensors, storage_writer=checkpoint.HuggingFaceStorageWriter(
-        str(folder), save_distributed=True))
+    try:
+        checkpoint.save(tensors, storage_writer=checkpoint.HuggingFaceStorageWriter(
+            str(folder), save_distributed=True))
+    except checkpoint.CheckpointException as failed:  # a BaseException
+        raise RuntimeError(dist.first_line(next(iter(failed.failures.values()))[0])) from None
 
 
 def load(folder, tensors: dict) -> None:
