@@ -889,7 +889,7 @@ def value_loss(values, old_values, returns, mask, clip):
         return plain / 2, torch.zeros_like(mask)
     moved = values - old_values
     clipped = (old_values + moved.clamp(-clip, clip) - returns) ** 2
-    # the sum above rounds: without the second condition the clip would seem to act on values that did not move
+    # the sum above rounds: the second condition leaves out values that did not move
     return torch.maximum(plain, clipped) / 2, mask & (clipped > plain) & (moved.abs() > clip)
 
 

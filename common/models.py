@@ -111,7 +111,7 @@ def _reach(what: str, name: str, load, flag: str = "--model"):
 
 
 def download(name: str) -> None:
-    """Put a hub id's configuration, tokenizer and weights into the hub's cache, those of an adapter's base too.
+    """Put a hub id's configuration, tokenizer and weights into the hub's cache; of an adapter's base, too.
 
     Nothing is left to do for a local folder, unless it holds an adapter. Errors: ValueError, one line.
     """

@@ -123,10 +123,10 @@ def check_args(args) -> None:
     if getattr(args, "reshard", False) and not args.shard:
         raise ValueError("--reshard says when --shard gathers the weights: add --shard")
     if getattr(args, "quantize", "none") != "none":
-        for other, why in (("full", "4 bits are too coarse to train"),
-                           ("shard", "FSDP2 splits plain weights"), ("merge", "the adapter belongs to a base in 4 bits")):
-            if getattr(args, other, False):
-                raise ValueError(f"--quantize {args.quantize} does not go with --{other}: {why}")
+        reasons = {"full": "4 bits are too coarse to train", "shard": "FSDP2 splits plain weights",
+                   "merge": "the adapter belongs to a base in 4 bits"}
+        for other in [name for name in reasons if getattr(args, name, False)]:
+            raise ValueError(f"--quantize {args.quantize} does not go with --{other}: {reasons[other]}")
     for name in ("max_steps", "token_budget"):
         if getattr(args, name, 0) < 0:
             raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)}: cannot be negative")
