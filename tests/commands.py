@@ -10,6 +10,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+from common import dist
 from common.run import cli
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -17,7 +18,10 @@ ENV = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "OMP_WAIT_POL
 
 
 def run(*words, cwd, fails=False, script="eval.py", ranks=1):
-    """What a command prints; the one line of a mistake if it `fails`. Several ranks are processes."""
+    """What a command prints (a signal may stop it); the one line of a mistake if it `fails`.
+
+    Several ranks are processes.
+    """
     words = [str(word) for word in words]
     if ranks > 1:
         port = str(random.randint(20000, 40000))
@@ -38,7 +42,7 @@ def run(*words, cwd, fails=False, script="eval.py", ranks=1):
             else:
                 cli(module.main, module.Args)
     except SystemExit as end:
-        error = str(end.code)
+        error = "" if end.code == dist.STOPPED else str(end.code)
     finally:
         os.chdir(home)
         sys.argv = before[0]

@@ -459,6 +459,7 @@ def test_a_signal_ends_the_run_with_its_step(monkeypatch, tmp_path):
         run("--out", path, *SMALL, "--iterations", 1, "--max-steps", steps, cwd=tmp_path, script="star.py")
         assert [p.name for p in (path / "checkpoints").iterdir()] == ["step-1"]
         assert (path / "final").exists() == (steps == 1)
+    monkeypatch.undo()
     run("--out", path, "--resume", cwd=tmp_path, script="star.py")
     assert (path / "final").exists() and len(train_lines(path)) == 2
 
