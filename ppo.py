@@ -808,8 +808,9 @@ def value_loss(values, old_values, returns, mask, clip):
     plain = (values - returns) ** 2
     if not clip:
         return plain / 2, torch.zeros_like(mask)
-    clipped = (old_values + (values - old_values).clamp(-clip, clip) - returns) ** 2
-    return torch.maximum(plain, clipped) / 2, mask & (clipped > plain)
+    moved = values - old_values
+    clipped = (old_values + moved.clamp(-clip, clip) - returns) ** 2
+    return torch.maximum(plain, clipped) / 2, mask & (clipped > plain) & (moved.abs() > clip)  # not rounding
 
 
 def moments(values, device):

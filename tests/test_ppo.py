@@ -65,6 +65,9 @@ def test_golden_value_clip():
     assert of(0.9) == (pytest.approx(0.08), False)  # max(0.16, 0.01) / 2: the clip would have been kinder
     assert of(0.5) == (pytest.approx(0.005), True)  # right, but further from the old value than allowed
     assert of(0.5, clip=0) == (0.0, False)
+    old, near, returns = 0.2 * torch.rand(3, 1, 999, generator=torch.Generator().manual_seed(0)) - 0.1
+    assert (old + (near - old) != near).any()  # by rounding
+    assert not value_loss(near, old, returns, torch.ones(1, 999).bool(), 0.2)[1].any()
 
 
 def test_golden_moments_and_explained_variance():
@@ -526,7 +529,7 @@ def test_the_critics_gradient_row_by_row(toy):
             value = V[first + t]
             near = old + (value - old).clamp(-0.1, 0.1)
             total = total + torch.maximum((value - ret) ** 2, (near - ret) ** 2) / 2
-            held += int((near - ret) ** 2 > (value - ret) ** 2)
+            held += int((near - ret) ** 2 > (value - ret) ** 2 and abs(value - old) > 0.1)
     (total / n_tokens).backward()
     assert_equal(found[len(toy.params):], [p.grad for p in toy.critic_params], 1e-4)
     assert sums["value_loss"] == pytest.approx(total.item(), rel=1e-4) and 0 < sums["value_clip"] == held
