@@ -5,3 +5,8 @@ import os
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import pytest
+
+pytest.register_assert_rewrite("tests.processes")
+from tests.processes import go, start, tiny  # noqa: F401
