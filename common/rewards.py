@@ -397,7 +397,9 @@ def answered(tokenizer, response, answer, longest):
             at = sum(end <= len(before) + len("<answer>") for _, end in offsets)
             return ids[:at], ids[at:]
         _, offsets = encode(before.removesuffix("</think>"))
-        before = rationale(before[:offsets[-over - 1][1]] if over < len(offsets) else "")
+        # at a token's end, but never within a character of several tokens, each of which ends where it does
+        end = min(offsets[-over - 1][1], offsets[-over][0]) if over < len(offsets) else 0
+        before = rationale(before[:end])
 
 
 def leave_one_out(values, groups) -> list[float]:

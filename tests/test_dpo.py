@@ -204,15 +204,6 @@ def test_resumed_is_the_same_bit_for_bit(tmp_path, more):
     assert (tmp_path / "cut" / "metrics.jsonl").read_text() == before
 
 
-def test_two_ranks_make_the_same_run(tmp_path):
-    for ranks in (1, 2):
-        run("--out", f"r{ranks}", "--max-steps", 3, *SMALL, cwd=tmp_path, script="dpo.py", ranks=ranks)
-    one, two = (train_lines(tmp_path / f"r{ranks}") for ranks in (1, 2))
-    for a, b in zip(one, two, strict=True):
-        for name in ("loss", "margin", "accuracy", "grad_norm", "pairs", "chosen_tokens"):
-            assert a[name] == pytest.approx(b[name], rel=1e-3, abs=1e-5)
-
-
 def test_fixed_pairs_and_dry_run(tmp_path):
     rows = [{"prompt": f"Compute {a}+{b}.", "chosen": f"<answer>{a + b}</answer>",
              "rejected": "<answer>0</answer>"} for a, b in itertools.product(range(1, 9), repeat=2)]

@@ -65,6 +65,9 @@ def test_golden_value_clip():
     assert of(0.9) == (pytest.approx(0.08), False)  # max(0.16, 0.01) / 2: the clip would have been kinder
     assert of(0.5) == (pytest.approx(0.005), True)  # right, but further from the old value than allowed
     assert of(0.5, clip=0) == (0.0, False)
+    old, near, returns = 0.2 * torch.rand(3, 1, 999, generator=torch.Generator().manual_seed(0)) - 0.1
+    assert (old + (near - old) != near).any()  # by rounding
+    assert not value_loss(near, old, returns, torch.ones(1, 999).bool(), 0.2)[1].any()
 
 
 def test_golden_moments_and_explained_variance():
@@ -426,14 +429,6 @@ def test_logged_means_are_those_of_the_samples(small):
             assert line["entropy"] == pytest.approx(entropy, rel=1e-6)
 
 
-def test_two_ranks_make_the_same_run(small, tmp_path):
-    run("--out", "two", *SMALL, "--beta", 0.05, "--kl-target", 1, cwd=tmp_path, script="ppo.py", ranks=2)
-    for a, b in zip(curves.read_metrics(small), curves.read_metrics(tmp_path / "two"), strict=True):
-        for name in ("reward", "loss", "value_loss", "explained_variance", "grad_norm", "critic_grad_norm",
-                     "kl", "approx_kl", "eval/pass@1", "beta", "return"):
-            assert a.get(name, 0.0) == pytest.approx(b.get(name, 0.0), rel=2e-3, abs=2e-5), name
-
-
 def test_killed_and_resumed_is_the_same_bit_for_bit(small, tmp_path):
     """kill -9 after the first checkpoint; both optimizers and the adaptive coefficient go on."""
     command = [sys.executable, ROOT / "ppo.py", "--out", "cut", *map(str, SMALL), "--beta", "0.05",
@@ -526,7 +521,7 @@ def test_the_critics_gradient_row_by_row(toy):
             value = V[first + t]
             near = old + (value - old).clamp(-0.1, 0.1)
             total = total + torch.maximum((value - ret) ** 2, (near - ret) ** 2) / 2
-            held += int((near - ret) ** 2 > (value - ret) ** 2)
+            held += int((near - ret) ** 2 > (value - ret) ** 2 and abs(value - old) > 0.1)
     (total / n_tokens).backward()
     assert_equal(found[len(toy.params):], [p.grad for p in toy.critic_params], 1e-4)
     assert sums["value_loss"] == pytest.approx(total.item(), rel=1e-4) and 0 < sums["value_clip"] == held
@@ -554,15 +549,6 @@ def test_each_gradient_has_a_norm_of_its_own(small, tmp_path):
     ours, theirs = (load_file(folder / "checkpoints/step-1/adapter_model.safetensors")
                     for folder in (tmp_path / "c", small))
     assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
-
-
-def test_a_rank_without_rows_joins_in(tmp_path):
-    small = ["--max-steps", 2, "--prompts-per-step", 1, "--minibatches", 1, "--eval-questions", 2,
-             "--max-new-tokens", 16, "--train-questions", 8]
-    for ranks in (1, 2):
-        run("--out", f"r{ranks}", *small, cwd=tmp_path, script="ppo.py", ranks=ranks)
-    one, two = (load_file(tmp_path / f"r{ranks}/final/adapter_model.safetensors") for ranks in (1, 2))
-    assert all(torch.allclose(one[key], two[key], atol=1e-6) for key in one)
 
 
 @pytest.mark.parametrize("words, parts", [

@@ -259,13 +259,6 @@ def test_resumed_is_the_same_bit_for_bit(small, tmp_path):
         assert (tmp_path / "cut" / "final" / name).read_bytes() == (small[0] / "final" / name).read_bytes()
 
 
-def test_two_ranks_make_the_same_run(small, tmp_path):
-    run("--out", "two", *SMALL, cwd=tmp_path, script="reward_model.py", ranks=2)
-    for a, b in zip(curves.read_metrics(small[0]), curves.read_metrics(tmp_path / "two"), strict=True):
-        for name in ("loss", "accuracy", "grad_norm", "eval/loss", "eval/ranking_accuracy", "eval/pairs"):
-            assert a.get(name, 0.0) == pytest.approx(b.get(name, 0.0), rel=1e-4, abs=1e-5)
-
-
 @pytest.mark.parametrize("words, parts", [
     (["--pairs", "countdown"], ["countdown has no pairs"]), (["--margin", -1], ["--margin -1"]),
     (["--loss", "best-of-n", "--margin", 1], ["--loss pair"]), (["--eval-pairs", 0], ["--eval-pairs 0"]),

@@ -797,6 +797,23 @@ def test_a_rationale_that_fills_the_context_is_cut():
     assert reward([], []) == []
 
 
+@pytest.mark.parametrize("longest", range(7, 40, 3))
+@pytest.mark.parametrize("response", ["<think>ሰላም ነው", "ṣe <think>日本 😀 <think>日本</think>", "3+4 �\x10� x"])
+def test_a_rationale_is_cut_between_characters(response, longest):
+    """Each is three tokens here, all of which end where it ends: once, nothing was cut then, for ever."""
+    tokenizer, calls = common.models.load_tokenizer(""), []
+
+    def counted(text, **options):
+        calls.append(text)
+        assert len(calls) < 100
+        return tokenizer(text, **options)
+
+    before, answer = rewards.answered(counted, response, "8", longest)
+    kept = tokenizer.decode(before).removesuffix("<answer>")
+    assert (len(before) + len(answer) < longest or not kept) and tokenizer.decode(answer) == "8</answer>"
+    assert response.startswith(kept) or response.startswith(kept.removesuffix("</think>"))
+
+
 def test_the_answer_is_asked_as_a_policy_writes_it():
     """Qwen2.5 has one token for ">B" and one for "><": they are asked for, not "B" after ">"."""
     folder = DATA / "tokenizers" / "qwen2.5"

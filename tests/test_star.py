@@ -464,29 +464,6 @@ def test_a_signal_ends_the_run_with_its_step(monkeypatch, tmp_path):
     assert (path / "final").exists() and len(train_lines(path)) == 2
 
 
-@pytest.mark.parametrize("more", [["--rationalize", "--rewards", "correctness", "answer-prob=0"],
-                                  ["--strategy", "dpo", "--generations", "g/samples.csv", "--full"]])
-def test_two_ranks_are_one(tmp_path, more):
-    """11 questions on two ranks; each answer once, in the same order; given ones are scored in shares."""
-    if "--generations" in more:
-        run("--out", "g", *SMALL, "--iterations", 1, "--epochs", 0, cwd=tmp_path, script="star.py")
-    small = ["--questions", 11, "--num-generations", 3, "--batch-size", 7, "--eval-questions", 9,
-             "--iterations", 2, "--max-new-tokens", 40, "--train-questions", 40, "--epochs", 1, *more]
-    for ranks in (1, 2):
-        run("--out", f"r{ranks}", *small, cwd=tmp_path, script="star.py", ranks=ranks)
-    one, two = (read_csv(tmp_path / f"r{n}" / "samples.csv") for n in (1, 2))
-    assert [(r["id"], r["completion"], r["source"]) for r in one] == [
-        (r["id"], r["completion"], r["source"]) for r in two]
-    for a, b in zip(train_lines(tmp_path / "r1"), train_lines(tmp_path / "r2"), strict=True):
-        assert a["loss"] == pytest.approx(b["loss"], abs=1e-6)
-    counts = [[(line["samples"], line["rows"]) for line in curves.read_metrics(tmp_path / f"r{n}")
-               if "samples" in line] for n in (1, 2)]
-    assert counts[0] == counts[1] and len(counts[0]) == 2
-    [name] = [path.name for path in (tmp_path / "r1" / "final").glob("*.safetensors")]
-    final = [load_file(tmp_path / f"r{n}" / "final" / name) for n in (1, 2)]
-    assert all(torch.allclose(final[0][k], final[1][k], atol=1e-5) for k in final[0])
-
-
 def test_a_token_budget_ends_with_its_iteration(tmp_path):
     run("--out", "a", *SMALL, "--iterations", 99, "--token-budget", 700, cwd=tmp_path, script="star.py")
     lines = [line for line in curves.read_metrics(tmp_path / "a") if "samples" in line]
@@ -594,14 +571,3 @@ def test_grpo_learns_from_the_probability_of_the_answer_alone(tmp_path):
     assert scores[0] < 0.5 and scores[-1] > 0.75
     assert all(line["reward"] == pytest.approx(line["reward/answer-prob"])
                for line in train_lines(tmp_path / "a"))
-
-
-@pytest.mark.parametrize("script, all_ranks", [("grpo.py", (1, 2)), ("ppo.py", (1, 1))])
-def test_answer_prob_in_the_other_scripts(script, all_ranks, tmp_path):
-    """Also where a rank has no question."""
-    words = ["--rewards", "answer-prob:exp+prior", "--max-steps", 1, "--prompts-per-step", 1,
-             "--num-generations", 16, "--eval-questions", 4, "--train-questions", 8, "--max-new-tokens", 40]
-    outs = [run("--out", i, *words, cwd=tmp_path, script=script, ranks=n) for i, n in enumerate(all_ranks)]
-    rewards_of = [[float(row["reward/answer-prob"]) for row in read_csv(tmp_path / f"{i}" / "samples.csv")]
-                  for i in range(2)]
-    assert rewards_of[0] == pytest.approx(rewards_of[1], abs=1e-5) and len(set(rewards_of[0])) > 1, outs
