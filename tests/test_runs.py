@@ -347,24 +347,6 @@ def test_killed_before_the_first_checkpoint(go, tmp_path, rewards_py):
     assert (killed.folder / "samples.csv").read_bytes() == (whole / "samples.csv").read_bytes()
 
 
-def test_sigterm_saves_a_checkpoint(go, tmp_path, rewards_py):
-    flags = {"rewards": f"{rewards_py}:letters=1"}
-    whole = go("whole", **flags).folder
-    (tmp_path / "calls.txt").unlink()
-    (tmp_path / "pause").touch()
-    stopped = go("stopped", **flags, env={"PAUSE_AFTER": "1"}, wait=False)
-    wait_for(lambda: n_calls(tmp_path) == 2, lambda: stopped.out + stopped.err)
-    os.kill(stopped.pid, signal.SIGTERM)  # inside step 2
-    wait_for(lambda: "SIGTERM" in stopped.err)
-    (tmp_path / "pause").unlink()
-    assert stopped.wait().code == 0
-    assert [path.name for path in (stopped.folder / "checkpoints").iterdir()] == ["step-2"]
-    assert not (stopped.folder / "final").exists()
-    go("stopped", resume=True, bare=True)
-    assert timeless(stopped.folder) == timeless(whole)
-    assert_equal_bits(weights(stopped.folder), weights(whole))
-
-
 def test_resumed_at_another_number_of_ranks(go):
     """To 1e-6: the ranks' gradients are added in another order, and AdamW's steps are 1e-4 long."""
     flags = {"lr": 1e-4, "rewards": ["mark=1", "format=1"]}

@@ -27,17 +27,13 @@ SFT = ASKING | {"batch_size": 7}
 EMBEDDED = ASKING | {"model": "", "level": None, "max_new_tokens": 40, "num_generations": 5}
 PAIRS = {"pairs": "pairs.jsonl", "pairs_per_step": 7, "eval_pairs": 5}
 CASES = {  # the first word is the script
-    "grpo": GRPO,
+    "grpo": GRPO | {"gradient_checkpointing": True, "train_layers": "1"},
     "grpo --reshard": GRPO | {"reshard": True, "slots": 4},  # a rank that fills its slots again and again
     "grpo --full": GRPO | {"full": True, "updates_per_batch": 2},
     "grpo idle --reshard": GRPO | {"prompts_per_step": 1, "eval_questions": 1, "reshard": True},
     "sft --full": SFT | {"full": True, "gradient_checkpointing": True},
-    "sft": SFT | {"gradient_checkpointing": True, "train_layers": "1"},
-    "reward_model": PAIRS,
     "reward_model --full": PAIRS | {"full": True},
     "dpo": EMBEDDED | {"questions": 17, "pairs_per_step": 7, "passes": 2},
-    "dpo --full": EMBEDDED | {"questions": 17, "pairs_per_step": 7, "passes": 2, "full": True},
-    "ppo": PPO,
     "ppo --full": PPO | {"full": True},
     "star": EMBEDDED | {"questions": 9, "batch_size": 7, "iterations": 1, "rationalize": True},
 }
