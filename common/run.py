@@ -452,13 +452,13 @@ class Run:
             step = int(folder.name[5:]) if folder else -1
             lines = (self.path / "metrics.jsonl").read_text().splitlines(keepends=True) if (
                 self.path / "metrics.jsonl").exists() else []
-            # a kill can leave half a line
+            # a kill can leave half a line, and of a row half its step
             kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
             if len(kept) < len(lines):
                 replace_text(self.path / "metrics.jsonl", "".join(kept))
             for name in ("samples.csv", "eval.csv"):
                 rows = self.read_rows(name)
-                kept = [row for row in rows if row["step"].isdigit() and int(row["step"]) <= step]
+                kept = [row for row in rows if None not in row.values() and int(row["step"]) <= step]
                 if len(kept) < len(rows):
                     aside = f".{name}"
                     (self.path / aside).unlink(missing_ok=True)

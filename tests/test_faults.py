@@ -1,0 +1,223 @@
+"""Runs that run out of memory, are killed or find their checkpoints damaged end as if nothing had happened."""
+
+import os
+import random
+import signal
+import time
+from collections import Counter
+
+import pytest
+
+from common.run import damage
+from tests.processes import (
+    assert_equal_bits,
+    assert_same_runs,
+    patched,
+    timeless,
+    train_lines,
+    wait_for,
+    weights,
+)
+from tests.test_ranks import ALL, CASES, LINEAR
+
+# ------------------------------------------------------------------------------------------------------------
+# Out of memory
+
+OUT_OF_MEMORY = """
+calls = {"sample": 0, "accumulate_gradients": 0}
+
+def count(home, name, within=None):
+    def call(*inputs, **options):
+        calls[name] += 1
+        for inner in calls if within is None else ():
+            calls[inner] = calls[inner] if inner in ("sample", "accumulate_gradients") else 0
+        where = f"{within} {calls.get(within)} {name} {calls[name]}"
+        if where in os.environ["FAIL"].split(",") and os.environ["RANK"] == "1":
+            print("failed in", where, file=sys.stderr, flush=True)
+            raise torch.OutOfMemoryError("injected")
+        return original(*inputs, **options)
+
+    original, calls[name] = getattr(home, name), 0
+    setattr(home, name, call)
+
+count(script, "accumulate_gradients")
+for home, name in ((script, "token_logprobs"), (script, "token_values"), (script.models, "last_token_scores")):
+    if hasattr(home, name):
+        count(home, name, "accumulate_gradients")
+if hasattr(script, "Sampler"):
+    count(script.Sampler, "sample")
+    count(script.Sampler, "_decode", "sample")
+"""
+
+
+# name -> which call fails: the number of the outer call, and of the inner one within it. The self-check is the
+# first to sample, the evaluation at step 0 the second; reward_model.py's self-check has a gradient, too.
+FAILURES = {
+    "sft": ["sample 2 _decode 3", "accumulate_gradients 1 token_logprobs 2"],
+    "reward_model": ["accumulate_gradients 2 last_token_scores 2"],
+    "dpo": ["sample 3 _decode 3", "accumulate_gradients 1 token_logprobs 2"],
+    "grpo": ["sample 3 _decode 3", "accumulate_gradients 1 token_logprobs 2"],
+    "ppo": ["sample 3 _decode 3", "accumulate_gradients 0 token_values 2"],  # old values
+    "ppo update": ["sample 3 _decode 3", "accumulate_gradients 1 token_values 2"],
+    "star": ["sample 3 _decode 3", "accumulate_gradients 1 token_logprobs 2"],
+}
+# what precedes the failure with another micro-batch, and so with other roundings, is switched off
+MORE = {"dpo": {"loss": "simpo", "pairs_per_step": 14, "iterations": 1, "passes": 1}, "grpo": {"beta": 0},
+        "star": {"rewards": "correctness", "batch_size": 14, "iterations": 1}}
+TOKENS = {"sft": 40, "dpo": 120, "star": 75}  # in a micro-batch of half the size
+
+
+@pytest.mark.parametrize("name", FAILURES)
+def test_out_of_memory_on_one_of_two_ranks(go, tiny, tmp_path, name):
+    """In the sampler and in the second micro-batch: the run of half the size on both, to the last bit.
+
+    But for PPO's old values, computed before a failure in the update: there weights to 1e-7.
+    """
+    script = name.split()[0]
+    flags = {"model": tiny, "ranks": 2, "bare": True} | ALL | CASES[script] | MORE.get(script, {})
+    if script == "reward_model":
+        (tmp_path / "pairs.jsonl").write_text("".join(
+            f'{{"prompt": "{i}?", "chosen": "{i * 7}", "rejected": "{"no" * (1 + i % 9)}"}}\n' for i in range(60)))
+    n = TOKENS.get(script, 61)
+    small, large = {"tokens_per_batch": n}, {"tokens_per_batch": 2 * n}
+    if script != "reward_model":
+        small["slots"], large["slots"] = 4, 8
+    half = go("half", script=f"{script}.py", **flags | small).folder
+    oom = go("oom", script=patched(tmp_path, script, OUT_OF_MEMORY), env={"FAIL": ",".join(FAILURES[name])},
+             **flags | large)
+    said = [process.err for process in oom.group]
+    assert said[1] == "".join(f"failed in {where}\n" for where in FAILURES[name])
+    assert said[0] == ("" if script == "reward_model" else "out of memory: slots is now 4\n") + (
+        f"out of memory: tokens per batch is now {n}\n")
+    if name == "ppo update":
+        return assert_same_runs(oom.folder, half, to=1e-7)
+    assert [line for line in timeless(oom.folder) if line["step"]] == [
+        line for line in timeless(half) if line["step"]]
+    if (half / "samples.csv").exists():
+        assert (oom.folder / "samples.csv").read_bytes() == (half / "samples.csv").read_bytes()
+    assert_equal_bits(weights(oom.folder), weights(half))
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Killed at any moment
+
+MORTAL = """
+changes, later = map(int, os.environ.get("DIE", "0 0").split())  # of the run's files, and calls after the last
+
+def die(*_):
+    global later
+    later -= 1
+    if later < 0:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+def hook(event, args):
+    global changes
+    writes = event == "open" and args[2] & (os.O_WRONLY | os.O_RDWR)
+    if (writes or event in ("os.mkdir", "os.rename", "os.remove", "os.rmdir", "shutil.rmtree")) and (
+            "killed" in os.path.abspath(os.fsdecode(args[0]))):
+        changes -= 1
+        if changes == 0:
+            sys.setprofile(die)
+            die()
+
+def save(value, file):
+    original(value, file)
+    time.sleep(float(os.environ.get("SLOW", 0)))
+
+original, torch.save = torch.save, save
+sys.addaudithook(hook)
+"""
+
+FLAGS = {"beta": 0.05, "dynamic_sampling": True, "eval_every": 2, "keep": 2, "lr": 1e-2, "max_new_tokens": 8}
+
+
+@pytest.fixture
+def start_and_kill(go, tmp_path):
+    """start_and_kill(how, rng, flags): start the run "killed", or go on with it, and kill it. -> Process
+
+    how: "change": at one of the next changes of its files, or some calls later; "time": some milliseconds after
+    some lines of its log; "aside": while it writes a checkpoint; "": not at all. It may have ended before that.
+    """
+    script, folder = patched(tmp_path, "grpo", MORTAL), tmp_path / "killed"
+
+    def lines():
+        return (folder / "log.txt").read_text().count("\n") if (folder / "log.txt").exists() else 0
+
+    def aside():
+        return {(path.name, path.stat().st_ino) for path in folder.glob("checkpoints/.tmp-*")}
+
+    def start(how, rng, flags):
+        env = {"DIE": f"{rng.randint(1, 60)} {rng.choice([0, 0, 3, 30, 300, 3000])}"} if how == "change" else {}
+        env |= {"SLOW": "0.05"} if how == "aside" else {}
+        wanted, before, pause = lines() + rng.randint(3, 11), aside(), rng.uniform(0, 0.05)
+        begun = (folder / "config.json").exists()
+        process = go("killed", script=script, wait=False, env=env, bare=begun,
+                     **{"resume": True} if begun else flags)
+        if how in ("time", "aside"):
+            wait_for(lambda: process.poll() is not None or (
+                lines() >= wanted if how == "time" else aside() - before), process.said, every=0.005)
+            time.sleep(pause)
+            process.kill()
+        process.wait()
+        assert process.code in (0, -signal.SIGKILL), process.said()
+        return process
+
+    return start
+
+
+def assert_equal_runs(folder, whole):
+    """Bit for bit, but for times."""
+    assert timeless(folder) == timeless(whole)
+    for name in ("samples.csv", "eval.csv"):
+        assert (folder / name).read_bytes() == (whole / name).read_bytes()
+    assert_equal_bits(weights(folder), weights(whole))
+
+
+def spoil(folder, n):
+    """Damage a file of the newest checkpoint: cut it, change a bit or remove it, the n-th of nine ways."""
+    newest = max(folder.glob("checkpoints/step-*"), key=lambda path: int(path.name[5:]), default=None)
+    if newest is None or damage(newest):  # from the last time
+        return False
+    path = newest / ("adapter_model.safetensors", "training.pt", "state.json")[n % 3]
+    content = bytearray(path.read_bytes())
+    if n // 3 % 3 == 0:
+        os.truncate(path, len(content) // 2)
+    elif n // 3 % 3 == 1:
+        content[len(content) // 2] ^= 1
+        path.write_bytes(content)
+    else:
+        path.unlink()
+    return True
+
+
+@pytest.mark.slow
+def test_killed_twenty_times_and_damaged(go, start_and_kill, tmp_path):
+    """At changes of its files, in the writing of checkpoints, by the clock: it ends as the whole run does."""
+    flags, rng, folder = FLAGS | {"max_steps": 16, "save_every": 1}, random.Random(0), tmp_path / "killed"
+    whole = go("whole", **flags).folder
+    kills, spoiled = Counter(), 0
+    while not (folder / "final").exists():
+        n = sum(kills.values())
+        how = ("change", "time", "change", "aside")[n % 4] if n < 28 else ""
+        process = start_and_kill(how, rng, flags)
+        kills[how] += process.code != 0
+        spoiled += n % 3 == 2 and n < 28 and spoil(folder, spoiled)
+    assert sum(kills.values()) >= 20 and kills["aside"] >= 4 and spoiled >= 5, kills
+    assert (folder / "log.txt").read_text().count(" is damaged (") >= spoiled
+    assert_equal_runs(folder, whole)
+    assert {path.name for path in folder.glob("checkpoints/*") if "damaged" not in path.name} == {
+        "step-15", "step-16"}
+
+
+def test_killed_and_resumed_at_other_numbers_of_ranks(go, tmp_path):
+    """Steps linear in the gradient (tests/test_ranks.py says why): weights to 1e-6."""
+    flags = FLAGS | LINEAR | {"max_steps": 6, "save_every": 2}
+    whole = go("whole", **flags).folder
+    for ranks, more in ((1, flags), (2, {"resume": True}), (3, {"resume": True})):
+        killed = go("killed", ranks=ranks, wait=False, bare="resume" in more, **more)
+        wait_for(lambda: killed.poll() is not None or (killed.folder / "metrics.jsonl").exists() and len(
+            train_lines(killed.folder)) >= 2 * ranks - 1, killed.said, every=0.005)
+        killed.kill()
+        assert killed.code == -signal.SIGKILL, killed.said()
+    go("killed", resume=True, bare=True)
+    assert_same_runs(killed.folder, whole)
