@@ -175,11 +175,11 @@ def test_ranks_of_srun_without_torchrun(go, tmp_path, monkeypatch):
     """Two tasks of a job step, joined by SLURM's variables alone."""
     scontrol = tmp_path / "bin/scontrol"
     scontrol.parent.mkdir()
-    scontrol.write_text('#!/bin/sh\n[ "$1 $2 $3" = "show hostnames node[1-2]" ] && echo 127.0.0.1 && echo node2\n')
+    scontrol.write_text('#!/bin/sh\n[ "$1 $2 $3" = "show hostnames node[1-2]" ] && echo 127.0.0.1 node2\n')
     scontrol.chmod(scontrol.stat().st_mode | stat.S_IEXEC)
     step = {"SLURM_STEP_NUM_TASKS": "2", "SLURM_STEP_NODELIST": "node[1-2]", "SLURM_JOB_ID": str(free_port()),
             "PATH": f"{scontrol.parent}:{os.environ['PATH']}"}
-    group = [go("run", wait=False, env=step | {"SLURM_PROCID": str(n), "SLURM_LOCALID": str(n)}) for n in (0, 1)]
+    group = [go("run", wait=False, env=step | {"SLURM_PROCID": n, "SLURM_LOCALID": n}) for n in ("0", "1")]
     assert [process.wait().code for process in group] == [0, 0], group[0].said() + group[1].said()
     assert json.loads((group[0].folder / "config.json").read_text())["world_size"] == 2
     one = go("one").folder
@@ -221,8 +221,8 @@ def save_final(self, write):
 last, Run.save_final = Run.save_final, save_final
 """)
     run = go("run", script=wrapper, fails=True)
-    assert run.err.startswith("error: ") and "final cannot be written" in run.err and "File too large" in run.err, run.err
-    assert run.err.count("\n") == 1
+    assert run.err.startswith("error: ") and run.err.count("\n") == 1
+    assert "final cannot be written" in run.err and "File too large" in run.err
     go("run", resume=True, bare=True)
     assert_equal_bits(weights(run.folder), weights(go("whole").folder))
 
@@ -290,9 +290,9 @@ original, run.damage = run.damage, damage
 
 def test_killed_while_its_directory_is_made(go, tmp_path):
     """From the first file on it can be resumed; before that the directory counts as empty."""
-    for name, code, more in (("config", "run.os.replace = lambda *_: os.kill(os.getpid(), 9)", {}),
-                             ("copy", "run.shutil.copy = lambda *_: os.kill(os.getpid(), 9)", {"resume": True})):
-        killed = go(name, script=patched(tmp_path, "grpo", f"from common import run\n{code}"), fails=True)
+    for name, where, more in (("config", "os.replace", {}), ("copy", "shutil.copy", {"resume": True})):
+        code = f"from common import run\nrun.{where} = lambda *_: os.kill(os.getpid(), 9)"
+        killed = go(name, script=patched(tmp_path, "grpo", code), fails=True)
         assert killed.code == -signal.SIGKILL and killed.folder.exists()
         again = go(name, bare=bool(more), **more)
         assert len(metrics(again.folder)) == len(metrics(go(f"{name}-whole").folder))

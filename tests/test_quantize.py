@@ -65,7 +65,7 @@ def test_forward_is_near_bfloat16_and_only_adapters_get_gradient(saved):
 
 
 def test_memory(saved):
-    """4 bits and a scale of 8 bits for 64 weights, whose own scales are float32 for 256: 4.127 bits a weight."""
+    """4 bits a weight, 8 for the scale of 64, 32 for the scale of 256 of these: 4.127 bits."""
     small, plain = (models.load_model(str(saved), torch.bfloat16, CPU, quantize=q) for q in ("nf4", "none"))
     linear = sum(m.weight.numel() for m in plain.base_model.layers.modules() if isinstance(m, nn.Linear))
     rest = n_bytes(plain) - 2 * linear
@@ -95,12 +95,13 @@ def test_a_run(go, saved, tmp_path, script):
                 max_new_tokens=40 if embedded else 12, rewards="own.py:variety").folder
     assert len(train_lines(folder)) == 2
     assert all(t.abs().max() > 0 for name, t in weights(folder).items() if "lora_B" in name)
-    assert "reward" in train_lines(go("on", model=folder, max_steps=1).folder)[0]  # the adapter on the plain base
+    assert train_lines(go("on", model=folder, max_steps=1).folder)  # the adapter on the plain base
 
 
 @pytest.mark.parametrize("flag", ["full", "merge"])
 def test_mistakes(go, flag):
-    assert f"--quantize nf4 does not go with --{flag}" in go("run", quantize="nf4", fails=True, **{flag: True}).err
+    run = go("run", quantize="nf4", fails=True, **{flag: True})
+    assert f"--quantize nf4 does not go with --{flag}" in run.err
 
 
 def test_without_bitsandbytes(go, tmp_path):

@@ -52,8 +52,8 @@ original, shard.split = shard.split, split
 def pairs(tmp_path):
     with open(tmp_path / "pairs.jsonl", "w") as file:
         for i in range(60):
-            pair = {"prompt": f"Compute {i}+{i % 7}.", "chosen": str(i + i % 7) * (1 + i % 5), "rejected": "no"}
-            file.write(json.dumps(pair) + "\n")
+            file.write(json.dumps({"prompt": f"Compute {i}+{i % 7}.", "chosen": str(i + i % 7) * (1 + i % 5),
+                                   "rejected": "no"}) + "\n")
 
 
 @pytest.mark.parametrize("name", CASES)
