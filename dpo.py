@@ -644,12 +644,14 @@ class Sampler:
 
     def _gather(self):
         """Take over the present weights; what is split is gathered, which all ranks do together."""
+        dist.lockstep = self.split
         for part in (self.head,) if self.by_layer else (*self.layers, self.head):
             part.refresh()
         if self.split:
             embedding, head = self.model.get_input_embeddings(), self.model.get_output_embeddings()
             self.embedding = (self.head.weight if embedding.weight is head.weight
                               else shard.whole(embedding.weight).to(self.dtype))
+        dist.lockstep = self.by_layer
 
     def _release(self):
         """Let go of gathered weights, and of the graphs that hold their addresses."""
@@ -665,6 +667,7 @@ class Sampler:
             for layer in self.layers:
                 layer.refresh()
                 layer.release()
+        dist.lockstep = False
 
     def _embed(self, ids):
         module = self.model.get_input_embeddings()
@@ -672,8 +675,8 @@ class Sampler:
             return module(ids).to(self.dtype)
         if self.by_layer:  # a pass begins: those in `_leave_together` join in
             dist.any_rank(True, self.device)
-        return F.embedding(ids, self.embedding) * torch.as_tensor(
-            getattr(module, "embed_scale", 1.0), dtype=self.dtype, device=self.device)
+        x, scale = F.embedding(ids, self.embedding), getattr(module, "embed_scale", None)  # Gemma's
+        return x if scale is None else x * scale.to(x.dtype)
 
     def _allocate(self, slots, length):
         """Make the cache [L, 2, slots, Hkv, length, K] and the buffers of a step large enough."""
@@ -1170,8 +1173,9 @@ def main(args: Args) -> None:
             models.load_trained(folder, model, adapter)
             optimizer.load_state_dict(saved["optimizer"])
             torch.set_rng_state(saved["rng"])
-            step, iteration, begun, tokens_per_batch, sampled_tokens = (saved[name] for name in (
-                "step", "iteration", "begun", "tokens_per_batch", "sampled_tokens"))
+            step, iteration, begun, sampled_tokens = (saved[name] for name in (
+                "step", "iteration", "begun", "sampled_tokens"))
+            tokens_per_batch = min(tokens_per_batch, saved["tokens_per_batch"])
             pairs = fixed if args.pairs else [Pair(*row) for row in saved["pairs"]]
             for pair, refs in zip(fixed + held_pairs, saved["refs"].tolist()):
                 pair.ref_chosen, pair.ref_rejected = refs

@@ -36,7 +36,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from common import curves, data, dist, models, rewards, shard
-from common.run import Run, check_args, cli, clock, read_csv, retry_smaller
+from common.run import Run, check_args, cli, clock, read_csv, replace_text, retry_smaller
 
 # Shapes: B rows, V vocabulary, P prompts, D hidden size, H heads, K head size, R LoRA rank, N tokens in all.
 
@@ -441,12 +441,14 @@ class Sampler:
 
     def _gather(self):
         """Take over the present weights; what is split is gathered, which all ranks do together."""
+        dist.lockstep = self.split
         for part in (self.head,) if self.by_layer else (*self.layers, self.head):
             part.refresh()
         if self.split:
             embedding, head = self.model.get_input_embeddings(), self.model.get_output_embeddings()
             self.embedding = (self.head.weight if embedding.weight is head.weight
                               else shard.whole(embedding.weight).to(self.dtype))
+        dist.lockstep = self.by_layer
 
     def _release(self):
         """Let go of gathered weights, and of the graphs that hold their addresses."""
@@ -462,6 +464,7 @@ class Sampler:
             for layer in self.layers:
                 layer.refresh()
                 layer.release()
+        dist.lockstep = False
 
     def _embed(self, ids):
         module = self.model.get_input_embeddings()
@@ -469,8 +472,8 @@ class Sampler:
             return module(ids).to(self.dtype)
         if self.by_layer:  # a pass begins: those in `_leave_together` join in
             dist.any_rank(True, self.device)
-        return F.embedding(ids, self.embedding) * torch.as_tensor(
-            getattr(module, "embed_scale", 1.0), dtype=self.dtype, device=self.device)
+        x, scale = F.embedding(ids, self.embedding), getattr(module, "embed_scale", None)  # Gemma's
+        return x if scale is None else x * scale.to(x.dtype)
 
     def _allocate(self, slots, length):
         """Make the cache [L, 2, slots, Hkv, length, K] and the buffers of a step large enough."""
@@ -907,10 +910,9 @@ def choose_questions(args):
 def forget_unfinished(run, results, done):
     """Leave in metrics.jsonl and samples.csv what belongs to a finished row: a kill can come between."""
     if dist.is_main():
-        rows = [row for row in run.read_rows("samples.csv") if (row["model"], row["preamble"]) in done]
-        (run.path / "samples.csv").unlink(missing_ok=True)
-        run.write_rows(rows)
-        (run.path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in results))
+        run.replace_rows("samples.csv", [row for row in run.read_rows("samples.csv")
+                                         if (row["model"], row["preamble"]) in done])
+        replace_text(run.path / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in results))
     dist.barrier()
 
 
@@ -947,13 +949,14 @@ def main(args: Args) -> None:
     run = Run(args, __file__, device, tags=models.run_tags(args.model[-1], args.data))
     if judged and not judge:
         run.print("math_verify is not installed: LaTeX answers are compared as text")
-    results = curves.read_metrics(run.path) if args.resume else []
+    results = dist.broadcast(curves.read_metrics(run.path) if args.resume else [])
     done, mixed = {(row["model"], row["preamble"]) for row in results}, None
     if args.resume:
         forget_unfinished(run, results, done)
     if results and (run.path / "mixed.json").exists():
         mixed = json.loads((run.path / "mixed.json").read_text())
 
+    dist.stoppable = True
     for name, preamble in itertools.product(args.model, args.preamble):
         if (name, preamble) in done:
             continue

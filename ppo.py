@@ -630,12 +630,14 @@ class Sampler:
 
     def _gather(self):
         """Take over the present weights; what is split is gathered, which all ranks do together."""
+        dist.lockstep = self.split
         for part in (self.head,) if self.by_layer else (*self.layers, self.head):
             part.refresh()
         if self.split:
             embedding, head = self.model.get_input_embeddings(), self.model.get_output_embeddings()
             self.embedding = (self.head.weight if embedding.weight is head.weight
                               else shard.whole(embedding.weight).to(self.dtype))
+        dist.lockstep = self.by_layer
 
     def _release(self):
         """Let go of gathered weights, and of the graphs that hold their addresses."""
@@ -651,6 +653,7 @@ class Sampler:
             for layer in self.layers:
                 layer.refresh()
                 layer.release()
+        dist.lockstep = False
 
     def _embed(self, ids):
         module = self.model.get_input_embeddings()
@@ -658,8 +661,8 @@ class Sampler:
             return module(ids).to(self.dtype)
         if self.by_layer:  # a pass begins: those in `_leave_together` join in
             dist.any_rank(True, self.device)
-        return F.embedding(ids, self.embedding) * torch.as_tensor(
-            getattr(module, "embed_scale", 1.0), dtype=self.dtype, device=self.device)
+        x, scale = F.embedding(ids, self.embedding), getattr(module, "embed_scale", None)  # Gemma's
+        return x if scale is None else x * scale.to(x.dtype)
 
     def _allocate(self, slots, length):
         """Make the cache [L, 2, slots, Hkv, length, K] and the buffers of a step large enough."""
@@ -1144,12 +1147,13 @@ def draw_minibatches(rows, args, step):
 def shared_reward(path, name, args, model, device):
     """The LearnedReward of a reward_model.py run: on the policy's own base where it is an adapter on it.
 
-    The adapter is then called `name`.
+    The adapter is then called `name`. With --shard it holds a base of its own: ranks score at their own pace.
     """
     make = partial(rewards.LearnedReward, path, models.choose_dtype(args.dtype, device), device,
                    args.tokens_per_batch)
     settings = models.adapter_settings(path)
-    if args.full or not settings or models.absolute(args.model) != settings["base_model_name_or_path"]:
+    base = settings.get("base_model_name_or_path")
+    if args.full or args.shard or models.absolute(args.model) != base:
         return make()
     add_lora(model, name, settings["r"], settings["lora_alpha"], settings["target_modules"],
              settings["layers_to_transform"])
@@ -1432,9 +1436,9 @@ def main(args: Args) -> None:
                 for p, value in zip(critic_params, saved["critic"], strict=True):
                     p.copy_(value)
             torch.set_rng_state(saved["rng"])
-            step, position, accumulated_reward, tokens_per_batch, sampled_tokens, beta = (
-                saved[name] for name in ("step", "position", "accumulated_reward", "tokens_per_batch",
-                                         "sampled_tokens", "beta"))
+            step, position, accumulated_reward, sampled_tokens, beta = (
+                saved[name] for name in ("step", "position", "accumulated_reward", "sampled_tokens", "beta"))
+            tokens_per_batch = min(tokens_per_batch, saved["tokens_per_batch"])
     with compute():
         run.self_check(self_check(model, params, sampler, [prompt_ids[e.id] for e in train[:3]], args,
                                   args.temperature, device))

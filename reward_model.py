@@ -533,7 +533,8 @@ def main(args: Args) -> None:
             models.load_trained(folder, model, adapter, head)
             optimizer.load_state_dict(saved["optimizer"])
             torch.set_rng_state(saved["rng"])
-            step, tokens_per_batch, scale = saved["step"], saved["tokens_per_batch"], saved["scale"]
+            step, scale = saved["step"], saved["scale"]
+            tokens_per_batch = min(tokens_per_batch, saved["tokens_per_batch"])
 
     def save_weights(folder, merge=False):
         if merge:

@@ -82,7 +82,7 @@ def first_line(error) -> str:
 # ---- ending together: a signal, a failure, a rank that is gone ----
 
 stop_signal = ""  # the name of the signal that asks this process to save and leave
-stoppable = True  # whether the step under way can be given up: false once it has moved the weights
+stoppable = False  # whether what is under way can be given up: a step that has moved the weights cannot
 lockstep = False  # whether the ranks make each pass together (--shard): none can leave in between
 _stopped_at = 0.0
 _watch = None
@@ -100,11 +100,22 @@ def check_stop() -> None:
 
 def listen() -> None:
     """From here on SIGINT, SIGTERM and SIGUSR1 set `stop_signal`; a second Ctrl-C ends the process."""
-    global stop_signal, stoppable
-    stop_signal, stoppable = "", True
+    global stop_signal, stoppable, lockstep
+    stop_signal, stoppable, lockstep = "", False, False
+    _handle(_on_signal)
+
+
+def ignore_signals() -> None:
+    """What they ask for is done: the run is finished."""
+    global stop_signal
+    stop_signal = ""
+    _handle(signal.SIG_IGN)
+
+
+def _handle(handler):
     if threading.current_thread() is threading.main_thread():
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
-            signal.signal(number, _on_signal)
+            signal.signal(number, handler)
 
 
 def _on_signal(number, frame):
@@ -139,9 +150,13 @@ class Watch:
         if server:
             while len(self.peers) < world_size() - 1:
                 peer, _ = server.accept()
-                with peer.makefile() as lines:
-                    hello = lines.readline().split()
+                peer.settimeout(10)
+                try:
+                    hello = peer.recv(200).decode().split()  # a line of some 70 bytes: one piece
+                except OSError:
+                    continue
                 if hello[:1] == [token]:
+                    peer.settimeout(None)
                     self._follow(int(hello[1]), peer)
             server.close()
         else:

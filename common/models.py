@@ -272,6 +272,7 @@ def load_model(name: str, dtype: torch.dtype, device: torch.device, max_tokens: 
         source = model
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+        torch.set_rng_state(dist.broadcast(torch.get_rng_state()))  # loading may have drawn from it
         shard.split(model, source, device)
         model.generation_config = dist.broadcast(source and source.generation_config)
     for module in model.modules():  # dropout would make sampler, reference and trainer three models
@@ -459,7 +460,7 @@ def save_plain(model, tokenizer, state: dict[str, torch.Tensor], folder) -> None
         config.architectures = [MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING[type(config)].__name__]
     if model.config.tie_word_embeddings:
         state = {key: value for key, value in state.items() if key != "lm_head.weight"}
-    state = {key: shard.gather(value) for key, value in state.items()}
+    state = {key: shard.gather(value) if shard.is_split(value) else value for key, value in state.items()}
     if not dist.is_main():
         return
     os.makedirs(folder, exist_ok=True)

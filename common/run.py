@@ -9,6 +9,7 @@ Only rank 0 writes and prints; every rank may call everything here.
 import atexit
 import csv
 import dataclasses
+import fcntl
 import hashlib
 import json
 import math
@@ -22,7 +23,7 @@ import tempfile
 import time
 import traceback
 import typing
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -42,13 +43,17 @@ def cli(main, Args) -> None:
     """
     import tyro
 
+    def to_the_end():
+        try:
+            main(tyro.cli(Args, default=_defaults(Args, sys.argv[1:]),
+                          description=sys.modules["__main__"].__doc__))
+        except dist.Stopped:
+            dist.stop_signal = dist.stop_signal or "another rank's signal"
+            Run.current.save_remembered()
+            Run.current.finish()
+
     try:
-        main(tyro.cli(Args, default=_defaults(Args, sys.argv[1:]),
-                      description=sys.modules["__main__"].__doc__))
-    except dist.Stopped:
-        dist.stop_signal = dist.stop_signal or "another rank's signal"
-        Run.current.save_remembered()
-        Run.current.finish()
+        to_the_end()
     except KeyboardInterrupt:
         dist.leave_now(130)
     except Exception as error:
@@ -157,7 +162,17 @@ class Run:
         self._profiled = 0
         self._started, self._first_step, self._line = time.time(), None, 0
         self.path = Path(dist.broadcast(self._make_directory(script, tags) if dist.is_main() else None))
-        Run.current = self
+        if Run.current and Run.current._lock:
+            Run.current._lock.close()
+        Run.current, self._lock = self, None
+        if dist.is_main():
+            self._lock = open(self.path / "config.json", "rb")
+            try:
+                fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise ValueError(f"--out {self.path}: another process is at work on that run") from None
+            except OSError:  # not on every file system
+                pass
         dist.listen()
         if args.wandb and dist.is_main():
             import wandb
@@ -182,6 +197,10 @@ class Run:
             elif args.resume:
                 if not (path / "config.json").exists():
                     raise ValueError(f"--out {path} --resume: there is no run in that directory")
+                began = json.loads((path / "config.json").read_text())["args"].get("shard", False)
+                if getattr(args, "full", False) and began != args.shard:
+                    raise ValueError(f"--out {path} --resume: a run of --full keeps its --shard "
+                                     f"({'with' if began else 'without'}); start another with --model {path}")
                 return str(path)
             while not (args.out or args.dry_run) and path.exists():  # two runs started in the same second
                 path = path.with_name(path.name + "x")
@@ -223,7 +242,7 @@ class Run:
         if dist.is_main():
             self._clear()
             print(text, flush=True)
-            with open(self.path / "log.txt", "a") as file:
+            with suppress(OSError), open(self.path / "log.txt", "a") as file:  # a full disk is said elsewhere
                 print(text, file=file)
 
     def _clear(self):
@@ -249,6 +268,7 @@ class Run:
             if not value <= limit:  # also catches NaN
                 raise ValueError(f"self-check: {name} is {value:.3g}, at most {limit:.3g} is right; "
                                  "nothing was trained")
+        dist.stoppable = True
         self.print("self-check: "
                    + ", ".join(f"{name} {value:.1g}" for name, (value, _) in checks.items()) + "  ok")
 
@@ -332,6 +352,15 @@ class Run:
     def read_rows(self, file_name):
         return read_csv(self.path / file_name) if (self.path / file_name).exists() else []
 
+    def replace_rows(self, file_name, rows) -> None:
+        """Write a CSV of the run anew, whole or not at all; without rows there is none."""
+        if not rows:
+            (self.path / file_name).unlink(missing_ok=True)
+            return
+        (self.path / f".{file_name}").unlink(missing_ok=True)
+        self.write_rows(rows, f".{file_name}")
+        os.replace(self.path / f".{file_name}", self.path / file_name)
+
     # ---- checkpoints ----
 
     def remember(self, step, due, write_weights, training) -> bool:
@@ -364,19 +393,20 @@ class Run:
         if self._remembered is None:  # nothing new since the last one
             return
         step, write_weights, training = self._remembered
+        values = {name: value() if callable(value) else value for name, value in training.items()}
+        values = shard.take_out(values, split := {})
 
-        def write(folder):
-            write_weights(folder)
-            values = {name: value() if callable(value) else value for name, value in training.items()}
-            values = shard.take_out(values, split := {})
+        def write_split(folder):
             if split:
                 shard.save(folder / "training", split)
+
+        def write_values(folder):
             if dist.is_main():
                 with open(folder / "training.pt", "wb") as file:  # whose errors say more than torch's own
                     torch.save(values, file)
 
-        self._remembered = None
-        error = self._write_whole(self.path / f"checkpoints/step-{step}", write, step)
+        error = self._write_whole(self.path / f"checkpoints/step-{step}", step,
+                                  write_weights, write_split, write_values)
         if error:
             kept = self._checkpoints()
             said = (f"step {step}: the checkpoint cannot be written ({error}); the last one is "
@@ -384,19 +414,24 @@ class Run:
             if dist.stop_signal:
                 raise ValueError(f"{said}: make room, then --out {self.path} --resume")
             self.print(f"{said}; going on")
-        elif dist.is_main():
+            return
+        self._remembered = None
+        if dist.is_main():
             for old in self._checkpoints()[:-self.args.keep]:
                 shutil.rmtree(old, ignore_errors=True)
 
     def save_final(self, write_weights) -> None:
         """Write final/, whole or not at all: the trained model, for others to load. Errors: ValueError."""
-        if error := self._write_whole(self.path / "final", write_weights):
+        if error := self._write_whole(self.path / "final", None, write_weights):
             raise ValueError(f"{self.path}/final cannot be written ({error}): make room, then "
                              f"--out {self.path} --resume")
-        dist.stop_signal = ""  # what it asks for is done
+        dist.ignore_signals()
 
-    def _write_whole(self, folder, write, step=None):
-        """Returns what went wrong, or "", on all ranks. `write` runs on all of them; most write on rank 0."""
+    def _write_whole(self, folder, step, *writes):
+        """Returns what went wrong, or "", on all ranks.
+
+        writes: called one after the other with the folder, on all ranks: the next only if none has failed.
+        """
         aside = folder.with_name(f".tmp-{folder.name}")
 
         def make():
@@ -406,20 +441,27 @@ class Run:
         def seal():
             files = sorted(path for path in aside.rglob("*") if path.is_file())
             for file in files:  # on disk before the rename makes it the newest
-                with open(file, "rb") as handle:
-                    os.fsync(handle.fileno())
+                sync(file)
             if step is not None:
+                for name in ("metrics.jsonl", "samples.csv", "eval.csv"):  # what it goes with
+                    if (self.path / name).exists():
+                        sync(self.path / name)
                 replace_text(aside / "state.json", json.dumps({
                     "step": step, "complete": True,
                     "sha256": {str(file.relative_to(aside)): sha256(file) for file in files}}))
-            shutil.rmtree(folder, ignore_errors=True)
+            old = folder.with_name(f".old-{folder.name}")
+            shutil.rmtree(old, ignore_errors=True)
+            if folder.exists():
+                folder.rename(old)
             aside.rename(folder)
+            sync(folder.parent)
+            shutil.rmtree(old, ignore_errors=True)
             return damage(folder) if step is not None else ""
 
-        for work, everywhere in ((make, False), (partial(write, aside), True), (seal, False)):
+        for work in (make, *(partial(write, aside) for write in writes), seal):
             error = ""
             try:
-                if everywhere or dist.is_main():
+                if dist.is_main() or work not in (make, seal):
                     error = work() or ""
             except (OSError, RuntimeError, SafetensorError) as failed:  # torch.save's and safetensors' own
                 error = getattr(failed, "strerror", None) or dist.first_line(failed)
@@ -442,6 +484,8 @@ class Run:
         folder = None
         if dist.is_main():
             found = self._checkpoints()
+            for left in self.path.glob("checkpoints/.*"):  # of a save that was killed
+                shutil.rmtree(left, ignore_errors=True)
             while found and (wrong := damage(found[-1])):
                 bad = found.pop()
                 self.print(f"{bad} is damaged ({wrong}); using "
@@ -460,13 +504,7 @@ class Run:
                 rows = self.read_rows(name)
                 kept = [row for row in rows if None not in row.values() and int(row["step"]) <= step]
                 if len(kept) < len(rows):
-                    aside = f".{name}"
-                    (self.path / aside).unlink(missing_ok=True)
-                    self.write_rows(kept, aside)
-                    if kept:
-                        os.replace(self.path / aside, self.path / name)
-                    else:
-                        (self.path / name).unlink()
+                    self.replace_rows(name, kept)
         folder = dist.broadcast(folder and str(folder))
         if not folder:
             self.print("no checkpoint in that run: starting from step 0")
@@ -534,20 +572,34 @@ def replace_text(path, text) -> None:
     os.replace(aside, path)
 
 
+def sync(path) -> None:
+    """Have a file or a folder on disk, not in memory."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
 def sha256(path) -> str:
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def damage(folder) -> str:
-    """What is wrong with a checkpoint's files, by the hashes in its state.json; "" if nothing is."""
+    """What is wrong with a checkpoint's files, by the hashes in its state.json; "" if nothing is.
+
+    One from before there were hashes is taken as it is. Errors: ValueError if the disk cannot be read.
+    """
     try:
-        hashes = json.loads((folder / "state.json").read_text())["sha256"]
+        hashes = json.loads((folder / "state.json").read_text()).get("sha256", {})
         return next((f"{name} is not what was written" for name, expected in hashes.items()
                      if sha256(folder / name) != expected), "")
-    except OSError as error:
+    except FileNotFoundError as error:
         return f"{Path(error.filename).name}: {error.strerror}"
-    except (ValueError, KeyError, TypeError):
+    except OSError as error:  # perhaps for a moment only
+        raise ValueError(f"{error.filename}: cannot be read ({error.strerror})") from None
+    except (ValueError, AttributeError):
         return "state.json is not what was written"
 
 

@@ -5,6 +5,8 @@ whole on every rank. FSDP2 gathers a layer when a pass reaches it, on all ranks 
 equally many passes (`micro_batches`), and what asks for `whole` tensors asks on all ranks.
 """
 
+from functools import lru_cache
+
 import torch
 from torch import nn
 
@@ -32,23 +34,28 @@ def gather(tensor):
     return full.cpu() if dist.is_main() else None
 
 
+@lru_cache
+def mesh_of(device):
+    """All ranks, in one row."""
+    from torch.distributed.device_mesh import init_device_mesh
+
+    return init_device_mesh(device.type, (dist.world_size(),))
+
+
 @torch.no_grad()
 def split(model, source, device) -> None:
     """Split `model`, on the meta device, over the ranks, and fill it from `source`, rank 0's whole copy.
 
     Errors: ValueError without several ranks.
     """
-    from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
     from torch.distributed.tensor import distribute_tensor
 
     if not torch.distributed.is_initialized():
         raise ValueError("--shard splits the model over the ranks of torchrun, and this is a process alone: "
                          "torchrun --nproc-per-node 2 ...")
-    dist.lockstep = True
     base, head = model.base_model, model.get_output_embeddings()
-    mesh = init_device_mesh(device.type, (dist.world_size(),))
-    vectors = {p for p in model.parameters() if p.ndim < 2}
+    mesh, vectors = mesh_of(device), {p for p in model.parameters() if p.ndim < 2}
     tied = head.weight is base.get_input_embeddings().weight
     for module in [base.get_input_embeddings(), *base.layers, base] + [head] * (not tied):
         fully_shard(module, mesh=mesh, reshard_after_forward=True, ignored_params=vectors)
@@ -77,7 +84,7 @@ def micro_batches(model, batches, *forwards):
 
     forwards: the passes that a micro-batch makes, each called with input_ids [1, 1] and a completion_mask
     [1, 1] of nothing, and followed by its backward pass if there is a gradient.
-    Errors: Stopped if a signal asks to leave (of a split model only when all ranks have made their passes).
+    Errors: Stopped if a signal asks to leave (not of a split model, whose ranks wait for each other).
     """
     if not is_split(model.get_input_embeddings().weight):
         for batch in batches:
@@ -85,7 +92,7 @@ def micro_batches(model, batches, *forwards):
             yield batch
         return
     device = model.get_input_embeddings().weight.device
-    idle = max(dist.gather(len(batches))) - len(batches)
+    idle, dist.lockstep = max(dist.gather(len(batches))) - len(batches), True
     yield from batches
     for _ in range(idle):
         for forward in forwards:
@@ -93,6 +100,7 @@ def micro_batches(model, batches, *forwards):
                              torch.zeros(1, 1, dtype=torch.bool))
             if output.requires_grad:
                 (0 * output).sum().backward()
+    dist.lockstep = False
 
 
 @torch.no_grad()
@@ -148,12 +156,11 @@ def take_out(value, taken: dict, path=""):
 def put_back(value, device, made: dict):
     """The reverse of `take_out`: fresh split tensors, which are in `made` by name for `load` to fill."""
     if isinstance(value, dict) and "split" in value:
-        from torch.distributed.device_mesh import init_device_mesh
         from torch.distributed.tensor import Shard, zeros
 
         made[value["split"]] = zeros(
             value["shape"], dtype=getattr(torch, value["dtype"]), placements=[Shard(0)],
-            device_mesh=init_device_mesh(device.type, (dist.world_size(),)))
+            device_mesh=mesh_of(device))
         return made[value["split"]]
     if isinstance(value, dict):
         return {key: put_back(item, device, made) for key, item in value.items()}

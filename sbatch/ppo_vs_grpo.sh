@@ -55,7 +55,8 @@ send baseline "$id" "$options" eval.py --out "$OUT/baseline" "${start[@]}"
 baseline=$id evaluated=''
 for method in grpo ppo; do
     send $method "$baseline" "$options" $method.py --out "$OUT/$method" "${training[@]}"
-    send eval-$method "$id" "$options" eval.py --out "$OUT/eval-$method" --model "$OUT/$method"
+    send eval-$method "$id" "$options" eval.py --out "$OUT/eval-$method" --model "$OUT/$method" \
+        --seed "$SEED"
     evaluated+=${evaluated:+:}$id
 done
 send compare "$evaluated" "${CPU:-$options}" \
