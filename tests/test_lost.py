@@ -22,6 +22,12 @@ from tests.processes import (
 )
 
 
+def n_steps(run):
+    """Logged so far by a run that is under way."""
+    log = run.folder / "log.txt"
+    return len(re.findall(r"^step +\d+/", log.read_text(), re.MULTILINE)) if log.exists() else 0
+
+
 def checkpoints(folder):
     return sorted(path.name for path in (folder / "checkpoints").iterdir())
 
@@ -128,7 +134,7 @@ def one_line(group):
 def test_a_killed_rank_ends_all(go, victim, more):
     """kill -9: within 30 seconds there is one line that names the rank, and no process left."""
     run = go("run", ranks=3, wait=False, max_steps=10_000, **more)
-    wait_for(lambda: len(re.findall(r"^step +\d+/", run.out, re.MULTILINE)) > 2, run.said)
+    wait_for(lambda: n_steps(run) > 2)
     os.kill(run.group[victim].pid, signal.SIGKILL)
     wait_for(lambda: None not in [process.poll() for process in run.group], run.said, seconds=30)
     assert f"rank {victim} of 3 is gone" in one_line(run.group)
@@ -264,6 +270,28 @@ def test_a_damaged_checkpoint_is_set_aside(go, saved, tmp_path, file, damage, sa
     assert timeless(folder) == timeless(saved[1])
     assert_equal_bits(weights(folder), weights(saved[1]))
     assert checkpoints(folder) == ["damaged-step-3", "step-2", "step-3"]
+
+
+def test_a_checkpoint_without_hashes_is_taken_as_it_is(go, saved, tmp_path):
+    shutil.copytree(saved[0], tmp_path / "copy")
+    (tmp_path / "copy/run/checkpoints/step-3/state.json").write_text('{"step": 3, "complete": true}')
+    assert "resuming from run/checkpoints/step-3" in go("run", resume=True, bare=True, cwd=tmp_path / "copy").out
+
+
+def test_a_smaller_micro_batch_from_here_on(go, saved, tmp_path):
+    """What --resume advises after out of memory with --shard."""
+    shutil.copytree(saved[0], tmp_path / "copy")
+    folder = go("run", resume=True, bare=True, max_steps=5, tokens_per_batch=64, cwd=tmp_path / "copy").folder
+    assert [line["tokens_per_batch"] for line in train_lines(folder)] == [2048] * 3 + [64] * 2
+
+
+def test_one_process_at_a_time(go, tmp_path):
+    run = go("run", wait=False, max_steps=10_000)
+    wait_for(lambda: n_steps(run) > 0)
+    said = go("run", resume=True, bare=True, fails=True).err
+    assert said == "error: --out run: another process is at work on that run\n"
+    run.kill()
+    go("run", resume=True, bare=True, max_steps=len(train_lines(run.folder)) + 1)
 
 
 def test_no_whole_checkpoint_is_a_run_from_the_start(go, saved, tmp_path):

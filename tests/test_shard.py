@@ -17,6 +17,7 @@ from tests.processes import (
     train_lines,
     weights,
 )
+from tests.tiny_models import tiny_model
 
 ALL = {"lr": 0.03, "max_grad_norm": 1e-9, "warmup_steps": 0, "max_steps": 2, "tokens_per_batch": 83,
        "lora_r": 4, "system": "none"}
@@ -75,6 +76,19 @@ def test_split_over_ranks_it_makes_the_same_run(go, tiny, tmp_path, pairs, name)
     assert len(train_lines(one)) == 2 and moved > 2e-4
 
 
+@pytest.mark.parametrize("kind", ["gemma2", "qwen3"])
+def test_other_families(go, tmp_path, kind):
+    """Scaled embeddings, q and k norms, an lm_head of its own: the same samples."""
+    model = tiny_model(kind, eos_token_id=2)
+    model.save_pretrained(tmp_path / kind)
+    models.load_tokenizer("").save_pretrained(tmp_path / kind)
+    flags = ALL | GRPO | {"model": tmp_path / kind, "max_steps": 1, "prompts_per_step": 3}
+    one = go("one", bare=True, **flags).folder
+    for more in ({}, {"reshard": True}):
+        split = go(f"split{len(more)}", ranks=2, shard=True, bare=True, **flags, **more).folder
+        assert_same_runs(split, one, to=1e-5)
+
+
 def test_evaluation(go):
     flags = {"limit": 7, "k": [1, 2], "level": 1, "max_new_tokens": 24, "slots": 3}
     one = go("one", script="eval.py", bare=True, **flags).folder
@@ -118,3 +132,9 @@ def test_the_adapter_is_merged_into_what_was_split(go, tiny, dtype):
 def test_mistakes(go, tiny):
     assert "torchrun" in go("run", shard=True, fails=True).err
     assert "--shard" in go("run", reshard=True, fails=True).err
+
+
+def test_a_full_run_keeps_its_shard(go):
+    go("run", full=True, max_steps=1)
+    again = go("run", full=True, shard=True, resume=True, bare=True, fails=True, ranks=2)
+    assert "keeps its --shard" in again.err
