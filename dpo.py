@@ -1283,7 +1283,7 @@ def main(args: Args) -> None:
     # ---- the end ----
     if args.dry_run:
         run.dry_run_report(metrics, asked.max_steps or steps_of(pairs),
-                           sums["chosen_tokens"] + sums["rejected_tokens"])
+                           sums["chosen_tokens"] + sums["rejected_tokens"], model.config, longest, sampler)
         return
     if step == last_step:
         run.save_final(partial(models.save_plain, model, tokenizer, merged_state_dict(model)) if args.merge

@@ -993,6 +993,7 @@ def main(args: Args) -> None:
         seconds = time.monotonic() - started
         run.print(f"dry run: {len(questions)} questions at full length took {seconds:.1f} s, so {n_all} take "
                   f"at most {clock(seconds * n_all / len(questions))}; nothing was kept")
+        run.print_memory(sampler.model.config, 0, sampler)
     elif not args.prompt:
         run.print("\n" + table([{k: v for k, v in row.items() if k != "time"} for row in results]))
         run.finish()

@@ -1576,7 +1576,8 @@ def main(args: Args) -> None:
 
     # ---- the end ----
     if args.dry_run:
-        run.dry_run_report(metrics, asked.max_steps, totals["tokens"] * args.ppo_epochs)
+        run.dry_run_report(metrics, asked.max_steps, totals["tokens"] * args.ppo_epochs, model.config,
+                           longest + args.max_new_tokens, sampler)
         return
     if last:
         run.save_final(partial(models.save_plain, model, tokenizer, merged_state_dict(model)) if args.merge

@@ -603,7 +603,8 @@ def main(args: Args) -> None:
 
     # ---- the end ----
     if args.dry_run:
-        run.dry_run_report(metrics, asked.max_steps, sum(len(row) for c in mine for row in c.rows))
+        run.dry_run_report(metrics, asked.max_steps, sum(len(row) for c in mine for row in c.rows),
+                           model.config, longest)
         return
     if step == args.max_steps:
         run.save_final(partial(save_weights, merge=args.merge))

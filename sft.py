@@ -1073,7 +1073,8 @@ def main(args: Args) -> None:
 
     # ---- the end ----
     if args.dry_run:
-        run.dry_run_report(metrics, asked.max_steps, metrics["tokens"])
+        run.dry_run_report(metrics, asked.max_steps, metrics["tokens"], model.config, longest, sampler,
+                           needed)
         return
     if step == args.max_steps:
         run.save_final(partial(models.save_plain, model, tokenizer, merged_state_dict(model)) if args.merge

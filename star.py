@@ -1482,7 +1482,8 @@ def main(args: Args) -> None:
         steps = [math.ceil(rows_to_train(n_samples, i, asked) / asked.batch_size) for i in iterations]
         seconds = metrics["seconds/update"] + metrics["seconds/sample"] * (  # the sampling of an iteration
             asked.questions / len(train) * asked.iterations / max(1, sum(steps)))
-        run.dry_run_report(metrics | {"seconds": seconds}, asked.max_steps or sum(steps), metrics["tokens"])
+        run.dry_run_report(metrics | {"seconds": seconds}, asked.max_steps or sum(steps), metrics["tokens"],
+                           model.config, longest_row, sampler)
         return
     if finished():
         run.save_final(partial(models.save_plain, model, tokenizer, merged_state_dict(model)) if args.merge

@@ -31,7 +31,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 
-from common import curves, dist, models, rewards, shard
+from common import curves, dist, memory, models, rewards, shard
 
 
 def cli(main, Args) -> None:
@@ -155,6 +155,7 @@ class Run:
     """
 
     current = None  # the one of this process, for `cli` to save when a signal comes
+    _utilisation = True  # of the GPU: false once asking for it has failed
 
     def __init__(self, args, script, device, *, tags=()):
         self.args, self.device, self.name = args, device, Path(script).stem
@@ -312,7 +313,13 @@ class Run:
 
     def _memory(self):
         if self.device.type == "cuda":
-            return {"memory_gb": torch.cuda.max_memory_allocated() / 2**30}
+            found = {"memory_gb": torch.cuda.max_memory_allocated() / 2**30}
+            if self._utilisation:
+                try:  # percent of the last second or so; needs nvidia-ml-py
+                    found["gpu_utilisation"] = torch.cuda.utilization(self.device)
+                except Exception:  # not installed, no driver, not allowed: asked once
+                    self._utilisation = False
+            return found
         unit = 2**30 if sys.platform == "darwin" else 2**20  # bytes there, kilobytes here
         return {"memory_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit}
 
@@ -541,11 +548,24 @@ class Run:
                    f"(step {steps[-1]}): {sum(after) / n - sum(before) / n:+.3f}, "
                    f"95% [{low:+.3f}, {high:+.3f}], n = {n}")
 
-    def dry_run_report(self, metrics, steps, tokens) -> None:
-        """Print what the one step of a dry run measured; its directory goes when the process ends."""
+    def dry_run_report(self, metrics, steps, tokens, config, row, sampler=None, context=0) -> None:
+        """Print what the one step of a dry run measured; its directory goes when the process ends.
+
+        config: the model's; row: tokens of the longest row trained on; context: of the longest prompt and
+        completion sampled, if not `row`.
+        """
         self.print(f"dry run: peak memory {metrics['memory_gb']:.2f} GB; one step at the largest sizes took "
                    f"{metrics['seconds']:.1f} s ({tokens:.0f} tokens trained), so {steps} steps take at most "
                    f"{clock(metrics['seconds'] * steps)} (h:mm:ss), evaluation apart; nothing was kept")
+        self.print_memory(config, row, sampler, context)
+
+    def print_memory(self, config, row, sampler=None, context=0) -> None:
+        """Print the memory estimated, by part, beside the measured peak."""
+        setup = partial(memory.of_run, self.args, self.name, config, self.device, row, context,
+                        ranks=dist.world_size())
+        samplers = [sampler, None] if row else [sampler]  # of this, and of a whole run
+        self.print(memory.report(self._memory()["memory_gb"],
+                                 *(memory.estimate(config, **setup(sampler=of)) for of in samplers)))
 
     def finish(self) -> None:
         """Draw curves.png, where matplotlib is installed, and say where the run lies."""
