@@ -67,6 +67,7 @@ class Shape:
         self.L, (self.V, self.D) = len(model.base_model.layers), model.get_output_embeddings().weight.shape
         self.mlp, self.q, self.kv = (self.linears[name][0] for name in ("gate_proj", "q_proj", "k_proj"))
         self.H = config.num_attention_heads
+        self.largest = max(map(math.prod, self.linears.values()))
         self.layer = sum(map(math.prod, self.linears.values()))  # weights in a layer's matrices
         self.vectors = sum(p.numel() for p in model.parameters() if p.dim() == 1)  # norms, biases
         self.tables = sum(p.numel() for p in model.parameters()) - self.vectors - self.L * self.layer
@@ -91,7 +92,7 @@ def estimate(model, **setup) -> dict[str, float]:
     """
     m, s = model if isinstance(model, Shape) else Shape(model), Setup(**setup)
     size = 4 if s.full else s.e
-    matrix = 0.5 + 4 / 64 if s.nf4 else size  # bitsandbytes' NF4: 4 bits each, and a float32 scale for 64
+    matrix = 0.5 + (1 + 4 / 256) / 64 if s.nf4 else size  # a byte of scale for 64, and 4 for 256 of these
     weights = (m.L * m.layer * matrix + m.tables * size) / s.ranks + m.vectors * size
     trained = s.networks * ((m.L * m.layer + m.tables) / s.ranks + m.vectors if s.full else m.adapter(s))
     if s.full and (s.networks > 1 or not s.logprobs):
@@ -140,7 +141,7 @@ def sampling(m, s):
     """Keys and values of the prompts, and the largest of: a layer of _prefill (its q, k, v, and gate, up,
     activation and product or, on the CPU, the scores twice), the logits in `admit`, those of _decode. Weights
     not there in the dtype come on top: split ones gathered, all of them or (--reshard) a layer, embeddings
-    and head; a layer of NF4.
+    and head; a matrix of NF4.
     """
     prompts = -(-s.slots // s.samples)
     rows = min(prompts, max(1, 16384 // s.prompt))  # prefilled at a time
@@ -148,7 +149,7 @@ def sampling(m, s):
     attention = 3 * m.q * s.e + (0 if s.on_gpu else 8 * m.H * s.prompt)
     layer = rows * s.prompt * ((3 * m.D + 2 * m.q + 3 * m.kv) * s.e + max(4 * m.mlp * s.e, attention))
     split = s.ranks > 1
-    gathered = m.layer * (m.L if split and not s.reshard else split or s.nf4) + m.tables * split
+    gathered = split * (m.layer * (1 if s.reshard else m.L) + m.tables) + s.nf4 * m.largest
     admitted = kept + 4 * m.V * (prompts + s.slots)
     return gathered * s.e + max(kept + layer, admitted, s.slots * step_logits(m, s))
 
@@ -174,15 +175,16 @@ def saved(m, s):
 
 
 def weight_copies(m, s):
-    """Made in the pass: autocast's, kept to the end of the step; A and scaled B in the dtype. Split weights:
-    two layers, embeddings and head gathered, and gradients not yet split; a layer of NF4.
+    """Made in the pass: autocast's, which autograd keeps for the backward pass; A and scaled B in the dtype.
+    Split weights: two layers, embeddings and head gathered, and gradients not yet split; a matrix of NF4.
     """
     scaled = sum((out + width * (s.e < 4)) * s.e for out, width in (m.linears[name] for name in s.targets))
     scaled *= s.lora_r * (1 if s.checkpointing else m.adapted(s))
     if s.ranks > 1:
         gathered = (2 * m.layer + m.tables) * ((4 if s.full else s.e) + 2 * s.autocast)
         return scaled + gathered + s.full * 4 * (m.layer + m.tables - m.V * m.D)
-    return scaled + s.e * (s.networks * m.L * m.layer if s.autocast else m.layer if s.nf4 else 0)
+    cast = m.layer * (1 if s.checkpointing else m.L) if s.autocast else 0
+    return scaled + s.e * (cast + s.nf4 * m.largest)
 
 
 def training(m, s, gradients):
