@@ -21,10 +21,7 @@ import torch
 from safetensors.torch import load_file
 
 from common import models
-
-ROOT = Path(__file__).resolve().parents[1]
-ENV = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
-
+from tests.commands import ENV, ROOT
 
 # ------------------------------------------------------------------------------------------------------------
 # Starting runs

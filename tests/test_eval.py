@@ -161,7 +161,7 @@ def trained(tmp_path_factory):
     cwd = tmp_path_factory.mktemp("trained")
     run("--out", "grpo", "--max-steps", 3, "--save-every", 1, "--keep", 3, "--eval-questions", 20,
         "--train-questions", 50, "--prompts-per-step", 4, "--num-generations", 4, "--warmup-steps", 0,
-        "--max-new-tokens", 40, cwd=cwd, script="grpo.py")
+        "--max-new-tokens", 40, cwd=cwd, script="grpo.py", draw=True)
     return cwd
 
 
@@ -180,7 +180,8 @@ def test_checkpoints_share_one_base(trained, monkeypatch):
     """A row each with its step; the base's weights are read once; each row equals its model merged, alone."""
     loads = []
     load = models.load_model
-    monkeypatch.setattr(models, "load_model", lambda *args: loads.append(args[0]) or load(*args))
+    monkeypatch.setattr(
+        models, "load_model", lambda *args, **more: loads.append(args[0]) or load(*args, **more))
     names = ["base", *(f"grpo/checkpoints/step-{n}" for n in (1, 2, 3)), "grpo"]
     monkeypatch.chdir(trained)
     eval.main(eval.Args(model=tuple(names), limit=12, max_new_tokens=40, out="all", device="cpu"))
@@ -417,9 +418,10 @@ def test_curves_show_what_the_metrics_hold(trained, tmp_path, monkeypatch):
 def test_samples_survive_a_spreadsheet(tmp_path):
     """Newlines, quotes, separators, any Unicode: csv -> rows -> csv is identical."""
     text = 'a\n"b", c;\td\r\n\'=1+1 ṣé 😀 \u2028 \x0b'
-    writer = SimpleNamespace(path=tmp_path, _wandb=None)
     from common.run import Run
 
+    writer = Run.__new__(Run)
+    writer.path, writer._wandb = tmp_path, None
     rows = [{"id": 1, "prompt": text, "completion": ""}, {"id": 2, "prompt": "", "completion": text}]
     Run.write_rows(writer, rows)
     once = (tmp_path / "samples.csv").read_bytes()

@@ -524,7 +524,8 @@ def test_the_loop_on_published_choices(folder, sample, watched, monkeypatch, tmp
     tokenizer.save_pretrained(tmp_path / "model")
     run("--out", "a", "--model", "model", "--data", DATA / folder, "--questions", 6, "--num-generations", 2,
         "--iterations", 2, "--strategy", "soft", "--rewards", "answer-prob:mean+prior", "--eval-questions", 8,
-        "--max-new-tokens", 12, "--batch-size", 4, "--system", "none", cwd=tmp_path, script="star.py")
+        "--max-new-tokens", 12, "--batch-size", 4, "--system", "none", cwd=tmp_path, script="star.py",
+        draw=True)
     path = tmp_path / "a"
     names = {p.name for p in path.iterdir()}
     assert {"config.json", "star.py", "log.txt", "metrics.jsonl", "samples.csv", "eval.csv", "curves.png",
@@ -555,7 +556,7 @@ def test_the_loop_on_published_choices(folder, sample, watched, monkeypatch, tmp
 
 @pytest.mark.slow
 def test_iterations_lift_held_out_accuracy(tmp_path):
-    run("--out", "a", "--eval-questions", 200, cwd=tmp_path, script="star.py")
+    run("--out", "a", "--eval-questions", 200, cwd=tmp_path, script="star.py", draw=True)
     scores = [line["eval/pass@1"] for line in curves.read_metrics(tmp_path / "a") if "eval/pass@1" in line]
     assert len(scores) == 4 and scores[0] < 0.4 and scores[1] > 0.9 and scores[3] > 0.9
     assert (tmp_path / "a" / "curves.png").stat().st_size > 1000
