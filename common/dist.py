@@ -135,7 +135,8 @@ class Watch:
 
     The kernel closes a dead process's connection, so that a kill -9 is seen in milliseconds, also by ranks
     that wait in a collective, where no Python runs but this class's threads. Rank 0 prints the one line; if
-    rank 0 is gone, rank 1 does. A machine that goes down is noticed by TCP keep-alive, in 30 seconds.
+    rank 0 is gone, the next one on each machine does. A machine that goes down is noticed by TCP keep-alive,
+    in 30 seconds.
     """
 
     def __init__(self):
@@ -181,13 +182,14 @@ class Watch:
                 message = json.loads(lines.readline() or "null")
         except (OSError, ValueError):
             pass
-        gone = message is None
+        gone, n = message is None, world_size()
         if gone:
-            message = (f"rank {of_rank} of {world_size()} is gone without a word (killed? out of memory?); "
+            message = (f"rank {of_rank} of {n} is gone (killed? out of memory? no answer in time?); "
                        "all ranks end; --resume goes on from the last checkpoint")
+        first = rank() == 1 or os.environ.get("LOCAL_RANK") == "0"  # the first one left on this machine
         if message and not self.done:  # "" is a goodbye
             time.sleep(0.3 if is_main() else 0)  # what all ranks find wrong, rank 0 says for itself
-            self.end(message, show=is_main() or gone and rank() == 1)
+            self.end(message, show=is_main() or gone and first)
 
     def _tell(self, message):
         for peer in self.peers.values():

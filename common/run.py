@@ -23,6 +23,7 @@ import tempfile
 import time
 import traceback
 import typing
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext, suppress
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
@@ -453,9 +454,9 @@ class Run:
                 for name in ("metrics.jsonl", "samples.csv", "eval.csv"):  # what it goes with
                     if (self.path / name).exists():
                         sync(self.path / name)
+                names = [str(file.relative_to(aside)) for file in files]
                 replace_text(aside / "state.json", json.dumps({
-                    "step": step, "complete": True,
-                    "sha256": {str(file.relative_to(aside)): sha256(file) for file in files}}))
+                    "step": step, "complete": True, "sha256": dict(zip(names, all_sha256(files)))}))
             old = folder.with_name(f".old-{folder.name}")
             shutil.rmtree(old, ignore_errors=True)
             if folder.exists():
@@ -601,9 +602,14 @@ def sync(path) -> None:
         os.close(handle)
 
 
-def sha256(path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def all_sha256(paths) -> list[str]:
+    """Of several files at a time: a large model's are hundreds of gigabytes."""
+    def sha256(path):
+        with open(path, "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+
+    with ThreadPoolExecutor(8) as pool:
+        return list(pool.map(sha256, paths))
 
 
 def damage(folder) -> str:
@@ -613,8 +619,9 @@ def damage(folder) -> str:
     """
     try:
         hashes = json.loads((folder / "state.json").read_text()).get("sha256", {})
-        return next((f"{name} is not what was written" for name, expected in hashes.items()
-                     if sha256(folder / name) != expected), "")
+        found = all_sha256([folder / name for name in hashes])
+        return next((f"{name} is not what was written" for name, now in zip(hashes, found)
+                     if now != hashes[name]), "")
     except FileNotFoundError as error:
         return f"{Path(error.filename).name}: {error.strerror}"
     except OSError as error:  # perhaps for a moment only
