@@ -97,8 +97,9 @@ def estimate(model, **setup) -> dict[str, float]:
     trained = s.networks * ((m.L * m.layer + m.tables) / s.ranks + m.vectors if s.full else m.adapter(s))
     if s.full and (s.networks > 1 or not s.logprobs):
         trained -= (m.tables - m.V * m.D) / s.ranks  # scores do not come from an untied head
-    # CUDA: a denominator of every weight at once; CPU: two, of one matrix after the other
-    made = trained if s.on_gpu else 2 * (m.V * m.D if s.full else m.mlp * s.lora_r)
+    # CUDA: a denominator of every weight at once; CPU, --shard: two of a matrix after the other, or its norm
+    largest = m.V * m.D * (2 if s.ranks > 1 else 1) / s.ranks if s.full else m.mlp * s.lora_r
+    made = trained if s.on_gpu and s.ranks == 1 else 2 * largest
     # CPU: fused weights are stored anew, but the pages of their file stay mapped
     twice = s.slots and not (s.autocast or s.targets and s.e == 4)
     return {"weights": weights, "copies": s.full * (s.networks + s.reference - 1) * weights,
@@ -175,16 +176,16 @@ def saved(m, s):
 
 
 def weight_copies(m, s):
-    """Made in the pass: autocast's, which autograd keeps for the backward pass; A and scaled B in the dtype.
-    Split weights: two layers, embeddings and head gathered, and gradients not yet split; a matrix of NF4.
+    """(Beside the logits, in a layer): A and scaled B in the dtype, and autocast's copies, kept by autograd.
+    Beside the logits the head in the dtype of autocast, and that of split weights whole; in a layer two of
+    these whole, the buffer that gathers, and unsplit gradients of two; of NF4 the largest matrix.
     """
+    size, split = 4 if s.full else s.e, s.ranks > 1
     scaled = sum((out + width * (s.e < 4)) * s.e for out, width in (m.linears[name] for name in s.targets))
     scaled *= s.lora_r * (1 if s.checkpointing else m.adapted(s))
-    if s.ranks > 1:
-        gathered = (2 * m.layer + m.tables) * ((4 if s.full else s.e) + 2 * s.autocast)
-        return scaled + gathered + s.full * 4 * (m.layer + m.tables - m.V * m.D)
-    cast = m.layer * (1 if s.checkpointing else m.L) if s.autocast else 0
-    return scaled + s.e * (cast + s.nf4 * m.largest)
+    kept = scaled + s.autocast * s.e * m.layer * (1 if s.checkpointing else m.L)
+    return (kept + m.V * m.D * (size * split + s.e * s.autocast),
+            kept + split * m.layer * (3 * size + 2 * 4 * s.full) + s.nf4 * m.largest * s.e)
 
 
 def training(m, s, gradients):
@@ -197,9 +198,9 @@ def training(m, s, gradients):
     chunk *= s.logprobs * m.V * (4 if s.e == 4 else 6 if s.full else 8)
     wide, head = 2 * s.tokens * m.mlp * s.e, 4 * s.full * m.V * m.D
     kept += head + (0 if s.one_pass else gradients)
-    return weight_copies(m, s) + max(
-        kept + max(chunk, s.checkpointing * layer + wide),
-        gradients + max(head, layer + wide - 4 * s.full * m.layer / s.ranks))
+    at_logits, in_layer = weight_copies(m, s)
+    return max(kept + chunk + at_logits, kept + s.checkpointing * layer + wide + in_layer,
+               gradients + max(head, layer + wide + in_layer - 4 * s.full * m.layer / s.ranks))
 
 
 def peak(parts, first_step=False) -> dict[str, float]:
