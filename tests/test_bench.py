@@ -2,11 +2,14 @@
 
 import importlib
 import importlib.util
+import io
 import json
 import subprocess
 import sys
+from contextlib import redirect_stdout
 from pathlib import Path
 from types import SimpleNamespace
+from unittest import mock
 
 import pytest
 import torch
@@ -38,6 +41,15 @@ def run_main(script, capsys, monkeypatch, *words):
     for line in out.splitlines():
         lines.append(json.loads(line)) if line.startswith("{") else text.append(line)
     return lines, text, err
+
+
+def here(script, words, side):
+    """`beside.run_side` in this process."""
+    module, out = importlib.import_module(f"bench.{Path(script).stem}"), io.StringIO()
+    command = [str(script), *map(str, words), "--side", side]
+    with redirect_stdout(out), mock.patch.object(sys, "argv", command):
+        module.main()
+    return json.loads(out.getvalue().splitlines()[-1])
 
 
 # ---- models.py ----
@@ -129,6 +141,7 @@ def test_grpo_step_without_trl(folder, capsys, monkeypatch):
 @pytest.mark.skipif(any(importlib.util.find_spec(name) is None for name in beside.PEER),
                     reason="TRL is not installed")
 def test_grpo_step_beside_trl(folder, capsys, monkeypatch):
+    monkeypatch.setattr(beside, "run_side", here)
     (line,), _, _ = run_main(grpo_step, capsys, monkeypatch, *toy_step(folder), "--micro", 4)
     sides = line["each"][0]
     phases = {side: set(figures["seconds"]) for side, figures in sides.items()}
@@ -155,8 +168,8 @@ TOY_PAIRS = ["--batch", 4, "--new", 12, "--steps", 2, "--warmup", 1, "--rounds",
 
 @pytest.mark.parametrize("method", ["dpo", "sft"])
 def test_pairs_step_alone(folder, capsys, monkeypatch, method):
-    (line,), _, _ = run_main(pairs_step, capsys, monkeypatch, "--model", folder, "--method", method, *TOY_PAIRS,
-                             "--side", "unrolled")
+    (line,), _, _ = run_main(pairs_step, capsys, monkeypatch, "--model", folder, "--method", method,
+                             *TOY_PAIRS, "--side", "unrolled")
     assert set(line["seconds"]) == ({"reference", "step"} if method == "dpo" else {"step"})
     assert 0 < line["seconds"]["step"] < 60 and 0.1 < line["peak_gb"] < 4
 
@@ -167,8 +180,8 @@ def test_pairs_step_alone(folder, capsys, monkeypatch, method):
 @pytest.mark.parametrize("words", [("dpo",), ("dpo", "--loss", "ipo"), ("dpo", "--loss", "hinge"), ("sft",)])
 def test_loss_and_gradient_norm_equal_trls(folder, capsys, monkeypatch, words):
     """One batch of ragged pairs, the same adapter on both sides."""
-    (line,), _, _ = run_main(pairs_step, capsys, monkeypatch, "--model", folder, "--check", "--method", *words,
-                             *TOY_PAIRS)
+    (line,), _, _ = run_main(pairs_step, capsys, monkeypatch, "--model", folder, "--check", "--method",
+                             *words, *TOY_PAIRS)
     assert line["tensors"] == line["ours"] and line["grad_norm"] > 0.1
     assert line["loss"] == pytest.approx(line["trl_loss"], rel=1e-4)
     assert line["grad_norm"] == pytest.approx(line["trl_grad_norm"], rel=1e-4)
@@ -179,6 +192,7 @@ def test_loss_and_gradient_norm_equal_trls(folder, capsys, monkeypatch, words):
 
 @pytest.mark.slow
 def test_scaling(capsys, monkeypatch):
+    monkeypatch.setattr(scaling, "run_side", here)
     figures, table, _ = run_main(
         scaling, capsys, monkeypatch, "--groups", 2, 4, "--lengths", "--vocabularies", "--prompts", 2,
         "--new", 4, "--steps", 2, "--rounds", 1, "--threads", 1)
@@ -193,9 +207,14 @@ def test_scaling(capsys, monkeypatch):
 
 
 @pytest.mark.slow
-def test_ppo_memory(capsys, monkeypatch):
-    (line,), _, _ = run_main(ppo_memory, capsys, monkeypatch, "--layers", 2, "--hidden", 256, "--intermediate",
-                             1024, "--vocabulary", 100_000, "--rows", 2, "--tokens", 16)
+def test_ppo_memory(start, tmp_path, capsys, monkeypatch):
+    def forked(command, **_):  # a process of its own, which has imported torch
+        done = start(command[1:], tmp_path, {}, [ROOT], tmp_path).wait()
+        return SimpleNamespace(returncode=done.code, stdout=done.out, stderr=done.err)
+
+    monkeypatch.setattr(ppo_memory, "subprocess", SimpleNamespace(run=forked))
+    (line,), _, _ = run_main(ppo_memory, capsys, monkeypatch, "--layers", 2, "--hidden", 256,
+                             "--intermediate", 1024, "--vocabulary", 100_000, "--rows", 2, "--tokens", 16)
     one, four = line["shared"], line["four"]
     assert four["weights_m"] > 3.5 * one["weights_m"] > 90
     assert four["peak_gb"] - one["peak_gb"] > 0.25  # three times 28 M weights of four bytes
@@ -205,7 +224,7 @@ def test_ppo_memory(capsys, monkeypatch):
 @pytest.mark.slow
 def test_algorithms(tmp_path, capsys, monkeypatch):
     words = ["--methods", "grpo", "iterative dpo", "--seeds", 2, "--tokens", 500, "--out", tmp_path, "--more",
-             "num-generations=4", "eval-questions=8", "max-new-tokens=40"]
+             "num-generations=4", "eval-questions=8", "max-new-tokens=40", "train-questions=60"]
     in_process = SimpleNamespace(run=lambda command, **_: SimpleNamespace(
         returncode=0, stdout=run(*command[2:], cwd=tmp_path, script=Path(command[1]).name)))
     monkeypatch.setattr(algorithms, "subprocess", in_process)

@@ -209,7 +209,8 @@ def test_fixed_pairs_and_dry_run(tmp_path):
              "rejected": "<answer>0</answer>"} for a, b in itertools.product(range(1, 9), repeat=2)]
     rows += [rows[0] | {"chosen": rows[0]["rejected"]}]
     (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    words = ["--pairs", "pairs.jsonl", "--eval-questions", 10, "--max-new-tokens", 32, "--passes", 3]
+    words = ["--pairs", "pairs.jsonl", "--eval-questions", 10, "--max-new-tokens", 32, "--passes", 3,
+             "--train-questions", 20]
     out = run("--out", "f", *words, cwd=tmp_path, script="dpo.py")
     assert "same reply 1" in out
     lines = curves.read_metrics(tmp_path / "f")
@@ -237,14 +238,14 @@ def test_published_pairs_train(path, tmp_path):
              "rejected": p.rejected[:90] + "."} for p in pairs]
     (tmp_path / "some.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     run("--out", "p", "--pairs", "some.jsonl", "--pairs-per-step", 4, "--max-steps", 2, "--eval-questions", 4,
-        "--max-new-tokens", 16, cwd=tmp_path, script="dpo.py")
+        "--max-new-tokens", 16, "--train-questions", 20, cwd=tmp_path, script="dpo.py")
     assert train_lines(tmp_path / "p")[0]["loss"] == pytest.approx(math.log(2), abs=1e-4)
 
 
 def test_dpo_learns(tmp_path):
     """Pairs of the embedded model's own answers lift held-out pass@1 by 0.15 or more."""
-    out = run("--out", "l", "--questions", 128, "--eval-questions", 100, "--max-new-tokens", 64, cwd=tmp_path,
-              script="dpo.py")
+    out = run("--out", "l", "--questions", 128, "--train-questions", 128, "--eval-questions", 100,
+              "--max-new-tokens", 64, cwd=tmp_path, script="dpo.py")
     scores = [line["eval/pass@1"] for line in curves.read_metrics(tmp_path / "l") if "eval/pass@1" in line]
     assert scores[-1] >= scores[0] + 0.15, out
 

@@ -2,13 +2,10 @@
 
 import itertools
 import math
-import os
 import random
-import signal
 import subprocess
-import sys
-import time
 from functools import partial
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -37,6 +34,7 @@ from ppo import (
     value_loss,
 )
 from tests.commands import ENV, ROOT, run
+from tests.processes import wait_for
 from tests.tiny_models import some_prompts, tiny_model
 
 torch.set_num_threads(1)
@@ -429,19 +427,13 @@ def test_logged_means_are_those_of_the_samples(small):
             assert line["entropy"] == pytest.approx(entropy, rel=1e-6)
 
 
-def test_killed_and_resumed_is_the_same_bit_for_bit(small, tmp_path):
+def test_killed_and_resumed_is_the_same_bit_for_bit(small, go, tmp_path):
     """kill -9 after the first checkpoint; both optimizers and the adaptive coefficient go on."""
-    command = [sys.executable, ROOT / "ppo.py", "--out", "cut", *map(str, SMALL), "--beta", "0.05",
-               "--kl-target", "1"]
-    process = subprocess.Popen(command, cwd=tmp_path, env=ENV, stdout=subprocess.DEVNULL)
-    deadline = time.monotonic() + 120
-    while not (tmp_path / "cut/checkpoints/step-1/state.json").exists() and time.monotonic() < deadline:
-        time.sleep(0.02)
-    os.kill(process.pid, signal.SIGKILL)
-    process.wait()
+    process = go("cut", *map(str, SMALL), script="ppo.py", bare=True, wait=False, beta=0.05, kl_target=1)
+    wait_for((tmp_path / "cut/checkpoints/step-1/state.json").exists, process.said)
+    process.kill()
     assert not (tmp_path / "cut" / "final").exists()
-    subprocess.run([sys.executable, ROOT / "ppo.py", "--out", "cut", "--resume"], cwd=tmp_path, env=ENV,
-                   check=True, stdout=subprocess.DEVNULL)
+    go("cut", script="ppo.py", bare=True, resume=True)
     assert without_times(curves.read_metrics(tmp_path / "cut")) == without_times(curves.read_metrics(small))
     ours, theirs = (folder / "final" / "adapter_model.safetensors" for folder in (tmp_path / "cut", small))
     assert ours.read_bytes() == theirs.read_bytes()
@@ -573,7 +565,7 @@ def test_a_token_budget_ends_the_run(script, tmp_path):
     from common.run import read_csv
 
     small = ["--max-steps", 99, "--prompts-per-step", 4, "--num-generations", 2, "--eval-questions", 4,
-             "--max-new-tokens", 24, "--token-budget", 150, "--warmup-steps", 0]
+             "--max-new-tokens", 24, "--token-budget", 150, "--warmup-steps", 0, "--train-questions", 40]
     run("--out", "b", *small, cwd=tmp_path, script=script)
     lines = [line for line in curves.read_metrics(tmp_path / "b") if "loss" in line]
     sampled = [line["sampled_tokens"] for line in lines]
@@ -583,18 +575,23 @@ def test_a_token_budget_ends_the_run(script, tmp_path):
     assert [line for line in curves.read_metrics(tmp_path / "b") if "loss" in line] == lines
 
 
-@pytest.mark.slow
 def test_the_recipe_compares_both(tmp_path):
-    """As a user starts it, twice: what is done already is not done again."""
+    """The commands that it starts, run here: four, and two when what is done already is not done again."""
     small = ["--prompts-per-step", "4", "--num-generations", "2", "--eval-questions", "8", "--max-new-tokens",
-             "24"]
-    command = ["bash", ROOT / "sbatch" / "ppo_vs_grpo.sh", *small]
-    env = ENV | {"OUT": str(tmp_path / "r"), "TOKENS": "150", "PYTHON": sys.executable}
-    for _ in range(2):
-        done = subprocess.run(command, env=env, capture_output=True, text=True, cwd=tmp_path)
-        assert done.returncode == 0, done.stderr
-        assert "8 questions in common, 0 left out" in done.stdout and "McNemar p" in done.stdout
-    assert (tmp_path / "r" / "curves.png").stat().st_size > 1000 and "step  1/" not in done.stdout
+             "24", "--train-questions", "40"]
+    (tmp_path / "python").write_text('#!/bin/bash\nprintf "%s\\n" "$@" END >> commands.txt\n')
+    (tmp_path / "python").chmod(0o755)
+    env = ENV | {"OUT": "r", "TOKENS": "150", "PYTHON": str(tmp_path / "python")}
+    for started in (["grpo.py", "ppo.py", "eval.py", "eval.py"], ["eval.py", "eval.py"]):
+        subprocess.run(["bash", ROOT / "sbatch" / "ppo_vs_grpo.sh", *small], env=env, cwd=tmp_path,
+                       check=True, capture_output=True)
+        *commands, _ = (tmp_path / "commands.txt").read_text().split("\nEND\n")
+        commands = [text.split("\n") for text in commands]
+        assert [Path(path).name for path, *_ in commands] == started
+        said = [run(*words, cwd=tmp_path, script=Path(path).name) for path, *words in commands]
+        assert "8 questions in common, 0 left out" in said[-2] and "McNemar p" in said[-2]
+        (tmp_path / "commands.txt").unlink()
+    assert (tmp_path / "r" / "curves.png").stat().st_size > 1000
 
 
 def test_a_step_without_any_reward_goes_on(tmp_path):

@@ -13,6 +13,7 @@ from transformers import AutoModelForSequenceClassification
 import reward_model
 from common import curves, data, models, rewards
 from common.data import Example, Preference
+from common.run import read_csv
 from reward_model import (
     Args,
     Comparison,
@@ -21,7 +22,6 @@ from reward_model import (
     calibration,
     ranking_loss,
 )
-from common.run import read_csv
 from tests.commands import run
 from tests.tiny_models import some_prompts, tiny_model
 
@@ -264,14 +264,15 @@ def test_resumed_is_the_same_bit_for_bit(small, tmp_path):
     (["--loss", "best-of-n", "--margin", 1], ["--loss pair"]), (["--eval-pairs", 0], ["--eval-pairs 0"]),
     (["--pairs", "x.csv"], ["no file x.csv"]), (["--max-steps", -1], ["--max-steps -1"]),
     (["--pairs", "x.csv", "--level", 2], ["--level 2"]), (["--pairs", "arithmetic,x.csv"], ["generated"]),
-    (["--max-tokens", 3], ["--max-tokens 3"])])
+    (["--max-tokens", 3, "--train-pairs", 40], ["--max-tokens 3"])])
 def test_mistakes_are_one_line(words, parts, tmp_path):
     error = run(*words, cwd=tmp_path, script="reward_model.py", fails=True)
     assert all(part in error for part in parts) and list(tmp_path.iterdir()) == []
 
 
 def test_a_reward_model_is_no_policy_and_a_policy_no_reward_model(small, tmp_path):
-    error = run("--model", small[0], "--max-steps", 1, cwd=tmp_path, script="grpo.py", fails=True)
+    error = run("--model", small[0], "--max-steps", 1, "--train-questions", 20, cwd=tmp_path,
+                script="grpo.py", fails=True)
     assert "use it as --rewards model:" in error
     error = run("--rewards", "model:", "--max-steps", 1, cwd=tmp_path, script="grpo.py", fails=True)
     assert "no reward model" in error
@@ -285,7 +286,8 @@ def test_dry_run_keeps_nothing(tmp_path):
 
 def test_grpo_and_eval_take_it(small, tmp_path):
     run("--out", "g", "--rewards", f"model:{small[0]}", "--max-steps", 1, "--prompts-per-step", 2,
-        "--num-generations", 4, "--eval-questions", 4, "--max-new-tokens", 24, cwd=tmp_path, script="grpo.py")
+        "--num-generations", 4, "--eval-questions", 4, "--max-new-tokens", 24, "--train-questions", 20,
+        cwd=tmp_path, script="grpo.py")
     line = [line for line in curves.read_metrics(tmp_path / "g") if "reward" in line][0]
     assert line["reward"] == pytest.approx(line["reward/rm"]) and "correct" in line
     out = run("--out", "e", "--rewards", f"model:{small[0]}", "--limit", 12, "--k", 4, cwd=tmp_path)
@@ -299,11 +301,11 @@ def test_grpo_and_eval_take_it(small, tmp_path):
 
 
 @pytest.mark.skipif(not DATA.exists(), reason="the shared data is not here")
-@pytest.mark.parametrize("tokenizer", ["qwen2.5", "gpt2"])
-@pytest.mark.parametrize("pairs, left_out", [
-    ("ultrafeedback_binarized/train.jsonl", "equal scores 56, same reply 1, empty reply 1"),
-    ("hh_rlhf/harmless-base/test.jsonl.gz", "prompts differ 5, empty reply 4"),
-    ("lm_human_preferences/layout_fixture.json", "none")])
+@pytest.mark.parametrize("tokenizer, pairs, left_out", [
+    ("qwen2.5", "ultrafeedback_binarized/train.jsonl", "equal scores 56, same reply 1, empty reply 1"),
+    ("qwen2.5", "hh_rlhf/harmless-base/test.jsonl.gz", "prompts differ 5, empty reply 4"),
+    ("qwen2.5", "lm_human_preferences/layout_fixture.json", "none"),
+    ("gpt2", "lm_human_preferences/layout_fixture.json", "none")])
 @pytest.mark.parametrize("script", ["reward_model.py", "dpo.py"])
 def test_published_preferences_train(script, tokenizer, pairs, left_out, tmp_path):
     """Random weights under the real tokenizers; what is left out is what the data's README counts."""
@@ -326,12 +328,12 @@ def test_published_preferences_train(script, tokenizer, pairs, left_out, tmp_pat
 
 
 def test_it_learns_to_rank(tmp_path):
-    """Guesses and working cut short, after 60 steps: worse replies that a model of this size can see."""
+    """Guesses and working cut short, after 40 steps: worse replies that a model of this size can see."""
     rows = [{"prompt": p.prompt, "chosen": p.chosen, "rejected": p.rejected}
             for p in data.load_preferences("arithmetic", seed=1)
             if p.rejected.count("=") < p.chosen.count("=")][:1200]
     (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    run("--out", "l", "--pairs", "pairs.jsonl", "--max-steps", 60, "--eval-pairs", 100, cwd=tmp_path,
+    run("--out", "l", "--pairs", "pairs.jsonl", "--max-steps", 40, "--eval-pairs", 100, cwd=tmp_path,
         script="reward_model.py")
     scores = [line["eval/ranking_accuracy"] for line in curves.read_metrics(tmp_path / "l")
               if "eval/loss" in line]

@@ -2,6 +2,7 @@
 
 import csv
 import itertools
+import json
 import math
 import os
 import re
@@ -401,19 +402,30 @@ def test_the_hint_leaves_no_trace(solve, mark, more, monkeypatch, tmp_path):
     assert "no question gave anything to learn from" in out and "--rationalize" in out
 
 
-def test_few_shot_examples_are_taken_from_the_training_questions(tmp_path):
-    """By default all that are not held out are trained on; what is shown is then no question."""
-    out = run("--out", "a", "--few-shot", 3, "--questions", 4, "--max-new-tokens", 48, "--iterations", 1,
-              "--eval-questions", 4, "--epochs", 0, cwd=tmp_path, script="star.py")
-    assert "9997 questions to train on" in out
+@pytest.fixture
+def sums(tmp_path):
+    """40 questions with worked answers; all that are not held out are trained on."""
+    with open(tmp_path / "sums.jsonl", "w") as file:
+        for i in range(40):
+            print(json.dumps({"prompt": f"Compute {i}+{i % 7}.", "answer": str(i + i % 7),
+                              "completion": f"<answer>{i + i % 7}</answer>"}), file=file)
+    return "sums.jsonl"
 
 
-def test_held_out_answers_are_not_asked_again(tmp_path):
+def test_few_shot_examples_are_taken_from_the_training_questions(sums, tmp_path):
+    """What is shown is then no question."""
+    out = run("--out", "a", "--data", sums, "--few-shot", 3, "--questions", 4, "--max-new-tokens", 48,
+              "--iterations", 1, "--eval-questions", 4, "--epochs", 0, cwd=tmp_path, script="star.py")
+    assert "33 questions to train on, 4 held out" in out
+
+
+def test_held_out_answers_are_not_asked_again(sums, tmp_path):
     """Questions of --eval-generations are not trained on."""
-    words = ["--questions", 12, "--max-new-tokens", 48, "--iterations", 1, "--eval-questions", 4]
+    words = ["--data", sums, "--questions", 12, "--max-new-tokens", 48, "--iterations", 1,
+             "--eval-questions", 4]
     run("--out", "a", *words, "--epochs", 0, cwd=tmp_path, script="star.py")
     out = run("--out", "b", *words, "--eval-generations", "a/samples.csv", cwd=tmp_path, script="star.py")
-    assert "9988 questions to train on, 0 held out" in out
+    assert "24 questions to train on, 0 held out" in out
 
 
 def test_few_shot_examples_are_shown_in_the_first_iteration_alone(watched, tmp_path):
@@ -472,7 +484,7 @@ def test_a_token_budget_ends_with_its_iteration(tmp_path):
     assert tokens[-1] == sum(int(row["tokens"]) for row in read_csv(tmp_path / "a" / "samples.csv"))
     assert train_lines(tmp_path / "a")[-1]["iteration"] == len(lines)
     run("--out", "d", "--questions", 12, "--num-generations", 4, "--eval-questions", 10, "--max-new-tokens",
-        48, "--iterations", 99, "--token-budget", 700, cwd=tmp_path, script="dpo.py")
+        48, "--iterations", 99, "--token-budget", 700, "--train-questions", 40, cwd=tmp_path, script="dpo.py")
     tokens = [line["sampled_tokens"] for line in train_lines(tmp_path / "d")]
     assert tokens[-1] >= 700 and tokens[-1] == sum(
         int(row["tokens"]) for row in read_csv(tmp_path / "d" / "samples.csv"))
@@ -522,10 +534,10 @@ def test_the_loop_on_published_choices(folder, sample, watched, monkeypatch, tmp
         num_attention_heads=2, num_key_value_heads=1, tie_word_embeddings=True, max_position_embeddings=4096,
         eos_token_id=tokenizer.eos_token_id)).save_pretrained(tmp_path / "model")
     tokenizer.save_pretrained(tmp_path / "model")
-    run("--out", "a", "--model", "model", "--data", DATA / folder, "--questions", 6, "--num-generations", 2,
-        "--iterations", 2, "--strategy", "soft", "--rewards", "answer-prob:mean+prior", "--eval-questions", 8,
-        "--max-new-tokens", 12, "--batch-size", 4, "--system", "none", cwd=tmp_path, script="star.py",
-        draw=True)
+    run("--out", "a", "--model", "model", "--data", DATA / folder, "--train-questions", 40, "--questions", 6,
+        "--num-generations", 2, "--iterations", 2, "--strategy", "soft", "--rewards",
+        "answer-prob:mean+prior", "--eval-questions", 8, "--max-new-tokens", 12, "--batch-size", 4, "--system",
+        "none", cwd=tmp_path, script="star.py", draw=True)
     path = tmp_path / "a"
     names = {p.name for p in path.iterdir()}
     assert {"config.json", "star.py", "log.txt", "metrics.jsonl", "samples.csv", "eval.csv", "curves.png",
@@ -556,17 +568,18 @@ def test_the_loop_on_published_choices(folder, sample, watched, monkeypatch, tmp
 
 @pytest.mark.slow
 def test_iterations_lift_held_out_accuracy(tmp_path):
-    run("--out", "a", "--eval-questions", 200, cwd=tmp_path, script="star.py", draw=True)
+    run("--out", "a", "--questions", 160, "--train-questions", 480, "--max-new-tokens", 64,
+        "--eval-questions", 100, cwd=tmp_path, script="star.py", draw=True)
     scores = [line["eval/pass@1"] for line in curves.read_metrics(tmp_path / "a") if "eval/pass@1" in line]
-    assert len(scores) == 4 and scores[0] < 0.4 and scores[1] > 0.9 and scores[3] > 0.9
+    assert len(scores) == 4 and scores[0] < 0.4 and min(scores[1:]) > 0.7
     assert (tmp_path / "a" / "curves.png").stat().st_size > 1000
 
 
 @pytest.mark.slow
 def test_grpo_learns_from_the_probability_of_the_answer_alone(tmp_path):
     """No verifier: log p(gold answer | rationale) of the policy itself; `correct` is logged and not used."""
-    run("--out", "a", "--rewards", "answer-prob:exp", "--max-steps", 12, "--eval-questions", 60,
-        cwd=tmp_path, script="grpo.py")
+    run("--out", "a", "--rewards", "answer-prob:exp", "--max-steps", 8, "--eval-questions", 60,
+        "--train-questions", 200, "--max-new-tokens", 64, cwd=tmp_path, script="grpo.py")
     lines = curves.read_metrics(tmp_path / "a")
     scores = [line["eval/pass@1"] for line in lines if "eval/pass@1" in line]
     assert scores[0] < 0.5 and scores[-1] > 0.75

@@ -1,7 +1,6 @@
 """The embedded model: small, safe, as its README describes, and its recipe runs."""
 
 import json
-import os
 import re
 import shlex
 import subprocess
@@ -14,6 +13,7 @@ from safetensors.torch import load_file
 
 from common import data, models, rewards
 from grpo import Sampler
+from tests.commands import run
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY = ROOT / "common" / "tiny"
@@ -66,9 +66,7 @@ def test_the_recipe_runs_at_small_scale(tmp_path):
     for flag, value in (("--train-questions", "400"), ("--eval-questions", "20"), ("--max-steps", "12"),
                         ("--batch-size", "32"), ("--warmup-steps", "2"), ("--out", str(tmp_path / "run"))):
         command[command.index(flag) + 1] = value
-    done = subprocess.run([sys.executable, *command[1:]], cwd=ROOT, capture_output=True, text=True,
-                          env=dict(os.environ))
-    assert done.returncode == 0, done.stderr
+    run(*command[2:], cwd=tmp_path, script=command[1])
     losses = [json.loads(line)["loss"]
               for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
               if '"loss"' in line]
