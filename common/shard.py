@@ -86,12 +86,12 @@ def micro_batches(model, batches, *forwards):
     [1, 1] of nothing, and followed by its backward pass if there is a gradient.
     Errors: Stopped if a signal asks to leave (not of a split model, whose ranks wait for each other).
     """
-    if not is_split(model.get_input_embeddings().weight):
+    if not is_split(model.get_output_embeddings().weight):
         for batch in batches:
             dist.check_stop()
             yield batch
         return
-    device = model.get_input_embeddings().weight.device
+    device = model.get_output_embeddings().weight.device
     idle, dist.lockstep = max(dist.gather(len(batches))) - len(batches), True
     yield from batches
     for _ in range(idle):
