@@ -137,12 +137,12 @@ class LoRALinear(nn.Module):
         self.scale[name] = alpha / r
 
     def forward(self, x):
-        y = self.base(x)
         if self.active is None:
-            return y
+            return self.base(x)
         A, B = self.A[self.active].to(x.dtype), (self.scale[self.active] * self.B[self.active]).to(x.dtype)
-        rows = y.shape[:-1].numel()  # one fused product-and-sum on two-dimensional views
-        return torch.addmm(y.view(rows, -1), x.reshape(rows, -1) @ A.T, B.T).view_as(y)
+        rows = x.reshape(-1, self.in_features)
+        y = self.base(rows).addmm_(rows @ A.T, B.T)  # into the base's output: no copy of it
+        return y.view(*x.shape[:-1], self.out_features)
 
 
 # Copied from grpo.py::add_lora
@@ -242,23 +242,27 @@ def uniform(keys, positions):
 def draw(logits, temperature, u):
     """Invert the distribution function of softmax(logits / temperature) at u; temperature 0 takes the top.
 
-    Shapes: logits [B, V] float32, overwritten; u [B] -> tokens, log-probs [B] (at temperature 0: of 1).
+    Shapes: logits [B, V] (float32 ones are overwritten); u [B] -> tokens, log-probs [B], float32 (at
+    temperature 0: of 1).
     The sum runs over blocks, then inside one: faster and more exact in float32 than one long cumulative sum.
     """
     if temperature == 0:
-        best, tokens = logits.max(-1)
-        return tokens, best - logits.logsumexp(-1)
-    probs = torch.softmax(logits.div_(temperature) if temperature != 1 else logits, -1, out=logits)
+        best, tokens = logits.float().max(-1)
+        return tokens, best - logits.float().logsumexp(-1)
+    if temperature != 1:
+        logits = logits.float().div_(temperature)
+    probs = torch.softmax(logits, -1, dtype=torch.float32,
+                          out=logits if logits.dtype == torch.float32 else None)
     width = math.gcd(probs.shape[1], 128)
-    probs = probs.view(len(probs), -1, width)  # [B, V / width, width]
-    edges = F.pad(probs.sum(-1).cumsum(-1), (1, 0))  # [B, V / width + 1]: the sum before each block, and all
+    blocks = probs.view(len(probs), -1, width)  # [B, V / width, width]
+    edges = F.pad(blocks.sum(-1).cumsum(-1), (1, 0))  # [B, V / width + 1]: the sum before each block, and all
     target = u[:, None] * edges[:, -1:]
-    block = torch.searchsorted(edges, target, right=True).sub_(1).clamp_(max=probs.shape[1] - 1)  # [B, 1]
-    inside = probs.gather(1, block[:, :, None].expand(-1, -1, width)).squeeze(1).cumsum(-1)  # [B, width]
+    block = torch.searchsorted(edges, target, right=True).sub_(1).clamp_(max=blocks.shape[1] - 1)  # [B, 1]
+    inside = blocks.gather(1, block[:, :, None].expand(-1, -1, width)).squeeze(1).cumsum(-1)  # [B, width]
     # rounding may leave the rest at or above the block's sum: stay below it, on a token that has probability
     rest = torch.minimum(target - edges.gather(1, block), inside[:, -1:] * (1 - 1e-6))
     tokens = torch.searchsorted(inside, rest, right=True).clamp_(max=width - 1).add_(block, alpha=width)
-    return tokens.squeeze(1), logits.gather(1, tokens).log().squeeze(1)
+    return tokens.squeeze(1), probs.gather(1, tokens).log().squeeze(1)
 
 
 # Copied from grpo.py::FusedLinear
@@ -266,9 +270,9 @@ class FusedLinear:
     """Projections of one input as one product, for the sampler: `weight` [out, in] holds theirs stacked.
 
     In float32 the active adapters are merged into it. In bfloat16 a merge would round small updates away, so
-    they stay apart, as A [n R, in] and block-diagonal B [out, n R], and `weight` becomes the storage of the
-    modules' own weights: no second copy. `refresh` writes in place: a captured graph sees the new values.
-    Quantized projections are called as they are, one after the other.
+    they stay apart: A [n R, in] lies under W, so that one product gives both, and B [out, n R] is
+    block-diagonal; `weight` becomes the storage of the modules' own weights: no second copy. `refresh` writes
+    in place: a captured graph sees the new values. Quantized projections are called as they are.
     """
 
     def __init__(self, parts, dtype):
@@ -276,34 +280,34 @@ class FusedLinear:
         self.split, self.quantized = False, hasattr(self.bases[0].weight, "quant_state")
         if self.quantized:
             return
+        self.outs = [base.out_features for base in self.bases]
         adapted = [part for part in parts if isinstance(part, LoRALinear)]
         weights = [base.weight.detach() for base in self.bases]
         self.split = shard.is_split(weights[0])
         self.merge = bool(adapted) and dtype == torch.float32
         self.shared = not (self.merge or self.split) and all(weight.dtype == dtype for weight in weights)
+        self.rank = 0 if self.merge else sum(  # of any adapter made active
+            max(len(A) for A in part.A.values()) for part in adapted)
+        new = partial(torch.zeros, dtype=dtype, device=weights[0].device)
         self.weight = None
         if not self.split:
-            self._hold(weights[0] if self.shared and len(parts) == 1 else torch.cat(weights).to(dtype))
+            alone = self.shared and len(parts) == 1 and not self.rank
+            self._hold(weights[0] if alone else torch.cat(
+                [*weights, new(self.rank, self.bases[0].in_features)]).to(dtype))
         if self.shared:
             for base, rows in zip(self.bases, self.rows):
                 base.weight.data = rows
-        biased = self.bases[0].bias is not None
-        self.bias = torch.cat([base.bias.detach() for base in self.bases]).to(dtype) if biased else None
-        self.A = self.B = None
-        if adapted and not self.merge:
-            rank = sum(max(len(A) for A in part.A.values()) for part in adapted)  # of any adapter made active
-            new = partial(torch.zeros, dtype=dtype, device=weights[0].device)
-            self.A = new(rank, self.bases[0].in_features)
-            self.B = new(sum(base.out_features for base in self.bases), rank)
+        self.bias = new(sum(self.outs) + self.rank) if self.bases[0].bias is not None else None
+        self.B = new(sum(self.outs), self.rank) if self.rank else None
 
     def _hold(self, weight):
         self.weight = weight
-        self.rows = weight.split([base.out_features for base in self.bases])  # each part's own, views
+        *self.rows, self.A = weight.split([*self.outs, self.rank])  # each part's own, views
 
     def release(self):
         """Let go of weights that were gathered."""
         if self.split:
-            self.weight = self.rows = None
+            self.weight = self.rows = self.A = None
 
     @torch.no_grad()
     def refresh(self):
@@ -311,10 +315,10 @@ class FusedLinear:
         if self.quantized:
             return
         if self.weight is None:
-            self._hold(torch.empty(sum(base.out_features for base in self.bases), self.bases[0].in_features,
+            self._hold(torch.zeros(sum(self.outs) + self.rank, self.bases[0].in_features,
                                    dtype=self.dtype, device=self.bases[0].weight.device))
         if self.bias is not None:
-            self.bias.copy_(torch.cat([base.bias for base in self.bases]))
+            self.bias[:sum(self.outs)] = torch.cat([base.bias for base in self.bases])
         if self.B is not None:
             self.B.zero_()
         out = rank = 0
@@ -335,7 +339,10 @@ class FusedLinear:
         if self.quantized:
             return torch.cat([part(x) for part in self.parts], -1)
         y = F.linear(x, self.weight, self.bias)
-        return y if self.A is None else torch.addmm(y, x @ self.A.T, self.B.T)
+        if self.B is None:
+            return y
+        y, low_rank = y.split([len(self.B), self.rank], -1)
+        return y.addmm_(low_rank, self.B.T)
 
 
 # Copied from grpo.py::SamplerLayer
@@ -373,30 +380,26 @@ class SamplerLayer:
             part.release()
 
     def __call__(self, x, cos, sin, attend):
-        """cos, sin [N, 1, K], sine signed as the rotated half; attend(q, k, v) -> [N, H K] keeps k and v."""
+        """cos, sin [N, 1, K], sine signed as the rotated half; attend(q, kv) -> [N, H K] keeps k and v.
+
+        q [N, H, K]; kv [N, 2, Hkv, K].
+        """
         if self.by_layer:
             self.refresh()
-        qkv = self.qkv(rms_norm(x, self.attn_norm)).view(len(x), -1, self.head_dim)  # [N, H + 2 Hkv, K]
-        qk, v = qkv.split([self.heads + self.kv_heads, self.kv_heads], dim=1)
+        qkv = self.qkv(self.attn_norm(x)).view(len(x), -1, self.head_dim)  # [N, H + 2 Hkv, K]
+        q, k, kv = qkv[:, :self.heads], qkv[:, self.heads:-self.kv_heads], qkv[:, self.heads:]
         if self.q_norm:
-            qk = torch.cat([rms_norm(qk[:, :self.heads], self.q_norm),
-                            rms_norm(qk[:, self.heads:], self.k_norm)], dim=1)
-        qk = torch.addcmul(qk * cos, qk.roll(self.head_dim // 2, -1), sin)
-        y = self.out(attend(qk[:, :self.heads], qk[:, self.heads:], v))
-        x = x + (rms_norm(y, self.attn_out_norm) if self.attn_out_norm else y)
-        gate, up = self.gate_up(rms_norm(x, self.mlp_norm)).chunk(2, -1)
+            q.copy_(self.q_norm(q))
+            k.copy_(self.k_norm(k))
+        qk = qkv[:, :-self.kv_heads]
+        torch.addcmul(qk * cos, qk.roll(self.head_dim // 2, -1), sin, out=qk)
+        y = self.out(attend(q, kv.unflatten(1, (2, self.kv_heads))))
+        x = x + (self.attn_out_norm(y) if self.attn_out_norm else y)
+        gate, up = self.gate_up(self.mlp_norm(x)).chunk(2, -1)
         y = self.down(self.act(gate) * up)
         if self.by_layer:
             self.release()
-        return x + (rms_norm(y, self.mlp_out_norm) if self.mlp_out_norm else y)
-
-
-# Copied from grpo.py::rms_norm
-def rms_norm(x, module):
-    """A layer's RMS norm as one fused call; Gemma stores weight - 1."""
-    weight = module.weight + 1 if "Gemma" in type(module).__name__ else module.weight
-    eps = module.eps if hasattr(module, "eps") else module.variance_epsilon
-    return F.rms_norm(x, weight.shape, weight.to(x.dtype), eps).to(x.dtype)  # autocast makes it float32
+        return x + (self.mlp_out_norm(y) if self.mlp_out_norm else y)
 
 
 # Copied from grpo.py::attention
@@ -410,16 +413,30 @@ def attention(q, k, v, bias, scale, softcap):
     return scores.add_(bias).softmax(-1, dtype=torch.float32).to(q.dtype) @ v
 
 
+# Copied from grpo.py::live_attention
+def live_attention(q, keys, values, q_starts, k_starts, lengths, scale):
+    """Attention of one query a row over its first `lengths` keys, and no others read: flash, in bfloat16.
+
+    Shapes: q [N, H, K]; keys, values [N, S, Hkv, K] -> [N, H, K]; int32: lengths [N], and where each row
+    starts if they lie one behind the other, q_starts and k_starts [N + 1]. The operator is what
+    torch.nn.attention.varlen.varlen_attn calls; that function's own arguments differ between versions.
+    """
+    return torch.ops.aten._flash_attention_forward(
+        q, keys.flatten(0, 1), values.flatten(0, 1), q_starts, k_starts, 1, keys.shape[1], 0.0, False, False,
+        scale=scale, seqused_k=lengths)[0]
+
+
 # Copied from grpo.py::Sampler
 class Sampler:
     """Samples completions by continuous batching in a static KV cache of `slots` rows, one token a step each.
 
     A row that ends leaves at once: the last live row moves into its slot, so that the live ones are always
     the first, and the next waiting row is admitted behind them. A prompt is prefilled once for all its
-    samples. Attention reads the cache only up to the longest live row, in blocks. On CUDA a step is a
-    captured graph for each (rows, length) block and the host looks at the tokens only every `sync_every`
-    steps; what a row drew past its end is thrown away. The weights of a model that is split over ranks are
-    gathered for the time of `sample`, or, `by_layer`, each layer's for its turn in each pass.
+    samples. Attention reads the cache only up to the longest live row, in blocks, or (flash, on CUDA) each
+    row's own keys. On CUDA a step is a captured graph for each block of rows and the host looks at the tokens
+    only every `sync_every` steps; what a row drew past its end is thrown away. The weights of a model that is
+    split over ranks are gathered for the time of `sample`, or, `by_layer`, each layer's for its turn in each
+    pass; no graph is captured then, for it would hold their addresses.
     """
 
     def __init__(self, model, stop_ids, slots=256, dtype=None, sync_every=None, graphs=None, by_layer=False):
@@ -433,7 +450,11 @@ class Sampler:
         self.block, self.row_block = (256, 32) if on_gpu else (16, 1)
         self.layers = [SamplerLayer(layer, self.dtype, self.by_layer) for layer in model.base_model.layers]
         self.use_graphs = (on_gpu if graphs is None else graphs) and not (
-            self.by_layer or self.layers[0].qkv.quantized)
+            self.split or self.layers[0].qkv.quantized)
+        self.flash = (on_gpu and self.dtype == torch.bfloat16 and not self.layers[0].softcap
+                      and self.layers[0].head_dim in range(8, 257, 8)
+                      and torch.backends.cuda.is_flash_attention_available()  # in this build of torch
+                      and torch.cuda.is_bf16_supported(including_emulation=False))  # from Ampere on
         self.head = FusedLinear([model.get_output_embeddings()], self.dtype)
         self.softcap = getattr(model.config, "final_logit_softcapping", None)
         self.cache = None
@@ -451,10 +472,9 @@ class Sampler:
         dist.lockstep = self.by_layer
 
     def _release(self):
-        """Let go of gathered weights, and of the graphs that hold their addresses."""
+        """Let go of gathered weights."""
         if self.split:
             self.embedding = None
-            self.graphs.clear()
             for part in (*self.layers, self.head):
                 part.release()
 
@@ -475,16 +495,29 @@ class Sampler:
         x, scale = F.embedding(ids, self.embedding), getattr(module, "embed_scale", None)  # Gemma's
         return x if scale is None else x * scale.to(x.dtype)
 
+    def _rounded(self, slots):
+        """Rows of a step: whole row blocks, so that their number depends on nothing sampled before."""
+        return -(-slots // self.row_block) * self.row_block
+
+    def cache_bytes(self, length):
+        """What the keys and values of all slots take, for prompts and completions of `length` tokens."""
+        layer = self.layers[0]
+        return (len(self.layers) * 2 * self._rounded(self.slots) * layer.kv_heads * layer.head_dim
+                * (length + self.sync_every + self.block) * self.dtype.itemsize)
+
     def _allocate(self, slots, length):
         """Make the cache [L, 2, slots, Hkv, length, K] and the buffers of a step large enough."""
-        if (self.cache is not None and slots <= self.cache.shape[2] <= self.slots
+        if (self.cache is not None and slots <= self.cache.shape[2] <= self._rounded(self.slots)
                 and length <= self.cache.shape[4]):
             return
         self.cache = self.graphs = self.pool = None  # free the old ones before the new are made
         layer, new = self.layers[0], partial(torch.zeros, device=self.device)
         length = -(-length // self.block) * self.block
-        self.cache = new(len(self.layers), 2, slots, layer.kv_heads, length, layer.head_dim, dtype=self.dtype)
+        first, second = (length, layer.kv_heads) if self.flash else (layer.kv_heads, length)
+        cache = new(len(self.layers), 2, slots, first, second, layer.head_dim, dtype=self.dtype)
+        self.cache = cache.transpose(3, 4) if self.flash else cache  # flash reads [slots, length, Hkv, K]
         self.graphs, self.rows = {}, torch.arange(slots, device=self.device)
+        self.starts = torch.arange(slots + 1, dtype=torch.int32, device=self.device)
         self.tokens, self.positions = (new(slots, dtype=torch.int64) for _ in range(2))
         self.noise = new(slots, length)
         self.drawn = new(self.sync_every, slots, dtype=torch.int64), new(self.sync_every, slots)
@@ -497,8 +530,8 @@ class Sampler:
         self.sin = torch.cat([-sin[0, :, :half], sin[0, :, half:]], -1)[:, None]
 
     def _logits(self, x):
-        logits = self.head(rms_norm(x, self.model.base_model.norm)).float()
-        return self.softcap * torch.tanh(logits / self.softcap) if self.softcap else logits
+        logits = self.head(self.model.base_model.norm(x))
+        return self.softcap * torch.tanh(logits.float() / self.softcap) if self.softcap else logits
 
     def _prefill(self, prompts):
         """Keys and values of right-padded prompts [L, 2, P, Hkv, T, K], and the logits after each [P, V]."""
@@ -514,12 +547,16 @@ class Sampler:
         bias = torch.zeros(T, T, dtype=self.dtype, device=self.device).masked_fill(ahead, -torch.inf)
         for i, layer in enumerate(self.layers):
 
-            def attend(q, k, v):
-                q, k, v = (t.view(P, T, -1, t.shape[-1]).transpose(1, 2) for t in (q, k, v))
+            def attend(q, kv):
+                q, k, v = (t.unflatten(0, (P, T)).transpose(1, 2) for t in (q, kv[:, 0], kv[:, 1]))
                 kept[i, 0], kept[i, 1] = k, v
-                group = layer.heads // layer.kv_heads
-                k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
-                return attention(q, k, v, bias, layer.scale, layer.softcap).transpose(1, 2).reshape(P * T, -1)
+                if self.flash:
+                    y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True,
+                                                       scale=layer.scale)
+                else:
+                    k, v = (t.repeat_interleave(layer.heads // layer.kv_heads, 1) for t in (k, v))
+                    y = attention(q, k, v, bias, layer.scale, layer.softcap)
+                return y.transpose(1, 2).reshape(P * T, -1)
 
             x = layer(x, cos, sin, attend)
         last = torch.arange(P) * T + lengths - 1
@@ -530,15 +567,23 @@ class Sampler:
         positions, rows = self.positions[:n], self.rows[:n]
         x = self._embed(self.tokens[:n])  # [n, D]
         cos, sin = self.cos[positions], self.sin[positions]
-        ahead = self.columns[:length] > positions[:, None]
-        bias = torch.zeros(n, length, dtype=self.dtype, device=self.device).masked_fill(
-            ahead, -torch.inf)[:, None, None]
-        for layer, (keys, values) in zip(self.layers, self.cache):
+        if self.flash:
+            q_starts, lengths = self.starts[:n + 1], (positions + 1).int()
+            k_starts = q_starts * self.cache.shape[4]
+        else:
+            ahead = self.columns[:length] > positions[:, None]
+            bias = torch.zeros(n, length, dtype=self.dtype, device=self.device).masked_fill(
+                ahead, -torch.inf)[:, None, None]
+        for layer, cache in zip(self.layers, self.cache):  # [2, slots, Hkv, length, K]
 
-            def attend(q, k, v):
-                keys[rows, :, positions], values[rows, :, positions] = k, v
+            def attend(q, kv):
+                cache[:, rows, :, positions] = kv
+                keys, values = cache[:, :n]
+                if self.flash:
+                    return live_attention(q, keys.transpose(1, 2), values.transpose(1, 2), q_starts, k_starts,
+                                          lengths, layer.scale).flatten(1)
                 q = q.reshape(n, layer.kv_heads, -1, layer.head_dim)  # heads of one key: as if a query each
-                return attention(q, keys[:n, :, :length], values[:n, :, :length], bias, layer.scale,
+                return attention(q, keys[:, :, :length], values[:, :, :length], bias, layer.scale,
                                  layer.softcap).reshape(n, -1)
 
             x = layer(x, cos, sin, attend)
@@ -551,18 +596,20 @@ class Sampler:
         self.count += 1
 
     def _run(self, n, length, temperature):
-        """`sync_every` steps; returns their tokens and log-probs as lists [steps][n]."""
+        """`sync_every` steps; returns their tokens and log-probs as lists [n][steps]."""
         self.count.zero_()
         key = (n, length, temperature)
-        graph = self.graphs.get(key)
         for _ in range(self.sync_every):
-            graph.replay() if graph else self._decode(n, length, temperature)
-        if self.use_graphs and not graph:  # the steps just run were the warm-up
-            self.pool = self.pool or torch.cuda.graph_pool_handle()
-            self.graphs[key] = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self.graphs[key], pool=self.pool):
-                self._decode(n, length, temperature)
-        return self.drawn[0][:, :n].tolist(), self.drawn[1][:, :n].tolist()
+            if key in self.graphs:
+                self.graphs[key].replay()
+                continue
+            self._decode(n, length, temperature)
+            if self.use_graphs:  # the step just run was the warm-up
+                self.pool, graph = self.pool or torch.cuda.graph_pool_handle(), torch.cuda.CUDAGraph()
+                with torch.cuda.graph(graph, pool=self.pool):
+                    self._decode(n, length, temperature)
+                self.graphs[key] = graph  # here, not before: half a graph would draw nonsense
+        return [drawn[:, :n].T.tolist() for drawn in self.drawn]
 
     @torch.inference_mode()
     def sample(self, prompts, keys, max_new_tokens, temperature=1.0, progress=None):
@@ -582,19 +629,21 @@ class Sampler:
         total, live, prefilled = len(waiting), [], {}
         self._gather()
         if waiting:
-            self._allocate(min(self.slots, total), max(map(len, prompts)) + max_new_tokens + self.sync_every)
+            self._allocate(self._rounded(min(self.slots, total)),
+                           max(map(len, prompts)) + max_new_tokens + self.sync_every)
             slots = self.cache.shape[2]
 
         def record(slot_rows, tokens, logprobs):
-            """Append one step's draws; returns the slots whose row has just ended."""
+            """Append draws [slots][steps], up to each row's end; returns the slots whose row has ended."""
             ended = []
-            for slot, ((p, g), token, logprob) in enumerate(zip(slot_rows, tokens, logprobs)):
+            for slot, ((p, g), ids, of_ids) in enumerate(zip(slot_rows, tokens, logprobs)):
                 row = done[p][g]
-                if row.finished or len(row.ids) == max_new_tokens:
-                    continue  # it ended earlier, between two looks
-                row.ids.append(token)
-                row.logprobs.append(logprob)
-                row.finished = token in self.stop_ids
+                ids = ids[:max_new_tokens - len(row.ids)]
+                row.finished = not self.stop_ids.isdisjoint(ids)
+                if row.finished:  # what it drew after its end is thrown away
+                    ids = ids[:1 + next(i for i, token in enumerate(ids) if token in self.stop_ids)]
+                row.ids += ids
+                row.logprobs += of_ids[:len(ids)]
                 if row.finished or len(row.ids) == max_new_tokens:
                     ended.append(slot)
             return ended
@@ -636,7 +685,7 @@ class Sampler:
             u = self.noise[slot].gather(1, self.positions[slot, None]).squeeze(1)
             tokens, logprobs = draw(logits, temperature, u)
             self.tokens[slot] = tokens
-            ended = [len(live) + j for j in record(new, tokens.tolist(), logprobs.tolist())]
+            ended = [len(live) + j for j in record(new, tokens[:, None].tolist(), logprobs[:, None].tolist())]
             live.extend(new)
             still = {p for p, _ in waiting}
             for p in [p for p in prefilled if p not in still]:
@@ -648,14 +697,12 @@ class Sampler:
                 admit()
             if not live:
                 continue
-            n = min(slots, -(-len(live) // self.row_block) * self.row_block)
+            n = self._rounded(len(live))
             self.positions[len(live):n] = 0  # a free slot inside the row block still steps: keep it in bounds
             longest = max(len(prompts[p]) + len(done[p][g].ids) for p, g in live) + self.sync_every
-            length = min(self.cache.shape[4], -(-longest // self.block) * self.block)
-            ended = set()
-            for tokens, logprobs in zip(*self._run(n, length, temperature)):
-                ended.update(record(live, tokens, logprobs))
-            leave(ended)
+            columns = self.cache.shape[4]  # flash takes all: it reads what is live
+            length = columns if self.flash else min(columns, -(-longest // self.block) * self.block)
+            leave(record(live, *self._run(n, length, temperature)))
         self._leave_together()
         self._release()
         return done
@@ -741,13 +788,16 @@ def answer_all(sampler, questions, prompts, prompt_ids, reward_functions, args, 
             run.progress(f"{label} T={temperature:g}: {done}/{total} answers, {right['n'] / done:.1%} right, "
                          f"ETA {clock(left)}")
 
+        most = max(1, *dist.gather(sum(map(len, keys))))  # rows of a rank; fewer slots than these save memory
+
         def attempt(slots):
-            sampler.slots = slots
+            if slots < min(sampler.slots, most):
+                sampler.slots, sampler.cache, sampler.graphs = slots, None, {}
             right.clear()
             return sampler.sample([prompt_ids[e.id] for e in mine], keys, args.max_new_tokens, temperature,
                                   progress)
 
-        completions = retry_smaller(attempt, sampler.slots, run.device, 1, "slots")[0]
+        completions = retry_smaller(attempt, min(sampler.slots, most), run.device, 1, "slots")[0]
         flat = [(e, g, c, c.text(tokenizer)) for e, row in zip(mine, completions) for g, c in enumerate(row)]
         for part in range(0, len(flat), 100):  # so that a reward that hangs has few rows to try one by one
             rows += scored_rows(flat[part:part + 100], prompts, reward_functions, args, temperature, run)

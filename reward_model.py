@@ -95,7 +95,8 @@ class Args:
     shard: bool = False
     """split the weights over the ranks of torchrun (FSDP2): the frozen base, or with --full all there is"""
     tokens_per_batch: int = 0
-    """padded tokens per forward and backward pass and GPU, halved if out of memory; 0: 16384, CPU 2048"""
+    """padded tokens per forward and backward pass and GPU, halved if out of memory; 0: 2048 on a CPU, on CUDA
+    what the card's free memory holds, at most 16384 (measured at the start)"""
     # ---- LoRA ----
     lora_r: int = 32
     """rank"""
@@ -162,12 +163,12 @@ class LoRALinear(nn.Module):
         self.scale[name] = alpha / r
 
     def forward(self, x):
-        y = self.base(x)
         if self.active is None:
-            return y
+            return self.base(x)
         A, B = self.A[self.active].to(x.dtype), (self.scale[self.active] * self.B[self.active]).to(x.dtype)
-        rows = y.shape[:-1].numel()  # one fused product-and-sum on two-dimensional views
-        return torch.addmm(y.view(rows, -1), x.reshape(rows, -1) @ A.T, B.T).view_as(y)
+        rows = x.reshape(-1, self.in_features)
+        y = self.base(rows).addmm_(rows @ A.T, B.T)  # into the base's output: no copy of it
+        return y.view(*x.shape[:-1], self.out_features)
 
 
 # Copied from grpo.py::add_lora
@@ -298,14 +299,25 @@ def pack(lengths, tokens_per_batch):
     """Split rows into micro-batches of similar length: lists of row numbers, each row once.
 
     A micro-batch, padded to its longest row, holds at most tokens_per_batch tokens (one row may exceed it).
+    Of all ways to cut the rows, sorted by length, it is the one with the fewest padded tokens, where each
+    micro-batch counts tokens_per_batch / 32 more: a pass has a cost of its own.
     """
-    batches, longest = [], 0
-    for row in sorted(range(len(lengths)), key=lambda row: -lengths[row]):
-        if not batches or (len(batches[-1]) + 1) * longest > tokens_per_batch:
-            batches.append([])
-            longest = lengths[row]
-        batches[-1].append(row)
-    return batches
+    rows = sorted(range(len(lengths)), key=lambda row: -lengths[row])
+    least, begin = [0.0], [0]  # of the first n rows: the least cost, and where their last micro-batch begins
+    for n in range(1, len(rows) + 1):
+        costs = {}
+        for start in range(n - 1, -1, -1):
+            padded = (n - start) * lengths[rows[start]]
+            if padded > tokens_per_batch and costs:
+                break
+            costs[start] = least[start] + padded + tokens_per_batch / 32
+        begin.append(min(costs, key=costs.get))
+        least.append(costs[begin[n]])
+    batches, end = [], len(rows)
+    while end:
+        batches.append(rows[begin[end]:end])
+        end = begin[end]
+    return batches[::-1]
 
 
 # Copied from grpo.py::learning_rate
@@ -469,7 +481,7 @@ def resolve(args, device):
     return replace(
         args, pairs=pairs, passes=args.passes or (2 if pairs in data.GENERATED else 1),
         # a CPU's caches are small
-        tokens_per_batch=args.tokens_per_batch or (2048 if device.type == "cpu" else 16384),
+        tokens_per_batch=args.tokens_per_batch or {"cpu": 2048, "cuda": 0}.get(device.type, 8192),
         lr=args.lr or (3e-4 if embedded else 1e-5 if args.full else 1e-4))
 
 
@@ -516,7 +528,11 @@ def main(args: Args) -> None:
         enable_checkpointing(model)
     model.train()  # dropout is off (load_model); gradient checkpointing acts in this mode alone
     optimizer = torch.optim.AdamW(params, lr=args.lr, weight_decay=args.weight_decay,
-                                  foreach=False if args.shard else None)
+                                  foreach=False if args.shard else None,
+                                  fused=device.type == "cuda" and not args.shard)
+    if not args.tokens_per_batch:
+        args = replace(args, tokens_per_batch=models.tokens_that_fit(
+            model, params, dtype))
     run = Run(args, __file__, device, tags=models.run_tags(args.model, args.pairs))
     optimizer.register_step_pre_hook(run.weights_move)
     compute = partial(torch.autocast, device.type, torch.bfloat16,

@@ -107,7 +107,8 @@ class Args:
     reshard: bool = False
     """with --shard, gather them layer by layer while sampling too: slower, for what one GPU cannot hold"""
     tokens_per_batch: int = 0
-    """padded tokens per forward and backward pass and GPU, halved if out of memory; 0: 16384, CPU 2048"""
+    """padded tokens per forward and backward pass and GPU, halved if out of memory; 0: 2048 on a CPU, on CUDA
+    what the card's free memory holds, at most 16384 (measured at the start)"""
     # ---- LoRA ----
     lora_r: int = 32
     """rank"""
@@ -197,12 +198,12 @@ class LoRALinear(nn.Module):
         self.scale[name] = alpha / r
 
     def forward(self, x):
-        y = self.base(x)
         if self.active is None:
-            return y
+            return self.base(x)
         A, B = self.A[self.active].to(x.dtype), (self.scale[self.active] * self.B[self.active]).to(x.dtype)
-        rows = y.shape[:-1].numel()  # one fused product-and-sum on two-dimensional views
-        return torch.addmm(y.view(rows, -1), x.reshape(rows, -1) @ A.T, B.T).view_as(y)
+        rows = x.reshape(-1, self.in_features)
+        y = self.base(rows).addmm_(rows @ A.T, B.T)  # into the base's output: no copy of it
+        return y.view(*x.shape[:-1], self.out_features)
 
 
 # Copied from grpo.py::add_lora
@@ -294,64 +295,65 @@ class TokenLogprobs(torch.autograd.Function):
 
     The slope of a log-prob by its own hidden state is known in the forward pass: W[token] - sum_v p_v W[v],
     over the temperature. With a frozen `lm_head` that [N, D] is kept and the backward pass is one product
-    with the incoming gradient; a trainable one needs the probabilities again: each chunk is recomputed.
+    with the incoming gradient; a trainable one needs the probabilities again: each chunk is recomputed, and
+    its gradient is summed in the weight's own dtype (float32), whatever the products' is.
     """
 
     @staticmethod
     def forward(ctx, hidden, weight, targets, temperature, softcap, chunk_tokens):
         hidden_grad, weight_grad = ctx.needs_input_grad[:2]
+        head = weight.to(hidden.dtype)
         logprobs = hidden.new_empty(len(hidden), dtype=torch.float32)
         slope = torch.empty_like(hidden) if hidden_grad and not weight_grad else None
-        buffer = weight.new_empty(min(chunk_tokens, len(hidden)), weight.shape[0])
+        buffer = hidden.new_empty(min(chunk_tokens, len(hidden)), len(head))
         for i in range(0, len(hidden), chunk_tokens):
             piece = slice(i, i + chunk_tokens)
-            logits = torch.mm(hidden[piece], weight.T, out=buffer[:len(hidden[piece])]).float()
-            logprobs[piece] = chunk_logprobs(logits, targets[piece], temperature, softcap, slope is not None)
+            logits = torch.mm(hidden[piece], head.T, out=buffer[:len(hidden[piece])])
+            logprobs[piece], negative = chunk_logprobs(logits, targets[piece], temperature, softcap)
             if slope is not None:
-                slope[piece] = logits.to(weight.dtype) @ weight
+                slope[piece] = negative.to(head.dtype) @ head
         ctx.save_for_backward(*((hidden, weight, targets) if weight_grad else (slope,)))
         ctx.settings = temperature, softcap, chunk_tokens
         return logprobs
 
     @staticmethod
     def backward(ctx, grad):
-        grad = grad[:, None]
+        temperature, softcap, chunk_tokens = ctx.settings
+        grad = grad[:, None] / -temperature
         if len(ctx.saved_tensors) == 1:
             slope = ctx.saved_tensors[0]
             return (grad * slope).to(slope.dtype), None, None, None, None, None
         hidden, weight, targets = ctx.saved_tensors
-        temperature, softcap, chunk_tokens = ctx.settings
+        head = weight.to(hidden.dtype)
         hidden_grad, weight_grad = torch.empty_like(hidden), torch.zeros_like(weight)
         for i in range(0, len(hidden), chunk_tokens):
             piece = slice(i, i + chunk_tokens)
-            slope = (hidden[piece] @ weight.T).float()
-            chunk_logprobs(slope, targets[piece], temperature, softcap, True)
-            slope = slope.mul_(grad[piece]).to(weight.dtype)
-            hidden_grad[piece] = slope @ weight
-            weight_grad.addmm_(slope.T, hidden[piece])
+            _, negative = chunk_logprobs(hidden[piece] @ head.T, targets[piece], temperature, softcap)
+            slope = (negative * grad[piece]).to(head.dtype)
+            hidden_grad[piece] = slope @ head
+            weight_grad += slope.T @ hidden[piece]
         return hidden_grad, weight_grad, None, None, None, None
 
 
 # Copied from grpo.py::chunk_logprobs
-def chunk_logprobs(logits, targets, temperature, softcap, with_slope):
-    """Log-probs [n] from raw logits [n, V], float32, overwritten by d log-prob / d logits if asked for.
+def chunk_logprobs(logits, targets, temperature, softcap):
+    """From raw logits [n, V]: log-probs [n] of the targets, and -temperature d log-prob / d logits [n, V].
 
-    Everything happens in place: at this size fresh memory costs as much as the arithmetic.
+    Both float32; float32 logits are overwritten. Few passes over [n, V]: they cost as much as the products.
     """
-    cap_slope = None
     if softcap:
-        logits.div_(softcap).tanh_()
-        cap_slope = 1 - logits**2 if with_slope else None
+        logits = logits.float().div_(softcap).tanh_()
+        cap_slope = 1 - logits**2
         logits.mul_(softcap)
     if temperature != 1:
-        logits.div_(temperature)
-    chosen = torch.log_softmax(logits, 1, out=logits).gather(1, targets[:, None])
-    if with_slope:
-        logits.exp_().div_(-temperature).scatter_add_(
-            1, targets[:, None], torch.full_like(chosen, 1 / temperature))
-        if softcap:
-            logits.mul_(cap_slope)
-    return chosen.squeeze(1)
+        logits = logits.float().div_(temperature)
+    top, at = logits.max(1, keepdim=True)
+    chosen, targets = logits.gather(1, targets[:, None]).float(), targets[:, None]
+    probs = torch.softmax(logits, 1, dtype=torch.float32,
+                          out=logits if logits.dtype == torch.float32 else None)
+    log_sum = top.float() - probs.gather(1, at).log()  # the largest probability is never 0
+    negative = probs.scatter_add_(1, targets, torch.full_like(chosen, -1.0))
+    return (chosen - log_sum).squeeze(1), negative.mul_(cap_slope) if softcap else negative
 
 
 # Copied from grpo.py::token_logprobs
@@ -368,9 +370,11 @@ def token_logprobs(model, input_ids, completion_mask, temperature=1.0, attention
     positions = None if attention_mask is None else (attention_mask.cumsum(1) - 1).clamp(min=0)
     hidden = model.base_model(input_ids=input_ids, attention_mask=attention_mask, position_ids=positions,
                               use_cache=False).last_hidden_state[rows, columns]  # [N, D]
+    if torch.is_autocast_enabled(hidden.device.type):  # lm_head's products, too: as the sampler's
+        hidden = hidden.to(torch.get_autocast_dtype(hidden.device.type))
     weight = shard.whole(model.get_output_embeddings().weight)
     chunk_tokens = chunk_tokens or max(16, (2**27 if weight.is_cuda else 2**24) // weight.shape[0])
-    values = TokenLogprobs.apply(hidden, weight.to(hidden.dtype), input_ids[rows, columns + 1], temperature,
+    values = TokenLogprobs.apply(hidden, weight, input_ids[rows, columns + 1], temperature,
                                  getattr(model.config, "final_logit_softcapping", None), chunk_tokens)
     return torch.zeros(input_ids.shape, device=input_ids.device).index_put((rows, columns + 1), values)
 
@@ -395,14 +399,25 @@ def pack(lengths, tokens_per_batch):
     """Split rows into micro-batches of similar length: lists of row numbers, each row once.
 
     A micro-batch, padded to its longest row, holds at most tokens_per_batch tokens (one row may exceed it).
+    Of all ways to cut the rows, sorted by length, it is the one with the fewest padded tokens, where each
+    micro-batch counts tokens_per_batch / 32 more: a pass has a cost of its own.
     """
-    batches, longest = [], 0
-    for row in sorted(range(len(lengths)), key=lambda row: -lengths[row]):
-        if not batches or (len(batches[-1]) + 1) * longest > tokens_per_batch:
-            batches.append([])
-            longest = lengths[row]
-        batches[-1].append(row)
-    return batches
+    rows = sorted(range(len(lengths)), key=lambda row: -lengths[row])
+    least, begin = [0.0], [0]  # of the first n rows: the least cost, and where their last micro-batch begins
+    for n in range(1, len(rows) + 1):
+        costs = {}
+        for start in range(n - 1, -1, -1):
+            padded = (n - start) * lengths[rows[start]]
+            if padded > tokens_per_batch and costs:
+                break
+            costs[start] = least[start] + padded + tokens_per_batch / 32
+        begin.append(min(costs, key=costs.get))
+        least.append(costs[begin[n]])
+    batches, end = [], len(rows)
+    while end:
+        batches.append(rows[begin[end]:end])
+        end = begin[end]
+    return batches[::-1]
 
 
 # Copied from grpo.py::completion_logprobs
@@ -458,23 +473,27 @@ def uniform(keys, positions):
 def draw(logits, temperature, u):
     """Invert the distribution function of softmax(logits / temperature) at u; temperature 0 takes the top.
 
-    Shapes: logits [B, V] float32, overwritten; u [B] -> tokens, log-probs [B] (at temperature 0: of 1).
+    Shapes: logits [B, V] (float32 ones are overwritten); u [B] -> tokens, log-probs [B], float32 (at
+    temperature 0: of 1).
     The sum runs over blocks, then inside one: faster and more exact in float32 than one long cumulative sum.
     """
     if temperature == 0:
-        best, tokens = logits.max(-1)
-        return tokens, best - logits.logsumexp(-1)
-    probs = torch.softmax(logits.div_(temperature) if temperature != 1 else logits, -1, out=logits)
+        best, tokens = logits.float().max(-1)
+        return tokens, best - logits.float().logsumexp(-1)
+    if temperature != 1:
+        logits = logits.float().div_(temperature)
+    probs = torch.softmax(logits, -1, dtype=torch.float32,
+                          out=logits if logits.dtype == torch.float32 else None)
     width = math.gcd(probs.shape[1], 128)
-    probs = probs.view(len(probs), -1, width)  # [B, V / width, width]
-    edges = F.pad(probs.sum(-1).cumsum(-1), (1, 0))  # [B, V / width + 1]: the sum before each block, and all
+    blocks = probs.view(len(probs), -1, width)  # [B, V / width, width]
+    edges = F.pad(blocks.sum(-1).cumsum(-1), (1, 0))  # [B, V / width + 1]: the sum before each block, and all
     target = u[:, None] * edges[:, -1:]
-    block = torch.searchsorted(edges, target, right=True).sub_(1).clamp_(max=probs.shape[1] - 1)  # [B, 1]
-    inside = probs.gather(1, block[:, :, None].expand(-1, -1, width)).squeeze(1).cumsum(-1)  # [B, width]
+    block = torch.searchsorted(edges, target, right=True).sub_(1).clamp_(max=blocks.shape[1] - 1)  # [B, 1]
+    inside = blocks.gather(1, block[:, :, None].expand(-1, -1, width)).squeeze(1).cumsum(-1)  # [B, width]
     # rounding may leave the rest at or above the block's sum: stay below it, on a token that has probability
     rest = torch.minimum(target - edges.gather(1, block), inside[:, -1:] * (1 - 1e-6))
     tokens = torch.searchsorted(inside, rest, right=True).clamp_(max=width - 1).add_(block, alpha=width)
-    return tokens.squeeze(1), logits.gather(1, tokens).log().squeeze(1)
+    return tokens.squeeze(1), probs.gather(1, tokens).log().squeeze(1)
 
 
 # Copied from grpo.py::FusedLinear
@@ -482,9 +501,9 @@ class FusedLinear:
     """Projections of one input as one product, for the sampler: `weight` [out, in] holds theirs stacked.
 
     In float32 the active adapters are merged into it. In bfloat16 a merge would round small updates away, so
-    they stay apart, as A [n R, in] and block-diagonal B [out, n R], and `weight` becomes the storage of the
-    modules' own weights: no second copy. `refresh` writes in place: a captured graph sees the new values.
-    Quantized projections are called as they are, one after the other.
+    they stay apart: A [n R, in] lies under W, so that one product gives both, and B [out, n R] is
+    block-diagonal; `weight` becomes the storage of the modules' own weights: no second copy. `refresh` writes
+    in place: a captured graph sees the new values. Quantized projections are called as they are.
     """
 
     def __init__(self, parts, dtype):
@@ -492,34 +511,34 @@ class FusedLinear:
         self.split, self.quantized = False, hasattr(self.bases[0].weight, "quant_state")
         if self.quantized:
             return
+        self.outs = [base.out_features for base in self.bases]
         adapted = [part for part in parts if isinstance(part, LoRALinear)]
         weights = [base.weight.detach() for base in self.bases]
         self.split = shard.is_split(weights[0])
         self.merge = bool(adapted) and dtype == torch.float32
         self.shared = not (self.merge or self.split) and all(weight.dtype == dtype for weight in weights)
+        self.rank = 0 if self.merge else sum(  # of any adapter made active
+            max(len(A) for A in part.A.values()) for part in adapted)
+        new = partial(torch.zeros, dtype=dtype, device=weights[0].device)
         self.weight = None
         if not self.split:
-            self._hold(weights[0] if self.shared and len(parts) == 1 else torch.cat(weights).to(dtype))
+            alone = self.shared and len(parts) == 1 and not self.rank
+            self._hold(weights[0] if alone else torch.cat(
+                [*weights, new(self.rank, self.bases[0].in_features)]).to(dtype))
         if self.shared:
             for base, rows in zip(self.bases, self.rows):
                 base.weight.data = rows
-        biased = self.bases[0].bias is not None
-        self.bias = torch.cat([base.bias.detach() for base in self.bases]).to(dtype) if biased else None
-        self.A = self.B = None
-        if adapted and not self.merge:
-            rank = sum(max(len(A) for A in part.A.values()) for part in adapted)  # of any adapter made active
-            new = partial(torch.zeros, dtype=dtype, device=weights[0].device)
-            self.A = new(rank, self.bases[0].in_features)
-            self.B = new(sum(base.out_features for base in self.bases), rank)
+        self.bias = new(sum(self.outs) + self.rank) if self.bases[0].bias is not None else None
+        self.B = new(sum(self.outs), self.rank) if self.rank else None
 
     def _hold(self, weight):
         self.weight = weight
-        self.rows = weight.split([base.out_features for base in self.bases])  # each part's own, views
+        *self.rows, self.A = weight.split([*self.outs, self.rank])  # each part's own, views
 
     def release(self):
         """Let go of weights that were gathered."""
         if self.split:
-            self.weight = self.rows = None
+            self.weight = self.rows = self.A = None
 
     @torch.no_grad()
     def refresh(self):
@@ -527,10 +546,10 @@ class FusedLinear:
         if self.quantized:
             return
         if self.weight is None:
-            self._hold(torch.empty(sum(base.out_features for base in self.bases), self.bases[0].in_features,
+            self._hold(torch.zeros(sum(self.outs) + self.rank, self.bases[0].in_features,
                                    dtype=self.dtype, device=self.bases[0].weight.device))
         if self.bias is not None:
-            self.bias.copy_(torch.cat([base.bias for base in self.bases]))
+            self.bias[:sum(self.outs)] = torch.cat([base.bias for base in self.bases])
         if self.B is not None:
             self.B.zero_()
         out = rank = 0
@@ -551,7 +570,10 @@ class FusedLinear:
         if self.quantized:
             return torch.cat([part(x) for part in self.parts], -1)
         y = F.linear(x, self.weight, self.bias)
-        return y if self.A is None else torch.addmm(y, x @ self.A.T, self.B.T)
+        if self.B is None:
+            return y
+        y, low_rank = y.split([len(self.B), self.rank], -1)
+        return y.addmm_(low_rank, self.B.T)
 
 
 # Copied from grpo.py::SamplerLayer
@@ -589,30 +611,26 @@ class SamplerLayer:
             part.release()
 
     def __call__(self, x, cos, sin, attend):
-        """cos, sin [N, 1, K], sine signed as the rotated half; attend(q, k, v) -> [N, H K] keeps k and v."""
+        """cos, sin [N, 1, K], sine signed as the rotated half; attend(q, kv) -> [N, H K] keeps k and v.
+
+        q [N, H, K]; kv [N, 2, Hkv, K].
+        """
         if self.by_layer:
             self.refresh()
-        qkv = self.qkv(rms_norm(x, self.attn_norm)).view(len(x), -1, self.head_dim)  # [N, H + 2 Hkv, K]
-        qk, v = qkv.split([self.heads + self.kv_heads, self.kv_heads], dim=1)
+        qkv = self.qkv(self.attn_norm(x)).view(len(x), -1, self.head_dim)  # [N, H + 2 Hkv, K]
+        q, k, kv = qkv[:, :self.heads], qkv[:, self.heads:-self.kv_heads], qkv[:, self.heads:]
         if self.q_norm:
-            qk = torch.cat([rms_norm(qk[:, :self.heads], self.q_norm),
-                            rms_norm(qk[:, self.heads:], self.k_norm)], dim=1)
-        qk = torch.addcmul(qk * cos, qk.roll(self.head_dim // 2, -1), sin)
-        y = self.out(attend(qk[:, :self.heads], qk[:, self.heads:], v))
-        x = x + (rms_norm(y, self.attn_out_norm) if self.attn_out_norm else y)
-        gate, up = self.gate_up(rms_norm(x, self.mlp_norm)).chunk(2, -1)
+            q.copy_(self.q_norm(q))
+            k.copy_(self.k_norm(k))
+        qk = qkv[:, :-self.kv_heads]
+        torch.addcmul(qk * cos, qk.roll(self.head_dim // 2, -1), sin, out=qk)
+        y = self.out(attend(q, kv.unflatten(1, (2, self.kv_heads))))
+        x = x + (self.attn_out_norm(y) if self.attn_out_norm else y)
+        gate, up = self.gate_up(self.mlp_norm(x)).chunk(2, -1)
         y = self.down(self.act(gate) * up)
         if self.by_layer:
             self.release()
-        return x + (rms_norm(y, self.mlp_out_norm) if self.mlp_out_norm else y)
-
-
-# Copied from grpo.py::rms_norm
-def rms_norm(x, module):
-    """A layer's RMS norm as one fused call; Gemma stores weight - 1."""
-    weight = module.weight + 1 if "Gemma" in type(module).__name__ else module.weight
-    eps = module.eps if hasattr(module, "eps") else module.variance_epsilon
-    return F.rms_norm(x, weight.shape, weight.to(x.dtype), eps).to(x.dtype)  # autocast makes it float32
+        return x + (self.mlp_out_norm(y) if self.mlp_out_norm else y)
 
 
 # Copied from grpo.py::attention
@@ -626,16 +644,30 @@ def attention(q, k, v, bias, scale, softcap):
     return scores.add_(bias).softmax(-1, dtype=torch.float32).to(q.dtype) @ v
 
 
+# Copied from grpo.py::live_attention
+def live_attention(q, keys, values, q_starts, k_starts, lengths, scale):
+    """Attention of one query a row over its first `lengths` keys, and no others read: flash, in bfloat16.
+
+    Shapes: q [N, H, K]; keys, values [N, S, Hkv, K] -> [N, H, K]; int32: lengths [N], and where each row
+    starts if they lie one behind the other, q_starts and k_starts [N + 1]. The operator is what
+    torch.nn.attention.varlen.varlen_attn calls; that function's own arguments differ between versions.
+    """
+    return torch.ops.aten._flash_attention_forward(
+        q, keys.flatten(0, 1), values.flatten(0, 1), q_starts, k_starts, 1, keys.shape[1], 0.0, False, False,
+        scale=scale, seqused_k=lengths)[0]
+
+
 # Copied from grpo.py::Sampler
 class Sampler:
     """Samples completions by continuous batching in a static KV cache of `slots` rows, one token a step each.
 
     A row that ends leaves at once: the last live row moves into its slot, so that the live ones are always
     the first, and the next waiting row is admitted behind them. A prompt is prefilled once for all its
-    samples. Attention reads the cache only up to the longest live row, in blocks. On CUDA a step is a
-    captured graph for each (rows, length) block and the host looks at the tokens only every `sync_every`
-    steps; what a row drew past its end is thrown away. The weights of a model that is split over ranks are
-    gathered for the time of `sample`, or, `by_layer`, each layer's for its turn in each pass.
+    samples. Attention reads the cache only up to the longest live row, in blocks, or (flash, on CUDA) each
+    row's own keys. On CUDA a step is a captured graph for each block of rows and the host looks at the tokens
+    only every `sync_every` steps; what a row drew past its end is thrown away. The weights of a model that is
+    split over ranks are gathered for the time of `sample`, or, `by_layer`, each layer's for its turn in each
+    pass; no graph is captured then, for it would hold their addresses.
     """
 
     def __init__(self, model, stop_ids, slots=256, dtype=None, sync_every=None, graphs=None, by_layer=False):
@@ -649,7 +681,11 @@ class Sampler:
         self.block, self.row_block = (256, 32) if on_gpu else (16, 1)
         self.layers = [SamplerLayer(layer, self.dtype, self.by_layer) for layer in model.base_model.layers]
         self.use_graphs = (on_gpu if graphs is None else graphs) and not (
-            self.by_layer or self.layers[0].qkv.quantized)
+            self.split or self.layers[0].qkv.quantized)
+        self.flash = (on_gpu and self.dtype == torch.bfloat16 and not self.layers[0].softcap
+                      and self.layers[0].head_dim in range(8, 257, 8)
+                      and torch.backends.cuda.is_flash_attention_available()  # in this build of torch
+                      and torch.cuda.is_bf16_supported(including_emulation=False))  # from Ampere on
         self.head = FusedLinear([model.get_output_embeddings()], self.dtype)
         self.softcap = getattr(model.config, "final_logit_softcapping", None)
         self.cache = None
@@ -667,10 +703,9 @@ class Sampler:
         dist.lockstep = self.by_layer
 
     def _release(self):
-        """Let go of gathered weights, and of the graphs that hold their addresses."""
+        """Let go of gathered weights."""
         if self.split:
             self.embedding = None
-            self.graphs.clear()
             for part in (*self.layers, self.head):
                 part.release()
 
@@ -691,16 +726,29 @@ class Sampler:
         x, scale = F.embedding(ids, self.embedding), getattr(module, "embed_scale", None)  # Gemma's
         return x if scale is None else x * scale.to(x.dtype)
 
+    def _rounded(self, slots):
+        """Rows of a step: whole row blocks, so that their number depends on nothing sampled before."""
+        return -(-slots // self.row_block) * self.row_block
+
+    def cache_bytes(self, length):
+        """What the keys and values of all slots take, for prompts and completions of `length` tokens."""
+        layer = self.layers[0]
+        return (len(self.layers) * 2 * self._rounded(self.slots) * layer.kv_heads * layer.head_dim
+                * (length + self.sync_every + self.block) * self.dtype.itemsize)
+
     def _allocate(self, slots, length):
         """Make the cache [L, 2, slots, Hkv, length, K] and the buffers of a step large enough."""
-        if (self.cache is not None and slots <= self.cache.shape[2] <= self.slots
+        if (self.cache is not None and slots <= self.cache.shape[2] <= self._rounded(self.slots)
                 and length <= self.cache.shape[4]):
             return
         self.cache = self.graphs = self.pool = None  # free the old ones before the new are made
         layer, new = self.layers[0], partial(torch.zeros, device=self.device)
         length = -(-length // self.block) * self.block
-        self.cache = new(len(self.layers), 2, slots, layer.kv_heads, length, layer.head_dim, dtype=self.dtype)
+        first, second = (length, layer.kv_heads) if self.flash else (layer.kv_heads, length)
+        cache = new(len(self.layers), 2, slots, first, second, layer.head_dim, dtype=self.dtype)
+        self.cache = cache.transpose(3, 4) if self.flash else cache  # flash reads [slots, length, Hkv, K]
         self.graphs, self.rows = {}, torch.arange(slots, device=self.device)
+        self.starts = torch.arange(slots + 1, dtype=torch.int32, device=self.device)
         self.tokens, self.positions = (new(slots, dtype=torch.int64) for _ in range(2))
         self.noise = new(slots, length)
         self.drawn = new(self.sync_every, slots, dtype=torch.int64), new(self.sync_every, slots)
@@ -713,8 +761,8 @@ class Sampler:
         self.sin = torch.cat([-sin[0, :, :half], sin[0, :, half:]], -1)[:, None]
 
     def _logits(self, x):
-        logits = self.head(rms_norm(x, self.model.base_model.norm)).float()
-        return self.softcap * torch.tanh(logits / self.softcap) if self.softcap else logits
+        logits = self.head(self.model.base_model.norm(x))
+        return self.softcap * torch.tanh(logits.float() / self.softcap) if self.softcap else logits
 
     def _prefill(self, prompts):
         """Keys and values of right-padded prompts [L, 2, P, Hkv, T, K], and the logits after each [P, V]."""
@@ -730,12 +778,16 @@ class Sampler:
         bias = torch.zeros(T, T, dtype=self.dtype, device=self.device).masked_fill(ahead, -torch.inf)
         for i, layer in enumerate(self.layers):
 
-            def attend(q, k, v):
-                q, k, v = (t.view(P, T, -1, t.shape[-1]).transpose(1, 2) for t in (q, k, v))
+            def attend(q, kv):
+                q, k, v = (t.unflatten(0, (P, T)).transpose(1, 2) for t in (q, kv[:, 0], kv[:, 1]))
                 kept[i, 0], kept[i, 1] = k, v
-                group = layer.heads // layer.kv_heads
-                k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
-                return attention(q, k, v, bias, layer.scale, layer.softcap).transpose(1, 2).reshape(P * T, -1)
+                if self.flash:
+                    y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True,
+                                                       scale=layer.scale)
+                else:
+                    k, v = (t.repeat_interleave(layer.heads // layer.kv_heads, 1) for t in (k, v))
+                    y = attention(q, k, v, bias, layer.scale, layer.softcap)
+                return y.transpose(1, 2).reshape(P * T, -1)
 
             x = layer(x, cos, sin, attend)
         last = torch.arange(P) * T + lengths - 1
@@ -746,15 +798,23 @@ class Sampler:
         positions, rows = self.positions[:n], self.rows[:n]
         x = self._embed(self.tokens[:n])  # [n, D]
         cos, sin = self.cos[positions], self.sin[positions]
-        ahead = self.columns[:length] > positions[:, None]
-        bias = torch.zeros(n, length, dtype=self.dtype, device=self.device).masked_fill(
-            ahead, -torch.inf)[:, None, None]
-        for layer, (keys, values) in zip(self.layers, self.cache):
+        if self.flash:
+            q_starts, lengths = self.starts[:n + 1], (positions + 1).int()
+            k_starts = q_starts * self.cache.shape[4]
+        else:
+            ahead = self.columns[:length] > positions[:, None]
+            bias = torch.zeros(n, length, dtype=self.dtype, device=self.device).masked_fill(
+                ahead, -torch.inf)[:, None, None]
+        for layer, cache in zip(self.layers, self.cache):  # [2, slots, Hkv, length, K]
 
-            def attend(q, k, v):
-                keys[rows, :, positions], values[rows, :, positions] = k, v
+            def attend(q, kv):
+                cache[:, rows, :, positions] = kv
+                keys, values = cache[:, :n]
+                if self.flash:
+                    return live_attention(q, keys.transpose(1, 2), values.transpose(1, 2), q_starts, k_starts,
+                                          lengths, layer.scale).flatten(1)
                 q = q.reshape(n, layer.kv_heads, -1, layer.head_dim)  # heads of one key: as if a query each
-                return attention(q, keys[:n, :, :length], values[:n, :, :length], bias, layer.scale,
+                return attention(q, keys[:, :, :length], values[:, :, :length], bias, layer.scale,
                                  layer.softcap).reshape(n, -1)
 
             x = layer(x, cos, sin, attend)
@@ -767,18 +827,20 @@ class Sampler:
         self.count += 1
 
     def _run(self, n, length, temperature):
-        """`sync_every` steps; returns their tokens and log-probs as lists [steps][n]."""
+        """`sync_every` steps; returns their tokens and log-probs as lists [n][steps]."""
         self.count.zero_()
         key = (n, length, temperature)
-        graph = self.graphs.get(key)
         for _ in range(self.sync_every):
-            graph.replay() if graph else self._decode(n, length, temperature)
-        if self.use_graphs and not graph:  # the steps just run were the warm-up
-            self.pool = self.pool or torch.cuda.graph_pool_handle()
-            self.graphs[key] = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self.graphs[key], pool=self.pool):
-                self._decode(n, length, temperature)
-        return self.drawn[0][:, :n].tolist(), self.drawn[1][:, :n].tolist()
+            if key in self.graphs:
+                self.graphs[key].replay()
+                continue
+            self._decode(n, length, temperature)
+            if self.use_graphs:  # the step just run was the warm-up
+                self.pool, graph = self.pool or torch.cuda.graph_pool_handle(), torch.cuda.CUDAGraph()
+                with torch.cuda.graph(graph, pool=self.pool):
+                    self._decode(n, length, temperature)
+                self.graphs[key] = graph  # here, not before: half a graph would draw nonsense
+        return [drawn[:, :n].T.tolist() for drawn in self.drawn]
 
     @torch.inference_mode()
     def sample(self, prompts, keys, max_new_tokens, temperature=1.0, progress=None):
@@ -798,19 +860,21 @@ class Sampler:
         total, live, prefilled = len(waiting), [], {}
         self._gather()
         if waiting:
-            self._allocate(min(self.slots, total), max(map(len, prompts)) + max_new_tokens + self.sync_every)
+            self._allocate(self._rounded(min(self.slots, total)),
+                           max(map(len, prompts)) + max_new_tokens + self.sync_every)
             slots = self.cache.shape[2]
 
         def record(slot_rows, tokens, logprobs):
-            """Append one step's draws; returns the slots whose row has just ended."""
+            """Append draws [slots][steps], up to each row's end; returns the slots whose row has ended."""
             ended = []
-            for slot, ((p, g), token, logprob) in enumerate(zip(slot_rows, tokens, logprobs)):
+            for slot, ((p, g), ids, of_ids) in enumerate(zip(slot_rows, tokens, logprobs)):
                 row = done[p][g]
-                if row.finished or len(row.ids) == max_new_tokens:
-                    continue  # it ended earlier, between two looks
-                row.ids.append(token)
-                row.logprobs.append(logprob)
-                row.finished = token in self.stop_ids
+                ids = ids[:max_new_tokens - len(row.ids)]
+                row.finished = not self.stop_ids.isdisjoint(ids)
+                if row.finished:  # what it drew after its end is thrown away
+                    ids = ids[:1 + next(i for i, token in enumerate(ids) if token in self.stop_ids)]
+                row.ids += ids
+                row.logprobs += of_ids[:len(ids)]
                 if row.finished or len(row.ids) == max_new_tokens:
                     ended.append(slot)
             return ended
@@ -852,7 +916,7 @@ class Sampler:
             u = self.noise[slot].gather(1, self.positions[slot, None]).squeeze(1)
             tokens, logprobs = draw(logits, temperature, u)
             self.tokens[slot] = tokens
-            ended = [len(live) + j for j in record(new, tokens.tolist(), logprobs.tolist())]
+            ended = [len(live) + j for j in record(new, tokens[:, None].tolist(), logprobs[:, None].tolist())]
             live.extend(new)
             still = {p for p, _ in waiting}
             for p in [p for p in prefilled if p not in still]:
@@ -864,14 +928,12 @@ class Sampler:
                 admit()
             if not live:
                 continue
-            n = min(slots, -(-len(live) // self.row_block) * self.row_block)
+            n = self._rounded(len(live))
             self.positions[len(live):n] = 0  # a free slot inside the row block still steps: keep it in bounds
             longest = max(len(prompts[p]) + len(done[p][g].ids) for p, g in live) + self.sync_every
-            length = min(self.cache.shape[4], -(-longest // self.block) * self.block)
-            ended = set()
-            for tokens, logprobs in zip(*self._run(n, length, temperature)):
-                ended.update(record(live, tokens, logprobs))
-            leave(ended)
+            columns = self.cache.shape[4]  # flash takes all: it reads what is live
+            length = columns if self.flash else min(columns, -(-longest // self.block) * self.block)
+            leave(record(live, *self._run(n, length, temperature)))
         self._leave_together()
         self._release()
         return done
@@ -915,14 +977,17 @@ def self_check(model, params, sampler, prompt_ids, args, temperature, device):
 
 # Copied from grpo.py::sample_all
 def sample_all(sampler, prompt_ids, keys, max_new_tokens, temperature, run, doing):
-    """`Sampler.sample` with progress shown and, when memory runs out on any rank, half the slots on all."""
+    """`Sampler.sample` with progress shown; memory that runs out on one rank halves the slots of all."""
+
+    most = max(1, *dist.gather(sum(map(len, keys))))  # rows of a rank; fewer slots than these save memory
 
     def attempt(slots):
-        sampler.slots = slots
+        if slots < min(sampler.slots, most):
+            sampler.slots, sampler.cache, sampler.graphs = slots, None, {}
         return sampler.sample(prompt_ids, keys, max_new_tokens, temperature,
                               lambda done, total, _: run.progress(f"{doing}: sampled {done}/{total}"))
 
-    return retry_smaller(attempt, sampler.slots, run.device, 1, "slots")[0]
+    return retry_smaller(attempt, min(sampler.slots, most), run.device, 1, "slots")[0]
 
 
 @dataclass
@@ -1233,7 +1298,7 @@ def resolve(args, device):
         args, data=args.data or (("arithmetic" if embedded else "gsm8k") if needs_data else ""),
         system=args.system or ("" if embedded else data.THINK_ANSWER_SYSTEM),
         # a CPU's caches are small
-        tokens_per_batch=args.tokens_per_batch or (2048 if device.type == "cpu" else 16384),
+        tokens_per_batch=args.tokens_per_batch or {"cpu": 2048, "cuda": 0}.get(device.type, 8192),
         restart=restart if args.restart == "auto" else args.restart,
         lr=args.lr or (embedded_lr if embedded else lr / 20 if args.full else lr))
 
@@ -1257,7 +1322,8 @@ def main(args: Args) -> None:
     dtype = models.choose_dtype(args.dtype, device)
     reward_functions = rewards.parse_rewards(
         args.rewards,
-        partial(rewards.LearnedReward, dtype=dtype, device=device, tokens_per_batch=args.tokens_per_batch),
+        partial(rewards.LearnedReward, dtype=dtype, device=device,
+                tokens_per_batch=args.tokens_per_batch or 8192),
         partial(rewards.AnswerProbability, tokenizer, lambda e: prompt_ids[e.id], policy_logprobs,
                 args.max_new_tokens))
     train, held_out, shown, dropped = [], [], [], Counter()
@@ -1315,10 +1381,14 @@ def main(args: Args) -> None:
         enable_checkpointing(model)
     model.train()  # dropout is off (load_model); gradient checkpointing acts in this mode alone
     optimizer = torch.optim.AdamW(params, lr=args.lr, weight_decay=args.weight_decay,
-                                  foreach=False if args.shard else None)
+                                  foreach=False if args.shard else None,
+                                  fused=device.type == "cuda" and not args.shard)
     stop_ids = models.stop_ids(model, tokenizer)
     sampler = Sampler(model, () if args.dry_run else stop_ids, args.slots, dtype,  # dry run: full length
                       by_layer=args.reshard)
+    if not args.tokens_per_batch:
+        args = replace(args, tokens_per_batch=models.tokens_that_fit(
+            model, params, dtype, sampler.cache_bytes(longest + args.max_new_tokens)))
     run = Run(args, __file__, device, tags=models.run_tags(args.model, args.data or args.generations[0]))
     optimizer.register_step_pre_hook(run.weights_move)
     compute = partial(torch.autocast, device.type, torch.bfloat16,
@@ -1344,6 +1414,7 @@ def main(args: Args) -> None:
             step, iteration, begun, sampled_tokens = (saved[name] for name in (
                 "step", "iteration", "begun", "sampled_tokens"))
             tokens_per_batch = min(tokens_per_batch, saved["tokens_per_batch"])
+            sampler.slots = min(sampler.slots, saved["slots"])
             rows = [Row(*row) for row in saved["rows"]]
             for pair, refs in zip(held_pairs, saved["held_refs"]):
                 pair.ref_chosen, pair.ref_rejected = refs
@@ -1469,7 +1540,7 @@ def main(args: Args) -> None:
         stop = run.remember(step, due, save_weights, {
             "optimizer": optimizer.state_dict(), "rng": torch.get_rng_state(), "step": step,
             "iteration": iteration, "begun": begun, "sampled_tokens": sampled_tokens,
-            "tokens_per_batch": tokens_per_batch,
+            "tokens_per_batch": tokens_per_batch, "slots": sampler.slots,
             "rows": lambda rows=rows: [tuple(vars(row).values()) for row in rows],
             "held_refs": [(pair.ref_chosen, pair.ref_rejected) for pair in held_pairs]})
         if bad_steps >= 5:

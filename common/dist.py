@@ -25,6 +25,8 @@ def setup(device: str = "") -> torch.device:
     Errors: ValueError for a device that this machine lacks.
     """
     _read_slurm()
+    # micro-batches of ever new shapes leave gaps that fixed segments cannot close; read when CUDA starts
+    os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
     kind = device or ("cuda" if torch.cuda.is_available()
                       else "mps" if torch.backends.mps.is_available() else "cpu")
     if kind.startswith("cuda") and not torch.cuda.is_available():
@@ -41,12 +43,17 @@ def setup(device: str = "") -> torch.device:
             raise ValueError(f"--device {kind}: this machine has {torch.cuda.device_count()} CUDA device(s); "
                              "start at most that many processes per node")
         torch.cuda.set_device(chosen)
+        # cuDNN's attention plans each new shape anew, for half a second; micro-batches have ever new ones
+        torch.backends.cuda.enable_cudnn_sdp(False)
+        # sums of products in float32 throughout: sampler and trainer split them differently
+        torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
     if "RANK" in os.environ and not dist.is_initialized():
-        backend = "nccl" if chosen.type == "cuda" else "gloo"
+        on_cuda = chosen.type == "cuda"
+        backend = "cpu:gloo,cuda:nccl" if on_cuda else "gloo"  # Python objects stay off the card
         # a rank that hangs must not hold the others for ever
         limit = timedelta(seconds=float(os.environ.get("UNROLLED_TIMEOUT", 1800)))
         try:
-            dist.init_process_group(backend, timeout=limit)
+            dist.init_process_group(backend, timeout=limit, device_id=chosen if on_cuda else None)
         except (RuntimeError, ValueError) as error:
             raise ValueError(f"rank {os.environ['RANK']} of {os.environ.get('WORLD_SIZE')}: cannot join the "
                              f"others at {os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')} "

@@ -646,6 +646,12 @@ def paired_interval(before, after):
     return mean - 1.96 * error, mean + 1.96 * error
 
 
+def out_of_memory(error) -> bool:
+    """Whether an error says so: torch's own kind, the CPU allocator's words, or those of CUDA's libraries."""
+    words = "can't allocate memory", "CUDA error: out of memory", "_STATUS_ALLOC_FAILED"
+    return isinstance(error, torch.OutOfMemoryError) or any(word in str(error) for word in words)
+
+
 def retry_smaller(attempt, size, device, smallest, note):
     """attempt(size), halving `size` on all ranks when one of them runs out of memory. Returns (result, size).
 
@@ -659,8 +665,8 @@ def retry_smaller(attempt, size, device, smallest, note):
             result = attempt(size)
         except dist.Stopped:
             pass
-        except RuntimeError as error:  # CUDA's own kind, or what the CPU's allocator says
-            failed = isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+        except RuntimeError as error:
+            failed = out_of_memory(error)
             if not failed:
                 raise
         if failed and dist.lockstep:  # the other ranks wait for this one inside the pass

@@ -648,7 +648,7 @@ def test_fused_projections_equal_the_modules(dtype, tolerance):
         fused.refresh()
         expected = torch.cat([part(x) for part in parts], 1)
         assert (fused(x).float() - expected.float()).abs().max() <= tolerance
-    assert fused.merge == (dtype == torch.float32) and (fused.A is None) == fused.merge
+    assert fused.merge == (dtype == torch.float32) and (fused.B is None) == fused.merge
 
 
 @pytest.mark.parametrize("kind", ["qwen2", "llama", "gemma2"])
@@ -1123,10 +1123,22 @@ def test_dropout_is_off_whatever_the_config_says(tmp_path):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_model_in_bfloat16_is_the_one_that_transformers_loads(tmp_path, kind):
-    """Bit for bit: the rotary frequencies stay float32; rounded, far tokens would turn by the wrong angle."""
+    """Bit for bit, but for norms, which round once: the rotary frequencies stay float32; rounded, far tokens
+    would turn by the wrong angle."""
     saved_base(tmp_path, kind)
     ours, theirs = (f(str(tmp_path), dtype=torch.bfloat16) for f in (
         partial(models.load_model, device=CPU), AutoModelForCausalLM.from_pretrained))
+    norms = [module for module in theirs.modules() if type(module).__name__.endswith("RMSNorm")]
+    assert len(norms) >= 5
+    for norm in norms:
+        nn.init.normal_(norm.weight, 1.0)
+        x = 30 * torch.randn(7, len(norm.weight))
+        for dtype, rounding in ((torch.float32, 1e-6), (torch.bfloat16, 2**-7)):
+            norm.to(dtype)
+            torch.testing.assert_close(models.rms_norm(norm, x.to(dtype)), norm(x.to(dtype)), rtol=rounding,
+                                       atol=0)
+    theirs = AutoModelForCausalLM.from_pretrained(str(tmp_path), dtype=torch.bfloat16)
+    models.fuse_norms(theirs)
     for (name, a), (_, b) in zip(ours.named_buffers(), theirs.named_buffers(), strict=True):
         assert a.dtype == b.dtype and torch.equal(a, b), name
     ids = torch.tensor(some_prompts((400,)))

@@ -70,7 +70,7 @@ def test_what_stays_is_exact(kind, full, dtype):
     assert parts["cache"] == sampler.cache.nbytes + sampler.noise.nbytes
     own = {p.untyped_storage().data_ptr() for p in model.parameters()}
     fused = [part for layer in sampler.layers for part in (layer.qkv, layer.out, layer.gate_up, layer.down)]
-    tensors = [t for part in [*fused, sampler.head] for t in (part.weight, part.A, part.B)
+    tensors = [t for part in [*fused, sampler.head] for t in (part.weight, part.B)
                if t is not None and t.untyped_storage().data_ptr() not in own]
     assert parts["sampler"] == size(tensors)
 
