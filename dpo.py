@@ -292,10 +292,10 @@ class TokenLogprobs(torch.autograd.Function):
         head = weight.to(hidden.dtype)
         logprobs = hidden.new_empty(len(hidden), dtype=torch.float32)
         slope = torch.empty_like(hidden) if hidden_grad and not weight_grad else None
-        buffer = hidden.new_empty(min(chunk_tokens, len(hidden)), len(head))
+        buffer = hidden.new_empty(min(chunk_tokens, len(hidden)), len(head), dtype=torch.float32)
         for i in range(0, len(hidden), chunk_tokens):
             piece = slice(i, i + chunk_tokens)
-            logits = torch.mm(hidden[piece], head.T, out=buffer[:len(hidden[piece])])
+            logits = head_logits(hidden[piece], head, buffer[:len(hidden[piece])])
             logprobs[piece], negative = chunk_logprobs(logits, targets[piece], temperature, softcap)
             if slope is not None:
                 slope[piece] = negative.to(head.dtype) @ head
@@ -315,7 +315,8 @@ class TokenLogprobs(torch.autograd.Function):
         hidden_grad, weight_grad = torch.empty_like(hidden), torch.zeros_like(weight)
         for i in range(0, len(hidden), chunk_tokens):
             piece = slice(i, i + chunk_tokens)
-            _, negative = chunk_logprobs(hidden[piece] @ head.T, targets[piece], temperature, softcap)
+            logits = head_logits(hidden[piece], head)
+            _, negative = chunk_logprobs(logits, targets[piece], temperature, softcap)
             slope = (negative * grad[piece]).to(head.dtype)
             hidden_grad[piece] = slope @ head
             weight_grad += slope.T @ hidden[piece]
@@ -326,19 +327,18 @@ class TokenLogprobs(torch.autograd.Function):
 def chunk_logprobs(logits, targets, temperature, softcap):
     """From raw logits [n, V]: log-probs [n] of the targets, and -temperature d log-prob / d logits [n, V].
 
-    Both float32; float32 logits are overwritten. Few passes over [n, V]: they cost as much as the products.
+    All float32 and in place: each pass over [n, V] costs as much as the products.
     """
     if softcap:
-        logits = logits.float().div_(softcap).tanh_()
+        logits.div_(softcap).tanh_()
         cap_slope = 1 - logits**2
         logits.mul_(softcap)
     if temperature != 1:
-        logits = logits.float().div_(temperature)
+        logits.div_(temperature)
     top, at = logits.max(1, keepdim=True)
-    chosen, targets = logits.gather(1, targets[:, None]).float(), targets[:, None]
-    probs = torch.softmax(logits, 1, dtype=torch.float32,
-                          out=logits if logits.dtype == torch.float32 else None)
-    log_sum = top.float() - probs.gather(1, at).log()  # the largest probability is never 0
+    chosen, targets = logits.gather(1, targets[:, None]), targets[:, None]
+    probs = torch.softmax(logits, 1, out=logits)
+    log_sum = top - probs.gather(1, at).log()  # the largest probability is never 0
     negative = probs.scatter_add_(1, targets, torch.full_like(chosen, -1.0))
     return (chosen - log_sum).squeeze(1), negative.mul_(cap_slope) if softcap else negative
 
@@ -460,17 +460,13 @@ def uniform(keys, positions):
 def draw(logits, temperature, u):
     """Invert the distribution function of softmax(logits / temperature) at u; temperature 0 takes the top.
 
-    Shapes: logits [B, V] (float32 ones are overwritten); u [B] -> tokens, log-probs [B], float32 (at
-    temperature 0: of 1).
+    Shapes: logits [B, V] float32, overwritten; u [B] -> tokens, log-probs [B] (at temperature 0: of 1).
     The sum runs over blocks, then inside one: faster and more exact in float32 than one long cumulative sum.
     """
     if temperature == 0:
-        best, tokens = logits.float().max(-1)
-        return tokens, best - logits.float().logsumexp(-1)
-    if temperature != 1:
-        logits = logits.float().div_(temperature)
-    probs = torch.softmax(logits, -1, dtype=torch.float32,
-                          out=logits if logits.dtype == torch.float32 else None)
+        best, tokens = logits.max(-1)
+        return tokens, best - logits.logsumexp(-1)
+    probs = torch.softmax(logits.div_(temperature) if temperature != 1 else logits, -1, out=logits)
     width = math.gcd(probs.shape[1], 128)
     blocks = probs.view(len(probs), -1, width)  # [B, V / width, width]
     edges = F.pad(blocks.sum(-1).cumsum(-1), (1, 0))  # [B, V / width + 1]: the sum before each block, and all
@@ -481,6 +477,24 @@ def draw(logits, temperature, u):
     rest = torch.minimum(target - edges.gather(1, block), inside[:, -1:] * (1 - 1e-6))
     tokens = torch.searchsorted(inside, rest, right=True).clamp_(max=width - 1).add_(block, alpha=width)
     return tokens.squeeze(1), probs.gather(1, tokens).log().squeeze(1)
+
+
+# Copied from grpo.py::head_logits
+def head_logits(hidden, weight, out=None):
+    """hidden [N, D] @ weight [V, D].T in float32: bfloat16 logits would be off by hundredths of a nat."""
+    if hidden.is_cuda and hidden.dtype != torch.float32:
+        return torch.mm(hidden, weight.T, out_dtype=torch.float32, out=out)
+    return torch.mm(hidden, weight.T, out=out if hidden.dtype == torch.float32 else None).float()
+
+
+# Copied from grpo.py::decode_kernels
+def decode_kernels(layer, dtype):
+    """common/kernels.py, where Triton is there and knows layers like this one; None: the plain forms do."""
+    try:
+        from common import kernels
+    except ImportError:
+        return None
+    return kernels if kernels.fit(layer, dtype) else None
 
 
 # Copied from grpo.py::FusedLinear
@@ -588,6 +602,7 @@ class SamplerLayer:
         self.heads = attn.q_proj.out_features // self.head_dim
         self.kv_heads = attn.k_proj.out_features // self.head_dim
         self.scale, self.softcap = attn.scaling, getattr(attn, "attn_logit_softcapping", None)
+        self.kernels = None  # on CUDA: common/kernels.py
 
     def refresh(self):
         for part in (self.qkv, self.out, self.gate_up, self.down):
@@ -597,27 +612,43 @@ class SamplerLayer:
         for part in (self.qkv, self.out, self.gate_up, self.down):
             part.release()
 
-    def __call__(self, x, cos, sin, attend):
-        """cos, sin [N, 1, K], sine signed as the rotated half; attend(q, kv) -> [N, H K] keeps k and v.
+    def __call__(self, x, y, attend):
+        """The stream [N, D] and what the last block adds to it (0 at first) -> the same, a layer on.
 
-        q [N, H, K]; kv [N, 2, Hkv, K].
+        attend(qkv [N, H + 2 Hkv, K]) -> [N, H K] turns q and k by their positions and keeps k and v.
         """
         if self.by_layer:
             self.refresh()
-        qkv = self.qkv(self.attn_norm(x)).view(len(x), -1, self.head_dim)  # [N, H + 2 Hkv, K]
-        q, k, kv = qkv[:, :self.heads], qkv[:, self.heads:-self.kv_heads], qkv[:, self.heads:]
+        x, normed = self.add_norm(x, y, self.attn_norm)
+        qkv = self.qkv(normed).view(len(x), -1, self.head_dim)
         if self.q_norm:
+            q, k = qkv[:, :self.heads], qkv[:, self.heads:-self.kv_heads]
             q.copy_(self.q_norm(q))
             k.copy_(self.k_norm(k))
-        qk = qkv[:, :-self.kv_heads]
-        torch.addcmul(qk * cos, qk.roll(self.head_dim // 2, -1), sin, out=qk)
-        y = self.out(attend(q, kv.unflatten(1, (2, self.kv_heads))))
-        x = x + (self.attn_out_norm(y) if self.attn_out_norm else y)
-        gate, up = self.gate_up(self.mlp_norm(x)).chunk(2, -1)
-        y = self.down(self.act(gate) * up)
+        y = self.out(attend(qkv))
+        x, normed = self.add_norm(x, self.attn_out_norm(y) if self.attn_out_norm else y, self.mlp_norm)
+        y = self.down(self.swiglu(self.gate_up(normed)))
         if self.by_layer:
             self.release()
-        return x + (self.mlp_out_norm(y) if self.mlp_out_norm else y)
+        return x, self.mlp_out_norm(y) if self.mlp_out_norm else y
+
+    def add_norm(self, x, y, norm):
+        return self.kernels.add_norm(x, y, norm) if self.kernels else (x + y, norm(x + y))
+
+    def swiglu(self, x):
+        gate, up = x.chunk(2, -1)
+        return self.kernels.swiglu(x) if self.kernels else self.act(gate) * up
+
+
+# Copied from grpo.py::rotate
+def rotate(qkv, kv_heads, cos, sin):
+    """Turn q and k in place by rotary embedding: qkv [N, H + 2 Hkv, K] -> q [N, H, K], kv [N, 2, Hkv, K].
+
+    cos, sin [N, 1, K], sine signed as the rotated half. Source: RoFormer, arXiv 2104.09864 eq. 34.
+    """
+    qk = qkv[:, :-kv_heads]
+    torch.addcmul(qk * cos, qk.roll(qk.shape[-1] // 2, -1), sin, out=qk)
+    return qk[:, :-kv_heads], qkv[:, -2 * kv_heads:].unflatten(1, (2, kv_heads))
 
 
 # Copied from grpo.py::attention
@@ -631,30 +662,17 @@ def attention(q, k, v, bias, scale, softcap):
     return scores.add_(bias).softmax(-1, dtype=torch.float32).to(q.dtype) @ v
 
 
-# Copied from grpo.py::live_attention
-def live_attention(q, keys, values, q_starts, k_starts, lengths, scale):
-    """Attention of one query a row over its first `lengths` keys, and no others read: flash, in bfloat16.
-
-    Shapes: q [N, H, K]; keys, values [N, S, Hkv, K] -> [N, H, K]; int32: lengths [N], and where each row
-    starts if they lie one behind the other, q_starts and k_starts [N + 1]. The operator is what
-    torch.nn.attention.varlen.varlen_attn calls; that function's own arguments differ between versions.
-    """
-    return torch.ops.aten._flash_attention_forward(
-        q, keys.flatten(0, 1), values.flatten(0, 1), q_starts, k_starts, 1, keys.shape[1], 0.0, False, False,
-        scale=scale, seqused_k=lengths)[0]
-
-
 # Copied from grpo.py::Sampler
 class Sampler:
     """Samples completions by continuous batching in a static KV cache of `slots` rows, one token a step each.
 
     A row that ends leaves at once: the last live row moves into its slot, so that the live ones are always
     the first, and the next waiting row is admitted behind them. A prompt is prefilled once for all its
-    samples. Attention reads the cache only up to the longest live row, in blocks, or (flash, on CUDA) each
-    row's own keys. On CUDA a step is a captured graph for each block of rows and the host looks at the tokens
-    only every `sync_every` steps; what a row drew past its end is thrown away. The weights of a model that is
-    split over ranks are gathered for the time of `sample`, or, `by_layer`, each layer's for its turn in each
-    pass; no graph is captured then, for it would hold their addresses.
+    samples. Attention reads the cache only up to the longest live row, in blocks, or, by the kernels for
+    CUDA, each row's own keys. There a step is a captured graph for each block of rows, and the host looks at
+    the tokens only every `sync_every` steps; what a row drew past its end is thrown away. The weights of a
+    model that is split over ranks are gathered for the time of `sample`, or, `by_layer`, each layer's for its
+    turn in each pass; no graph is captured then, for it would hold their addresses.
     """
 
     def __init__(self, model, stop_ids, slots=256, dtype=None, sync_every=None, graphs=None, by_layer=False):
@@ -669,10 +687,9 @@ class Sampler:
         self.layers = [SamplerLayer(layer, self.dtype, self.by_layer) for layer in model.base_model.layers]
         self.use_graphs = (on_gpu if graphs is None else graphs) and not (
             self.split or self.layers[0].qkv.quantized)
-        self.flash = (on_gpu and self.dtype == torch.bfloat16 and not self.layers[0].softcap
-                      and self.layers[0].head_dim in range(8, 257, 8)
-                      and torch.backends.cuda.is_flash_attention_available()  # in this build of torch
-                      and torch.cuda.is_bf16_supported(including_emulation=False))  # from Ampere on
+        self.kernels = decode_kernels(self.layers[0], self.dtype) if on_gpu else None
+        for layer in self.layers:
+            layer.kernels = self.kernels
         self.head = FusedLinear([model.get_output_embeddings()], self.dtype)
         self.softcap = getattr(model.config, "final_logit_softcapping", None)
         self.cache = None
@@ -731,11 +748,8 @@ class Sampler:
         self.cache = self.graphs = self.pool = None  # free the old ones before the new are made
         layer, new = self.layers[0], partial(torch.zeros, device=self.device)
         length = -(-length // self.block) * self.block
-        first, second = (length, layer.kv_heads) if self.flash else (layer.kv_heads, length)
-        cache = new(len(self.layers), 2, slots, first, second, layer.head_dim, dtype=self.dtype)
-        self.cache = cache.transpose(3, 4) if self.flash else cache  # flash reads [slots, length, Hkv, K]
+        self.cache = new(len(self.layers), 2, slots, layer.kv_heads, length, layer.head_dim, dtype=self.dtype)
         self.graphs, self.rows = {}, torch.arange(slots, device=self.device)
-        self.starts = torch.arange(slots + 1, dtype=torch.int32, device=self.device)
         self.tokens, self.positions = (new(slots, dtype=torch.int64) for _ in range(2))
         self.noise = new(slots, length)
         self.drawn = new(self.sync_every, slots, dtype=torch.int64), new(self.sync_every, slots)
@@ -748,8 +762,8 @@ class Sampler:
         self.sin = torch.cat([-sin[0, :, :half], sin[0, :, half:]], -1)[:, None]
 
     def _logits(self, x):
-        logits = self.head(self.model.base_model.norm(x))
-        return self.softcap * torch.tanh(logits.float() / self.softcap) if self.softcap else logits
+        logits = head_logits(self.model.base_model.norm(x), self.head.weight)
+        return self.softcap * torch.tanh(logits / self.softcap) if self.softcap else logits
 
     def _prefill(self, prompts):
         """Keys and values of right-padded prompts [L, 2, P, Hkv, T, K], and the logits after each [P, V]."""
@@ -763,12 +777,14 @@ class Sampler:
         kept = x.new_empty(len(self.layers), 2, P, self.layers[0].kv_heads, T, self.layers[0].head_dim)
         ahead = self.columns[:T] > self.columns[:T, None]
         bias = torch.zeros(T, T, dtype=self.dtype, device=self.device).masked_fill(ahead, -torch.inf)
+        y = torch.zeros_like(x)
         for i, layer in enumerate(self.layers):
 
-            def attend(q, kv):
+            def attend(qkv):
+                q, kv = rotate(qkv, layer.kv_heads, cos, sin)
                 q, k, v = (t.unflatten(0, (P, T)).transpose(1, 2) for t in (q, kv[:, 0], kv[:, 1]))
                 kept[i, 0], kept[i, 1] = k, v
-                if self.flash:
+                if self.kernels:
                     y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True,
                                                        scale=layer.scale)
                 else:
@@ -776,37 +792,34 @@ class Sampler:
                     y = attention(q, k, v, bias, layer.scale, layer.softcap)
                 return y.transpose(1, 2).reshape(P * T, -1)
 
-            x = layer(x, cos, sin, attend)
+            x, y = layer(x, y, attend)
         last = torch.arange(P) * T + lengths - 1
-        return kept, self._logits(x[last.to(self.device)])
+        return kept, self._logits((x + y)[last.to(self.device)])
 
     def _decode(self, n, length, temperature):
         """One token for each of the first n slots, reading `length` cache columns; in place: graph-safe."""
         positions, rows = self.positions[:n], self.rows[:n]
         x = self._embed(self.tokens[:n])  # [n, D]
-        cos, sin = self.cos[positions], self.sin[positions]
-        if self.flash:
-            q_starts, lengths = self.starts[:n + 1], (positions + 1).int()
-            k_starts = q_starts * self.cache.shape[4]
-        else:
+        y = torch.zeros_like(x)
+        if not self.kernels:
+            cos, sin = self.cos[positions], self.sin[positions]
             ahead = self.columns[:length] > positions[:, None]
             bias = torch.zeros(n, length, dtype=self.dtype, device=self.device).masked_fill(
                 ahead, -torch.inf)[:, None, None]
         for layer, cache in zip(self.layers, self.cache):  # [2, slots, Hkv, length, K]
 
-            def attend(q, kv):
+            def attend(qkv):
+                if self.kernels:
+                    return self.kernels.attend(qkv, self.cos, self.sin, positions, *cache, layer.scale)
+                q, kv = rotate(qkv, layer.kv_heads, cos, sin)
                 cache[:, rows, :, positions] = kv
-                keys, values = cache[:, :n]
-                if self.flash:
-                    return live_attention(q, keys.transpose(1, 2), values.transpose(1, 2), q_starts, k_starts,
-                                          lengths, layer.scale).flatten(1)
+                keys, values = cache[:, :n, :, :length]
                 q = q.reshape(n, layer.kv_heads, -1, layer.head_dim)  # heads of one key: as if a query each
-                return attention(q, keys[:, :, :length], values[:, :, :length], bias, layer.scale,
-                                 layer.softcap).reshape(n, -1)
+                return attention(q, keys, values, bias, layer.scale, layer.softcap).reshape(n, -1)
 
-            x = layer(x, cos, sin, attend)
+            x, y = layer(x, y, attend)
         positions += 1
-        tokens, logprobs = draw(self._logits(x), temperature,
+        tokens, logprobs = draw(self._logits(x + y), temperature,
                                 self.noise[:n].gather(1, positions[:, None]).squeeze(1))
         self.tokens[:n] = tokens
         self.drawn[0][:, :n].index_copy_(0, self.count, tokens[None])
@@ -918,8 +931,8 @@ class Sampler:
             n = self._rounded(len(live))
             self.positions[len(live):n] = 0  # a free slot inside the row block still steps: keep it in bounds
             longest = max(len(prompts[p]) + len(done[p][g].ids) for p, g in live) + self.sync_every
-            columns = self.cache.shape[4]  # flash takes all: it reads what is live
-            length = columns if self.flash else min(columns, -(-longest // self.block) * self.block)
+            columns = self.cache.shape[4]  # the kernels take all: they read what is live
+            length = columns if self.kernels else min(columns, -(-longest // self.block) * self.block)
             leave(record(live, *self._run(n, length, temperature)))
         self._leave_together()
         self._release()
