@@ -181,13 +181,13 @@ def main():
     parser.add_argument("--out", type=Path, help="folder for the figures, tables and logs")
     parser.add_argument("--only", nargs="+", default=(), help="parts whose names hold one of these words")
     parser.add_argument("--shapes", nargs="+", choices=("0.5B", "3B"), default=["0.5B", "3B"])
-    parser.add_argument("--slots", nargs="+", type=int, default=[64, 256, 512], help="multiples of 4")
+    parser.add_argument("--slots", nargs="+", type=int, default=[64, 256, 512], help="multiples of 32")
     parser.add_argument("--steps", type=int, default=1, help="GRPO steps to time of each kind")
     a = parser.parse_args()
     if not a.small and not torch.cuda.is_available():
         parser.error("no CUDA device here; --small runs toy sizes on any machine")
     if a.small:
-        a.slots = [4, 40]
+        a.slots = [32, 64]
     if a.out:
         a.out.mkdir(parents=True, exist_ok=True)
     figures.clear()

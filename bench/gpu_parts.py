@@ -289,7 +289,7 @@ def reserved_by(run):
 
 def check_oom_sampling():
     """Half the slots after a real lack of memory, and the same tokens; in the cache, then in a capture."""
-    rows, tokens, new = (8, 40, 12) if here.small else (128, 600, 24)
+    rows, tokens, new = (128, 8, 12) if here.small else (128, 600, 24)
     model = random_model("toy" if here.small else "check", torch.float32, here.device)
     add_adapter(model, 8)
     prompts = random_prompts(2, tokens, tokens, model.config.vocab_size)

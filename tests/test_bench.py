@@ -283,14 +283,15 @@ def test_gpu_runs_to_its_end_with_torch_and_transformers_alone(tmp_path):
     assert [f["name"] for f in figures if f["figure"] == "script"] == [
         "grpo", "grpo --resume", "ppo", "dpo", "sft", "star", "reward_model", "eval"]
     decode = [f for f in figures if f["figure"] == "decode"]
-    assert [(f["what"], f["slots"]) for f in decode] == 2 * [("Sampler", 4), ("Sampler", 40), ("generate", 4)]
+    assert [(f["what"], f["slots"]) for f in decode] == 2 * [
+        ("Sampler", 32), ("Sampler", 64), ("generate", 32)]
     for f in decode:
         assert f["tokens_per_s"] == pytest.approx(1e3 * f["slots"] / f["ms_per_step"], rel=0.05)  # rounding
     steps = {f["what"]: f for f in figures if f["figure"] == "step"}
     assert list(steps) == ["with KL", "the defaults", "--gradient-checkpointing", "--full"]
     assert list(steps["with KL"]["seconds"]) == ["sample", "reward", "reference", "update"]
     assert steps["with KL"]["mean_new"] == 16 > steps["the defaults"]["mean_new"]
-    assert sum(f["number"] for f in figures if f["figure"] == "captures") >= 4
+    assert sum(f["number"] for f in figures if f["figure"] == "captures") >= 2
     assert len([f for f in figures if f["figure"] == "kernels"]) == 4
     for heading in ("| check |", "| decode |", "| GRPO step |", "| where the time goes |", "| part |"):
         assert heading in done.stdout and heading in (tmp_path / "gpu.md").read_text()
