@@ -17,7 +17,8 @@ import tyro
 
 import common.models
 import grpo
-from bench import algorithms, beside, gpu, grpo_step, models, pairs_step, ppo_memory, sampling, scaling
+from bench import (algorithms, beside, gpu, gpu_parts, gpu_tools, grpo_step, models, pairs_step, ppo_memory,
+                   sampling, scaling)
 from common import data
 from tests.commands import run
 
@@ -263,57 +264,128 @@ WITHOUT = ("datasets", "tyro", "wandb", "trl", "peft", "math_verify", "matplotli
 RUN_WITHOUT = f"""
 import runpy, sys
 sys.modules.update(dict.fromkeys({WITHOUT}))  # importing one of them now fails
-sys.argv = ["gpu.py", "--small"]
+sys.argv = ["gpu.py", "--small", "--out", sys.argv[1]]
 runpy.run_path("bench/gpu.py", run_name="__main__")
 """
 
 
 @pytest.mark.slow
-def test_gpu_runs_to_its_end_with_torch_and_transformers_alone():
-    done = subprocess.run([sys.executable, "-c", RUN_WITHOUT], cwd=ROOT, capture_output=True, text=True,
-                          check=False)
+def test_gpu_runs_to_its_end_with_torch_and_transformers_alone(tmp_path):
+    done = subprocess.run([sys.executable, "-c", RUN_WITHOUT, str(tmp_path)], cwd=ROOT, capture_output=True,
+                          text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
-    figures = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
+    figures = [json.loads(line) for line in lines]
     kinds = [f["figure"] for f in figures]
-    assert kinds[:2] == ["machine", "ceilings"] and "broken" not in kinds
+    assert kinds[:3] == ["machine", "part", "ceilings"] and not {"broken", "left out"} & set(kinds)
     checks = {f["name"]: f for f in figures if f["figure"] == "check"}
-    assert len(checks) >= 9 and all(f["ok"] and f["value"] <= f["limit"] for f in checks.values())
+    assert len(checks) >= 40 and all(f["ok"] and f["value"] <= f["limit"] for f in checks.values())
+    assert [f["name"] for f in figures if f["figure"] == "script"] == [
+        "grpo", "grpo --resume", "ppo", "dpo", "sft", "star", "reward_model", "eval"]
     decode = [f for f in figures if f["figure"] == "decode"]
-    assert [(f["what"], f["slots"]) for f in decode] == [("generate", 4), ("Sampler", 4), ("Sampler", 8)]
+    assert [(f["what"], f["slots"]) for f in decode] == 2 * [
+        ("Sampler", 32), ("Sampler", 64), ("generate", 32)]
     for f in decode:
         assert f["tokens_per_s"] == pytest.approx(1e3 * f["slots"] / f["ms_per_step"], rel=0.05)  # rounding
-    (step,) = (f for f in figures if f["figure"] == "step")
-    assert list(step["seconds"]) == ["sample", "reward", "reference", "update"]
-    for heading in ("| check |", "| decode |", "| GRPO step |"):
-        assert heading in done.stdout
+    steps = {f["what"]: f for f in figures if f["figure"] == "step"}
+    assert list(steps) == ["with KL", "the defaults", "--gradient-checkpointing", "--full"]
+    assert list(steps["with KL"]["seconds"]) == ["sample", "reward", "reference", "update"]
+    assert steps["with KL"]["mean_new"] == 16 > steps["the defaults"]["mean_new"]
+    assert sum(f["number"] for f in figures if f["figure"] == "captures") >= 2
+    assert len([f for f in figures if f["figure"] == "kernels"]) == 4
+    for heading in ("| check |", "| decode |", "| GRPO step |", "| where the time goes |", "| part |"):
+        assert heading in done.stdout and heading in (tmp_path / "gpu.md").read_text()
+    assert (tmp_path / "gpu.jsonl").read_text().splitlines() == lines
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["gpu.jsonl", "gpu.md", "kernels.md",
+                                                                "scripts.log"]
 
 
 def test_gpu_limits_of_a_decode_step():
     """By hand, Qwen2.5-3B's shape at 4.3 TB/s and 790 TFLOP/s: bytes bind first, then operations."""
-    model = gpu.random_model("3B", torch.bfloat16, torch.device("meta"))
-    body, head = gpu.weights_of(model)
+    model = gpu_tools.random_model("3B", torch.bfloat16, torch.device("meta"))
+    body, head = gpu_parts.weights_of(model)
     assert head == 151_936 * 2048 and body + head == pytest.approx(3.09e9, rel=2e-3)
     for rows, seconds in ((64, (2 * 3.086e9 + 64 * 400 * 36_864) / 4.3e12),
                           (256, (2 * 3.086e9 + 256 * 400 * 36_864) / 4.3e12),
                           (512, 512 * (2 * 3.086e9 + 4 * 400 * 36 * 2048) / 790e12)):
-        assert gpu.decode_limit(model, rows, 400, 4.3e12, 790e12) == pytest.approx(seconds, rel=1e-3)
+        assert gpu_parts.decode_limit(model, rows, 400, 4.3e12, 790e12) == pytest.approx(seconds, rel=1e-3)
+
+
+@pytest.mark.parametrize(("operator", "sizes", "kind"), [
+    ("aten::addmm", [[2560], [64, 2048], [2048, 2560], [], []], "layers' products"),
+    ("aten::mm", [[256, 2048], [2048, 22_016 + 64]], "layers' products"),  # with A below
+    ("aten::addmm_", [[64, 22_016], [64, 64], [64, 22_016]], "LoRA's products"),
+    ("aten::mm", [[32, 8192], [8192, 2048]], "LoRA's products"),  # the gradient of A
+    ("aten::mm", [[883, 2048], [2048, 151_936], [883, 151_936]], "head's product"),
+    ("aten::_flash_attention_forward", [], "attention"), ("aten::copy_", [], "copies, cache"),
+    ("aten::_fused_rms_norm", [], "norm"), ("aten::cumsum", [], "draw, log-probs"),
+    ("aten::silu", [], "elementwise")])
+def test_gpu_classes_of_operators(operator, sizes, kind):
+    assert gpu_parts.class_of(operator, sizes, 151_936) == kind
+
+
+def test_gpu_stand_in_graph_reads_its_tensors_anew_and_its_capture_writes_nothing():
+    """As a CUDA graph does: what is written in place is seen, what is bound to another tensor is not."""
+    weight, total, graph = torch.ones(3), torch.zeros(3), gpu_tools.StandInGraph()
+    with gpu_tools.StandInCapture(graph):
+        made = torch.zeros(3).add_(weight[1:].sum())
+        total += made
+    assert total.tolist() == [0, 0, 0]
+    graph.replay()
+    weight += 1
+    graph.replay()
+    assert total.tolist() == [6, 6, 6]
+
+
+def gpu_run(monkeypatch, capsys, words, *steps):
+    """(Exit code, output) of a run whose only part with content is these steps."""
+    monkeypatch.setattr(gpu_parts, "check_float32", lambda: [step() for step in steps])
+    words = ("--small", "--only", "float32 against transformers", *words)
+    with pytest.raises(SystemExit) as end:
+        run_main(gpu, capsys, monkeypatch, *words)
+    return bool(end.value.code), capsys.readouterr().out
 
 
 def test_gpu_a_failed_check_or_a_broken_part_fails_the_run(capsys, monkeypatch):
-    def ends_with(*steps):
-        monkeypatch.setattr(gpu, "figures", [])
-        monkeypatch.setattr(gpu, "check_float32", lambda *_: [step() for step in steps])
-        for name in ("measure_ceilings", "time_shape", "check_graphs", "check_logprob_memory"):
-            monkeypatch.setattr(gpu, name, lambda *_: (1.0, 1.0))
-        with pytest.raises(SystemExit) as end:
-            run_main(gpu, capsys, monkeypatch, "--small")
-        return bool(end.value.code), capsys.readouterr().out
-
-    assert ends_with(lambda: gpu.check("close", 0.5, 1))[0] is False
-    failed, out = ends_with(lambda: gpu.check("far", float("nan"), 1))
+    assert gpu_run(monkeypatch, capsys, (), lambda: gpu_tools.check("close", 0.5, 1))[0] is False
+    failed, out = gpu_run(monkeypatch, capsys, (), lambda: gpu_tools.check("far", float("nan"), 1))
     assert failed and "**FAILED**" in out
-    failed, out = ends_with(lambda: 1 / 0)
+    failed, out = gpu_run(monkeypatch, capsys, (), lambda: 1 / 0)
     assert failed and "| float32 against transformers | ZeroDivisionError: division by zero |" in out
+    failed, out = gpu_run(monkeypatch, capsys, (), lambda: sys.exit("error: no such model"))
+    assert failed and "SystemExit: error: no such model" in out
+
+
+def test_gpu_names_what_the_budget_leaves_out(capsys, monkeypatch):
+    failed, out = gpu_run(monkeypatch, capsys, ("--seconds", 0), lambda: 1 / 0)
+    assert not failed and "| float32 against transformers | 6 |" in out
+
+
+RUN_UNTIL = """
+import os, signal, sys, time
+sys.path.insert(0, ".")
+from bench import gpu, gpu_parts, gpu_tools
+def hang():
+    gpu_tools.check("before", 0, 1)
+    EVENT
+    time.sleep(60)
+gpu_parts.check_float32, gpu_tools.HANGS = hang, 1
+sys.argv = ["gpu.py", "--small", "--only", "float32 against", "--out", sys.argv[1]]
+gpu.main()
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("event", "why"), [
+    ("os.kill(os.getpid(), signal.SIGTERM)", "SIGTERM"),
+    ("gpu_tools.here.seconds = gpu_tools.elapsed()", "it hangs")])
+def test_gpu_prints_its_tables_when_it_is_ended(tmp_path, event, why):
+    done = subprocess.run([sys.executable, "-c", RUN_UNTIL.replace("EVENT", event), str(tmp_path)], cwd=ROOT,
+                          capture_output=True, text=True, check=False, timeout=50)
+    assert done.returncode == 1
+    for text in (done.stdout, (tmp_path / "gpu.md").read_text()):
+        assert "| before | 0 | 1 | ok |" in text
+        assert f"| float32 against transformers | ended here: {why} |" in text
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
