@@ -75,7 +75,7 @@ class Bench:
     # ---- a phase: one script in a process of its own, so that its memory goes with it ----
 
     def phase(self, name, script, values, seconds):
-        """Run script.main(Args(**values)), asked to save and end after `seconds`. Returns whether it was well."""
+        """Run script.main(Args(**values)), which is to save and end after `seconds`. Did it end well?"""
         out = self.runs / name
         self.say(f"{name}: {script}.py, at most {seconds:.0f} s")
         begun = time.monotonic()
@@ -153,14 +153,16 @@ class Bench:
             common |= {"train_questions": 500}
         if a.sft:
             name = "sft"
-            self.train(name, "sft", {**common, "model": model, "epochs": a.sft, "merge": True}, 0.4 * self.left())
+            values = common | {"model": model, "epochs": a.sft, "merge": True}
+            self.train(name, "sft", values, 0.4 * self.left())
             model = str(self.trained.get(name, model))
         common |= {"model": model, "rewards": REWARDS if a.model else ("correctness=1", "format=0.2")}
         rows = a.prompts * a.group
         steps = {"max_steps": a.max_steps or 100_000, "eval_every": a.eval_every}
         kinds = {
             "grpo": ("grpo", steps | {
-                "prompts_per_step": a.prompts, "num_generations": a.group, "slots": min(512, rows), "lr": a.lr}),
+                "prompts_per_step": a.prompts, "num_generations": a.group, "slots": min(512, rows),
+                "lr": a.lr}),
             "ppo": ("ppo", steps | {
                 "prompts_per_step": rows, "num_generations": 1, "slots": min(512, rows), "lr": a.lr}),
             "star": ("star", {
@@ -190,8 +192,9 @@ class Bench:
         rewards = of("reward")
         return {
             "run": name, "ok": phase["ok"], "stopped": phase["stopped"],
-            "minutes": round(phase["seconds"] / 60, 2), "steps": max((line["step"] for line in lines), default=0),
-            "sampled_tokens": tokens, "sampled_tokens_per_s": round(tokens / sampling) if sampling else None,
+            "minutes": round(phase["seconds"] / 60, 2),
+            "steps": max((line["step"] for line in lines), default=0), "sampled_tokens": tokens,
+            "sampled_tokens_per_s": round(tokens / sampling) if sampling else None,
             "tokens_per_s_of_the_run": round(tokens / phase["seconds"]) if tokens else None,
             "seconds_sampling": round(sampling, 1), "seconds_updating": round(sum(of("seconds/update")), 1),
             "reward_first": rewards[0] if rewards else None, "reward_last": rewards[-1] if rewards else None,
@@ -217,11 +220,13 @@ class Bench:
         a = self.a
         first = next(iter(self.evaluated), None)
         start = "sft" if "sft" in self.evaluated else first  # what GRPO and the others began with
-        accuracies = [self.accuracy(name, first if name in (first, "sft") else start) for name in self.evaluated]
+        accuracies = [self.accuracy(name, first if name in (first, "sft") else start)
+                      for name in self.evaluated]
         card = next((phase["card"] for phase in self.phases if "card" in phase), "not known")
         return {"card": card, "torch": torch.__version__, "transformers": transformers.__version__,
-                "python": sys.version.split()[0], "arguments": vars(a), "template": TEMPLATE if a.model else "",
-                "rewards": REWARDS if a.model else (), "seconds": round(time.monotonic() - self.begun, 1),
+                "python": sys.version.split()[0], "arguments": vars(a),
+                "template": TEMPLATE if a.model else "", "rewards": REWARDS if a.model else (),
+                "seconds": round(time.monotonic() - self.begun, 1),
                 "accuracy": accuracies, "runs": [self.figures(name) for name in self.trained],
                 "phases": self.phases, "skipped": self.skipped}
 
@@ -241,7 +246,8 @@ class Bench:
 
     def write_metrics(self):
         with open(self.out / "metrics.jsonl", "w") as file:
-            for name, run in {**self.trained, **{f"eval-{n}": run for n, run in self.evaluated.items()}}.items():
+            evaluated = {f"eval-{name}": run for name, run in self.evaluated.items()}
+            for name, run in (self.trained | evaluated).items():
                 for line in curves.read_metrics(run):
                     print(json.dumps({"run": name} | line), file=file)
 
@@ -292,7 +298,7 @@ class Bench:
                     if isinstance(line.get(metric), int | float):
                         points.append((tokens / 1e6, line[metric]))
                 if points:
-                    ax.plot(*zip(*points), label=name, color=curves.COLOURS[i], linestyle=curves.STYLES[i % 4],
+                    ax.plot(*zip(*points), label=name, color=curves.COLOURS[i], linestyle=curves.STYLES[i],
                             marker="o" if len(points) < 12 else None, markersize=3)
             ax.set(title=title, xlabel="million tokens sampled")
             ax.set_ylim(bottom=0)
@@ -363,8 +369,9 @@ def table(found):
         after = accuracy.get(name)
         before = accuracy.get(after["from"] if after and "from" in after else "before")
         interval = after and after.get("difference_interval")
+        cut_short = run["stopped"] and name != found["arguments"]["methods"][0]  # which ends by the clock
         lines.append([
-            name + (" (cut short)" if run["stopped"] and name != "grpo" else "") + ("" if run["ok"] else " FAILED"),
+            name + " (cut short)" * cut_short + " FAILED" * (not run["ok"]),
             f"{before['pass@1']:.1%}" if before else "-", f"{after['pass@1']:.1%}" if after else "-",
             f"{after['difference']:+.1%} [{interval[0]:+.1%}, {interval[1]:+.1%}]" if interval else "-",
             of(after and after.get("mcnemar_p"), ".2g"), of(run["minutes"], ".1f"), str(run["steps"]),
@@ -373,7 +380,10 @@ def table(found):
     text = "\n".join(f"| {' | '.join(line)} |" for line in lines)
     n = next((entry["questions"] for entry in found["accuracy"]), 0)
     failed = [phase["phase"] for phase in found["phases"] if not phase["ok"]]
-    notes = [f"{n} test questions, greedy; {found['card']}, torch {found['torch']}, transformers "
+    whole = [f"{name} {entry['pass@1']:.1%} [{entry['interval'][0]:.1%}, {entry['interval'][1]:.1%}]"
+             for name, entry in accuracy.items()]
+    notes = [f"pass@1: {', '.join(whole) or 'nothing was evaluated'}."]
+    notes += [f"{n} test questions, greedy; {found['card']}, torch {found['torch']}, transformers "
              f"{found['transformers']}, Python {found['python']}; {found['seconds']:.0f} s in all."]
     notes += [f"No time was left for: {', '.join(found['skipped'])}."] * bool(found["skipped"])
     notes += [f"FAILED (see log.txt): {', '.join(failed)}."] * bool(failed)
@@ -396,7 +406,7 @@ def arguments():
     add("--prompts", type=int, default=32, help="questions in a step of GRPO")
     add("--group", type=int, default=16, help="samples of each; PPO takes as many rows")
     add("--max-new-tokens", type=int, default=256)
-    add("--max-steps", type=int, default=0, help="steps (STaR: iterations) of a run; 0: until its time is over")
+    add("--max-steps", type=int, default=0, help="steps (STaR: iterations) of a run; 0: until time is over")
     add("--eval-every", type=int, default=10, help="steps between points of the held-out curve")
     add("--lr", type=float, default=1e-4, help="peak learning rate of GRPO and PPO (LoRA, rank 32)")
     add("--seed", type=int, default=0)
