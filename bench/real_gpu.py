@@ -5,9 +5,9 @@
 
 DIR is a small chat model, such as SmolLM2-135M-Instruct; the two files are GSM8K's. eval.py answers every
 question of --test greedily before and after; grpo.py trains on --data in between, until its share of the
-time is over. Then star.py and ppo.py do the same for as many sampled tokens as GRPO had, while there is time:
-whoever has fewer was cut short, and the table says so. --sft N begins with N passes of sft.py over the worked
-solutions, and the others go on from there.
+time is over. Then star.py and ppo.py do the same for as many sampled tokens as GRPO had, each only if at
+least half of GRPO's seconds are left; a run that had fewer tokens is called cut short. --sft N begins with N
+passes of sft.py over the worked solutions, and the others go on from there.
 
 The recipe (TEMPLATE, REWARDS): zero-shot, SmolLM2-135M-Instruct (its 4-bit form) answered PROBE
 
@@ -32,6 +32,7 @@ from contextlib import redirect_stdout, suppress
 from pathlib import Path
 from types import SimpleNamespace
 
+BEGUN = time.monotonic()  # importing torch is part of --seconds
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")  # asking for a card must not start CUDA here
@@ -47,7 +48,7 @@ evaluation = importlib.import_module("eval")  # its name is a builtin's
 TEMPLATE = '{prompt}\n\nSolve it step by step. End with "The answer is" and the number.'
 REWARDS = ("correctness=1", "digit=0.1")
 GRACE = 30  # seconds that a run has to save itself once its time is over
-SHORTEST = 15  # seconds of training below which a run is not begun
+SHORTEST = 15  # seconds of training below which a run is not begun, nor a later one with half of the first's
 CUT = 1_800_000  # characters that samples.csv and answers.csv hold at most
 
 
@@ -55,7 +56,7 @@ class Bench:
     """What was asked for, what has been found so far, and the files that say so."""
 
     def __init__(self, a):
-        self.a, self.begun = a, time.monotonic()
+        self.a, self.begun = a, BEGUN
         self.out, self.runs = Path(a.out), Path(tempfile.mkdtemp(prefix="unrolled-real-"))
         self.out.mkdir(parents=True, exist_ok=True)
         self.log = self.out / "log.txt"
@@ -129,10 +130,10 @@ class Bench:
             self.evaluated[name] = folder
         self.write()
 
-    def train(self, name, script, values, seconds):
-        """One training run and the evaluation of what it has saved."""
-        room = seconds - 1.5 * self.seconds_of_eval - 5  # and to save itself
-        if room < (2 if self.a.small else SHORTEST):
+    def train(self, name, script, values, seconds, shortest=SHORTEST):
+        """One training run and the evaluation of what it has saved, if there is room for it."""
+        room = seconds - 1.5 * self.seconds_of_eval - 5  # it saves itself, too
+        if room < (2 if self.a.small else shortest):
             self.skipped.append(name)
             return self.say(f"{name}: no time left for it")
         self.phase(name, script, self.settings() | values, room)
@@ -168,12 +169,14 @@ class Bench:
             "star": ("star", {
                 "questions": 2 * rows, "num_generations": 4, "slots": min(512, 8 * rows), "save_every": 1,
                 "iterations": a.max_steps or 1000, "rewards": ("correctness=1",)})}
-        budget = 0
-        for i, name in enumerate(a.methods):
+        first, *later = a.methods
+        script, values = kinds[first]
+        self.train(first, script, common | values, (a.share if later else 1) * self.left())
+        found = self.figures(first)
+        for name in later:  # each may take all that is left: the tokens end it
             script, values = kinds[name]
-            share = a.share if i == 0 and len(a.methods) > 1 else 1 / (len(a.methods) - i)
-            self.train(name, script, common | values | {"token_budget": budget}, share * self.left())
-            budget = budget or self.figures(name).get("sampled_tokens", 0)
+            self.train(name, script, common | values | {"token_budget": found.get("sampled_tokens", 0)},
+                       self.left(), max(SHORTEST, 30 * found.get("minutes", 0)))
 
     # ---- what came of it ----
 
@@ -398,8 +401,9 @@ def arguments():
     add("--test", default="", help="file of test questions")
     add("--seconds", type=float, default=260, help="in all; what is left out is said")
     add("--out", required=True, help="folder for the files that come out")
-    add("--methods", nargs="+", choices=("grpo", "star", "ppo"), default=["grpo", "star", "ppo"])
-    add("--share", type=float, default=0.5, help="of the time, for the first method and its evaluation")
+    add("--methods", nargs="+", choices=("grpo", "star", "ppo"), default=["grpo", "star", "ppo"],
+        help="one after the other")
+    add("--share", type=float, default=0.6, help="of the time, for the first method and its evaluation")
     add("--sft", type=float, default=0, help="passes of sft.py over --data first; 0: none")
     add("--questions", type=int, default=0, help="test questions; 0: all")
     add("--held-out", type=int, default=256, help="questions of --data kept apart, for the curve")
