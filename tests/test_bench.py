@@ -363,6 +363,22 @@ def test_real_gpu_a_failed_phase_is_said(tmp_path, capsys, monkeypatch):
     assert "FAILED (see log.txt): eval-before, grpo." in (tmp_path / "real_gpu.md").read_text()
 
 
+def test_real_gpu_trains_in_float32_where_bfloat16_is_refused(tmp_path, capsys, monkeypatch):
+    asked = []
+
+    def process(self, script, values, seconds):
+        asked.append((script, values.get("dtype")))
+        refused = values.get("dtype") == "auto"
+        self.log.write_text("ValueError: self-check: sampler-trainer is 0.0512, at most 0.05" * refused)
+        return int(refused), False
+
+    monkeypatch.setattr(real_gpu.Bench, "process", process)
+    monkeypatch.setattr(real_gpu.signal, "signal", lambda *_: None)
+    with pytest.raises(SystemExit):
+        run_main(real_gpu, capsys, monkeypatch, "--small", "--methods", "grpo", "star", "--out", tmp_path)
+    assert asked == [("eval", None), ("grpo", "auto"), ("grpo", "float32"), ("star", "float32")]
+
+
 def test_real_gpu_table():
     """A later method that the clock ended says so; the first always ends that way."""
     interval = [0.01, 0.05]
