@@ -4,15 +4,16 @@
     python bench/real_gpu.py --small --out OUT       # the embedded model on any machine, a CPU too
 
 DIR is a small chat model, such as SmolLM2-135M-Instruct; the two files are GSM8K's. eval.py answers every
-question of --test greedily before and after; grpo.py trains on --data in between, until its share of the
-time is over. Then star.py and ppo.py do the same for as many sampled tokens as GRPO had, each only if at
-least half of GRPO's seconds are left; a run that had fewer tokens is called cut short. --sft N begins with N
-passes of sft.py over the worked solutions, and the others go on from there.
+question of --test greedily, then after --sft passes of sft.py over the worked solutions of --data, and again
+after grpo.py has gone on from there until its share of the time is over. Then star.py and ppo.py do the same
+for as many sampled tokens as GRPO had, each only if at least half of GRPO's seconds are left; a run that had
+fewer tokens is called cut short.
 
-The prompt is TEMPLATE: of six, each tried greedily on the same 32 training questions (float32, 256 new tokens),
-it is the one under which most of SmolLM2-135M-Instruct's answers can be read: 26, against 15 with the scripts'
-own <think>/<answer> message, whose format it never wrote, and 12 with the question alone. 0 to 2 of 32 were
-right under any of them, 5 of 192 in all: enough for some groups of 16 to differ, so no SFT comes first.
+The prompt is TEMPLATE: of six, each tried greedily on the same 32 training questions (float32, 256 tokens),
+it is the one under which most of SmolLM2-135M-Instruct's answers can be read: 26, against 15 with the
+scripts' own <think>/<answer> message, whose format it never wrote, and 12 with the question alone. 0 to 2 of
+32 were right under any of them, 5 of 192 in all; sampled at temperature 1, none of 64 (200 tokens) and only
+17 of these could be read. So rarely right, it has little to reinforce: hence --sft 2, and --temperature 0.8.
 
 Needs torch and transformers alone, and no network. OUT gets at most eight files, each as soon as there is
 something to write, also when SIGTERM comes: real_gpu.md, summary.json, compare.md, curves.png, metrics.jsonl,
@@ -127,7 +128,9 @@ class Bench:
         """Accuracy of `model` on the test questions, as rows by question; kept in `evaluated`."""
         a, begun = self.a, time.monotonic()
         values = self.settings() | {"model": (model,), "data": a.test, "limit": a.questions, "slots": 256}
-        well = self.phase(f"eval-{name}", "eval", values, self.left() - 2)
+        limit = self.left() - 2  # the first one's: should a forked process hang, there is time for another
+        well = self.phase(f"eval-{name}", "eval", values, limit if self.phases else min(limit, max(
+            60, 0.35 * a.seconds)))
         self.seconds_of_eval = time.monotonic() - begun
         folder = Path(self.phases[-1]["run"])
         if well and (folder / "samples.csv").exists():
@@ -165,7 +168,7 @@ class Bench:
         if a.sft:
             name = "sft"
             values = common | {"model": model, "epochs": a.sft, "merge": True}
-            self.train(name, "sft", values, 0.4 * self.left())
+            self.train(name, "sft", values, 0.45 * self.left())
             model = str(self.trained.get(name, model))
         common |= {"model": model, "rewards": REWARDS if a.model else ("correctness=1", "format=0.2")}
         rows = a.prompts * a.group
@@ -173,11 +176,12 @@ class Bench:
         kinds = {
             "grpo": ("grpo", steps | {
                 "prompts_per_step": a.prompts, "num_generations": a.group, "slots": min(512, rows),
-                "lr": a.lr}),
+                "lr": a.lr, "temperature": a.temperature}),
             "ppo": ("ppo", steps | {
-                "prompts_per_step": rows, "num_generations": 1, "slots": min(512, rows), "lr": a.lr}),
+                "prompts_per_step": rows, "num_generations": 1, "slots": min(512, rows), "lr": a.lr,
+                "temperature": a.temperature}),
             "star": ("star", {
-                "questions": 2 * rows, "num_generations": 4, "slots": min(512, 8 * rows),
+                "sample_temperature": a.temperature, "questions": 2 * rows, "num_generations": 4, "slots": min(512, 8 * rows),
                 "iterations": a.max_steps or 1000, "rewards": ("correctness=1",)})}
         first, *later = a.methods
         script, values = kinds[first]
@@ -414,7 +418,7 @@ def arguments():
     add("--methods", nargs="+", choices=("grpo", "star", "ppo"), default=["grpo", "star", "ppo"],
         help="one after the other")
     add("--share", type=float, default=0.6, help="of the time, for the first method and its evaluation")
-    add("--sft", type=float, default=0, help="passes of sft.py over --data first; 0: none")
+    add("--sft", type=float, default=None, help="passes of sft.py first; 0: none, as with --small (else: 2)")
     add("--questions", type=int, default=0, help="test questions; 0: all")
     add("--held-out", type=int, default=256, help="questions of --data kept apart, for the curve")
     add("--prompts", type=int, default=32, help="questions in a step of GRPO")
@@ -422,6 +426,7 @@ def arguments():
     add("--max-new-tokens", type=int, default=256)
     add("--max-steps", type=int, default=0, help="steps (STaR: iterations) of a run; 0: until time is over")
     add("--eval-every", type=int, default=10, help="steps between points of the held-out curve")
+    add("--temperature", type=float, default=0.8, help="of the samples to learn from")
     add("--lr", type=float, default=1e-4, help="peak learning rate of GRPO and PPO (LoRA, rank 32)")
     add("--dtype", choices=("auto", "float32", "bfloat16"), default="auto",
         help="of training; auto: bfloat16 on CUDA, or float32 if the scripts' self-check asks for it")
@@ -429,6 +434,7 @@ def arguments():
     add("--device", default="cuda")
     add("--small", action="store_true", help="the embedded model and generated arithmetic, on the CPU")
     a = parser.parse_args()
+    a.sft = (0 if a.small else 2) if a.sft is None else a.sft
     if a.small:
         a.model, a.data, a.test, a.device, a.lr = "", "arithmetic", "arithmetic", "cpu", 0.0
         a.prompts, a.group, a.max_new_tokens = min(a.prompts, 8), min(a.group, 4), min(a.max_new_tokens, 48)
