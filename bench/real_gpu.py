@@ -66,6 +66,7 @@ class Bench:
         self.log = self.out / "log.txt"
         self.method = "fork"
         self.phases, self.skipped, self.trained, self.evaluated = [], [], {}, {}
+        self.saved = []  # runs whose weights are there to go on from
         self.samples, self.current, self.dtype = {}, None, a.dtype
 
     def left(self):
@@ -145,7 +146,7 @@ class Bench:
             return self.say(f"{name}: no time left for it")
         begun, values = time.monotonic(), self.settings() | {"dtype": self.dtype} | values
         if not self.phase(name, script, values, room) and self.dtype == "auto" and (
-                "self-check: sampler-trainer" in self.log.read_text()):
+                "self-check: sampler-trainer is" in self.log.read_text()):
             # mean gap of a few tokens in bfloat16: 0.049 for SmolLM2-135M on a CPU, where 0.05 ends a run
             self.dtype = "float32"
             room -= time.monotonic() - begun
@@ -155,6 +156,7 @@ class Bench:
             self.trained[name] = run
             self.write()
         if (run / "final").exists() or any(run.glob("checkpoints/step-*")):
+            self.saved.append(name)
             self.evaluate(name, str(run))
 
     def everything(self):
@@ -169,7 +171,7 @@ class Bench:
             name = "sft"
             values = common | {"model": model, "epochs": a.sft, "merge": True}
             self.train(name, "sft", values, 0.45 * self.left())
-            model = str(self.trained.get(name, model))
+            model = str(self.trained[name]) if name in self.saved else model
         common |= {"model": model, "rewards": REWARDS if a.model else ("correctness=1", "format=0.2")}
         rows = a.prompts * a.group
         steps = {"max_steps": a.max_steps or 100_000, "eval_every": a.eval_every}
@@ -181,8 +183,9 @@ class Bench:
                 "prompts_per_step": rows, "num_generations": 1, "slots": min(512, rows), "lr": a.lr,
                 "temperature": a.temperature}),
             "star": ("star", {
-                "sample_temperature": a.temperature, "questions": 2 * rows, "num_generations": 4, "slots": min(512, 8 * rows),
-                "iterations": a.max_steps or 1000, "rewards": ("correctness=1",)})}
+                "sample_temperature": a.temperature, "questions": 2 * rows, "num_generations": 4,
+                "slots": min(512, 8 * rows), "iterations": a.max_steps or 1000,
+                "rewards": ("correctness=1",)})}
         first, *later = a.methods
         script, values = kinds[first]
         self.train(first, script, common | values, (a.share if later else 1) * self.left())

@@ -369,7 +369,8 @@ def test_real_gpu_trains_in_float32_where_bfloat16_is_refused(tmp_path, capsys, 
     def process(self, script, values, seconds):
         asked.append((script, values.get("dtype")))
         refused = values.get("dtype") == "auto"
-        self.log.write_text("ValueError: self-check: sampler-trainer is 0.0512, at most 0.05" * refused)
+        says = "is 0.0512, at most 0.05 is right" if refused else "2e-05, padding 1e-05  ok"
+        self.log.write_text(f"self-check: sampler-trainer {says}")
         return int(refused), False
 
     monkeypatch.setattr(real_gpu.Bench, "process", process)
@@ -377,6 +378,23 @@ def test_real_gpu_trains_in_float32_where_bfloat16_is_refused(tmp_path, capsys, 
     with pytest.raises(SystemExit):
         run_main(real_gpu, capsys, monkeypatch, "--small", "--methods", "grpo", "star", "--out", tmp_path)
     assert asked == [("eval", None), ("grpo", "auto"), ("grpo", "float32"), ("star", "float32")]
+
+
+def test_real_gpu_goes_on_from_the_start_where_sft_has_saved_nothing(tmp_path, capsys, monkeypatch):
+    asked = []
+
+    def process(self, script, values, seconds):
+        asked.append((script, values["model"]))
+        if script == "sft":  # stopped in its first step
+            Path(values["out"]).mkdir()
+            Path(values["out"], "metrics.jsonl").write_text('{"step": 0}\n')
+        return 0, script == "sft"
+
+    monkeypatch.setattr(real_gpu.Bench, "process", process)
+    monkeypatch.setattr(real_gpu.signal, "signal", lambda *_: None)
+    with pytest.raises(SystemExit) as end:
+        run_main(real_gpu, capsys, monkeypatch, "--small", "--sft", 1, "--methods", "grpo", "--out", tmp_path)
+    assert end.value.code == 0 and asked == [("eval", ("",)), ("sft", ""), ("grpo", "")]
 
 
 def test_real_gpu_table():
