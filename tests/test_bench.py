@@ -18,8 +18,9 @@ import tyro
 import common.models
 import grpo
 from bench import (algorithms, beside, gpu, gpu_parts, gpu_tools, grpo_step, models, pairs_step, ppo_memory,
-                   sampling, scaling)
+                   real_gpu, sampling, scaling)
 from common import data
+from common.run import read_csv
 from tests.commands import run
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -393,3 +394,98 @@ def test_gpu_says_what_it_needs(capsys, monkeypatch):
     with pytest.raises(SystemExit):
         run_main(gpu, capsys, monkeypatch)
     assert "no CUDA device here; --small" in capsys.readouterr().err
+
+
+# ---- real_gpu.py ----
+
+
+@pytest.mark.slow
+def test_real_gpu_evaluates_before_and_after_training(tmp_path):
+    """Its phases are forked: it needs a process that has not trained anything itself."""
+    words = ["--small", "--methods", "grpo", "--max-steps", "2", "--questions", "8", "--held-out", "4",
+             "--prompts", "2", "--group", "4", "--max-new-tokens", "24", "--out", str(tmp_path)]
+    code = RUN_WITHOUT.replace('["gpu.py", "--small"]', repr(["real_gpu.py", *words]))
+    code = code.replace("gpu.py", "real_gpu.py").replace("real_real_", "real_").replace("'matplotlib'", "'_'")
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr + (tmp_path / "log.txt").read_text()
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "real_gpu.md", "summary.json", "compare.md", "curves.png", "metrics.jsonl", "samples.csv",
+        "answers.csv", "log.txt"}
+    found = json.loads((tmp_path / "summary.json").read_text())
+    assert [phase["phase"] for phase in found["phases"]] == ["eval-before", "grpo", "eval-grpo"]
+    before, after = found["accuracy"]
+    answers = read_csv(tmp_path / "answers.csv")
+    for entry in (before, after):
+        right = [int(row["correct"]) for row in answers if row["of"] == entry["of"]]
+        assert len(right) == 8 and entry["pass@1"] == sum(right) / 8
+    assert after["difference"] == pytest.approx(after["pass@1"] - before["pass@1"])
+    (run,) = found["runs"]
+    rows = read_csv(tmp_path / "samples.csv")
+    assert run["steps"] == 2 and len(rows) == 16
+    assert run["sampled_tokens"] == sum(int(row["tokens"]) for row in rows)
+
+
+def test_real_gpu_a_failed_phase_is_said(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(real_gpu.Bench, "process", lambda *_: (1, False))
+    monkeypatch.setattr(real_gpu.signal, "signal", lambda *_: None)
+    with pytest.raises(SystemExit) as end:
+        run_main(real_gpu, capsys, monkeypatch, "--small", "--methods", "grpo", "--out", tmp_path)
+    assert end.value.code == 1
+    assert "FAILED (see log.txt): eval-before, grpo." in (tmp_path / "real_gpu.md").read_text()
+
+
+def test_real_gpu_trains_in_float32_where_bfloat16_is_refused(tmp_path, capsys, monkeypatch):
+    asked = []
+
+    def process(self, script, values, seconds):
+        asked.append((script, values.get("dtype")))
+        refused = values.get("dtype") == "auto"
+        says = "is 0.0512, at most 0.05 is right" if refused else "2e-05, padding 1e-05  ok"
+        self.log.write_text(f"self-check: sampler-trainer {says}")
+        return int(refused), False
+
+    monkeypatch.setattr(real_gpu.Bench, "process", process)
+    monkeypatch.setattr(real_gpu.signal, "signal", lambda *_: None)
+    with pytest.raises(SystemExit):
+        run_main(real_gpu, capsys, monkeypatch, "--small", "--methods", "grpo", "star", "--out", tmp_path)
+    assert asked == [("eval", None), ("grpo", "auto"), ("grpo", "float32"), ("star", "float32")]
+
+
+def test_real_gpu_goes_on_from_the_start_where_sft_has_saved_nothing(tmp_path, capsys, monkeypatch):
+    asked = []
+
+    def process(self, script, values, seconds):
+        asked.append((script, values["model"]))
+        if script == "sft":  # stopped in its first step
+            Path(values["out"]).mkdir()
+            Path(values["out"], "metrics.jsonl").write_text('{"step": 0}\n')
+        return 0, script == "sft"
+
+    monkeypatch.setattr(real_gpu.Bench, "process", process)
+    monkeypatch.setattr(real_gpu.signal, "signal", lambda *_: None)
+    with pytest.raises(SystemExit) as end:
+        run_main(real_gpu, capsys, monkeypatch, "--small", "--sft", 1, "--methods", "grpo", "--out", tmp_path)
+    assert end.value.code == 0 and asked == [("eval", ("",)), ("sft", ""), ("grpo", "")]
+
+
+def test_real_gpu_table():
+    """A later method that the clock ended says so; the first always ends that way."""
+    interval = [0.01, 0.05]
+    run = {"ok": True, "stopped": True, "minutes": 1.5, "steps": 30, "sampled_tokens": 2_000_000,
+           "sampled_tokens_per_s": 50_000, "tokens_per_s_of_the_run": 20_000, "peak_gb": 9.8}
+    after = {"from": "before", "difference": 0.02, "difference_interval": interval, "mcnemar_p": 0.01,
+             "pass@1": 0.05, "interval": interval, "questions": 1319}
+    text = real_gpu.table({
+        "accuracy": [{"of": "before", "pass@1": 0.03, "interval": interval, "questions": 1319},
+                     after | {"of": "grpo"}],
+        "runs": [run | {"run": "grpo"}, run | {"run": "star", "peak_gb": None}], "phases": [],
+        "skipped": ["ppo"], "arguments": {"methods": ["grpo", "star"]}, "card": "a card", "torch": "2",
+        "transformers": "5", "python": "3", "seconds": 200})
+    row = "| grpo | 3.0% | 5.0% | +2.0% [+1.0%, +5.0%] | 0.01 | 1.5 | 30 | 2,000,000 | 50,000 |"
+    assert row in text and "| star (cut short) | 3.0% | - | - | - |" in text
+    assert "1319 test questions, greedy; a card" in text and "No time was left for: ppo." in text
+
+
+def test_real_gpu_cut():
+    rows = [{"a": "x" * 98}] * 3  # and a comma or line end each
+    assert real_gpu.cut(rows, 200) == rows[:2] and real_gpu.cut(rows, 1000) == rows
