@@ -495,19 +495,9 @@ def draw(logits, temperature, u):
 # Copied from grpo.py::head_logits
 def head_logits(hidden, weight, out=None):
     """hidden [N, D] @ weight [V, D].T in float32: bfloat16 logits would be off by hundredths of a nat."""
-    if hidden.is_cuda and hidden.dtype != torch.float32:
+    if hidden.is_cuda and torch.version.cuda and hidden.dtype.itemsize < 4:
         return torch.mm(hidden, weight.T, out_dtype=torch.float32, out=out)
     return torch.mm(hidden, weight.T, out=out if hidden.dtype == torch.float32 else None).float()
-
-
-# Copied from grpo.py::decode_kernels
-def decode_kernels(layer, dtype):
-    """common/kernels.py, where Triton is there and knows layers like this one; None: the plain forms do."""
-    try:
-        from common import kernels
-    except ImportError:
-        return None
-    return kernels if kernels.fit(layer, dtype) else None
 
 
 # Copied from grpo.py::FusedLinear
@@ -700,7 +690,7 @@ class Sampler:
         self.layers = [SamplerLayer(layer, self.dtype, self.by_layer) for layer in model.base_model.layers]
         self.use_graphs = (on_gpu if graphs is None else graphs) and not (
             self.split or self.layers[0].qkv.quantized)
-        self.kernels = decode_kernels(self.layers[0], self.dtype) if on_gpu else None
+        self.kernels = models.decode_kernels(self.layers[0], self.dtype) if on_gpu else None
         for layer in self.layers:
             layer.kernels = self.kernels
         self.head = FusedLinear([model.get_output_embeddings()], self.dtype)

@@ -309,6 +309,15 @@ def rms_norm(module, x):
     return F.rms_norm(wide, weight.shape, weight.to(wide.dtype), eps).to(x.dtype)  # autocast makes it float32
 
 
+def decode_kernels(layer, dtype):
+    """common/kernels.py, where Triton is there and knows layers like this SamplerLayer; None: they stay plain."""
+    try:
+        from common import kernels
+    except ImportError:
+        return None
+    return kernels if kernels.fit(layer, dtype) else None
+
+
 def to_4_bits(model, dtype, device) -> None:
     """Replace the linear layers of the decoder by bitsandbytes' NF4 ones, one at a time, and move all there.
 

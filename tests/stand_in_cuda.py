@@ -5,9 +5,10 @@
     assert not device.errors
 
 It has the rules that a run on the CPU cannot break: tensors of two devices do not mix; kernels captured in a
-graph run at its replays alone, on the tensors of the capture; nothing in a capture waits for the device;
-flash attention takes 16-bit numbers. What breaks a rule raises, as on CUDA, and stays in `device.errors`,
-should something catch it. Whatever makes the host wait for the device is in `device.waits`.
+graph run at its replays alone, on the tensors of the capture; nothing in a capture waits for the device.
+What breaks a rule raises, as on CUDA, and stays in `device.errors`, should something catch it. Whatever makes
+the host wait for the device is in `device.waits`. Triton's kernels cannot run on it: as_if_on_cuda takes what
+stands for common/kernels.py, or the sampler's plain forms run.
 
 It has none of CUDA's own arithmetic, memory or speed. Its name is cuda:0 ("cuda" is understood by dist.setup
 alone). In a backward pass `index_put` may mix: torch takes these tensors for the CPU's, and so it makes there
@@ -107,8 +108,8 @@ class Device(TorchDispatchMode):
             kwargs = kwargs | {"device": CPU}
             if func is aten._to_copy.default:  # which copies nothing that has the dtype already
                 args = args[0].clone(), *args[1:]
-        if func is aten._flash_attention_forward.default:
-            func = self.flash_attention
+        if func in (aten.mm.dtype, aten.mm.dtype_out):  # float32 from bfloat16, which the CPU has not
+            func = wide_product
         out = self.graph.add(func, args, kwargs) if self.graph else func(*args, **kwargs)
         if target == "cpu":
             return out
@@ -139,27 +140,9 @@ class Device(TorchDispatchMode):
         self.errors.append(f"{place()}: {message}")
         raise RuntimeError(self.errors[-1])
 
-    def flash_attention(self, q, k, v, cum_q, cum_k, max_q, max_k, dropout, causal, debug, *,
-                        scale, seqused_k):
-        """Of what the kernel can do, the sampler's part: one query a row, which reads its row's live keys.
 
-        Shapes: q [n, H, K]; k, v [n S, Hkv, K] -> [n, H, K]; int32: cum_q, cum_k [n + 1], seqused_k [n].
-        """
-        (n, heads, size), dtype = q.shape, q.dtype
-        if not dtype == k.dtype == v.dtype or dtype not in (torch.float16, torch.bfloat16):
-            self.error(f"FlashAttention only support fp16 and bf16 data type, not {dtype} and {k.dtype}")
-        if size % 8 or size > 256 or not q.stride(-1) == k.stride(-1) == v.stride(-1) == 1:
-            self.error(f"FlashAttention: head size {size}, strides {q.stride()}, {k.stride()}, {v.stride()}")
-        if any(t.dtype != torch.int32 or not t.is_contiguous() for t in (cum_q, cum_k, seqused_k)):
-            self.error("FlashAttention: cum_seq_q, cum_seq_k and seqused_k must be contiguous, of int32")
-        assert len(cum_q) == len(cum_k) == n + 1 and len(seqused_k) == n and max_q == 1
-        assert len(k) == len(v) == max_k * n and not (dropout or causal or debug)
-        q = q.float().reshape(n, k.shape[1], -1, size)  # [n, Hkv, H / Hkv, K]
-        k, v = (t.float().reshape(n, max_k, -1, size).transpose(1, 2) for t in (k, v))  # [n, Hkv, S, K]
-        dead = (torch.arange(max_k, device=q.device) >= seqused_k[:, None])[:, None]  # [n, 1, S]: not read
-        scores = (q @ k.transpose(-1, -2) * scale).masked_fill(dead[:, :, None], -torch.inf)
-        out = scores.softmax(-1) @ v.masked_fill(dead[..., None], 0)
-        return out.reshape(n, heads, size).to(dtype), *[scores.new_empty(0)] * 4
+def wide_product(a, b, dtype, out=None):
+    return torch.mm(a.to(dtype), b.to(dtype), out=out)
 
 
 class Graph:
@@ -233,7 +216,7 @@ def to_cuda(model):
 
 
 @contextmanager
-def as_if_on_cuda():
+def as_if_on_cuda(kernels=None):
     """Within the block `device="cuda"` works, models are loaded there, and CUDA's autocast acts."""
     device = Device.current = Device()
     load_model, autocast = models.load_model, torch.autocast
@@ -256,7 +239,8 @@ def as_if_on_cuda():
             patch.setattr(torch.cuda, name, lambda *_, value=value, **__: value)
         for name in ("is_autocast_enabled", "get_autocast_dtype"):
             patch.setattr(torch, name, lambda kind="cuda", of=getattr(torch, name): of("cpu"))
-        patch.setattr(torch.backends.cuda, "is_flash_attention_available", lambda: True)
+        patch.setattr(torch.version, "cuda", "13.0")
+        patch.setitem(sys.modules, "common.kernels", kernels)  # without: as where Triton is missing
         patch.setattr(torch.cuda, "CUDAGraph", Graph)
         patch.setattr(torch.cuda, "graph", capture)
         patch.setattr(torch.cuda, "is_current_stream_capturing", lambda: bool(device.graph))
