@@ -1,6 +1,7 @@
 """The blocks that every script shares, against independent references: LoRA, log-probs of given tokens, the
 sampler; and what common/models.py refuses, merges and saves."""
 
+import copy
 import itertools
 import json
 import os
@@ -21,6 +22,7 @@ from grpo import (
     FusedLinear,
     LoRALinear,
     Sampler,
+    SamplerLayer,
     adapter_tensors,
     add_lora,
     completion_logprobs,
@@ -30,6 +32,7 @@ from grpo import (
     make_batch,
     merged_state_dict,
     noise_key,
+    self_check,
     token_logprobs,
     uniform,
     use_adapter,
@@ -674,6 +677,109 @@ def test_all_weights_in_float32_compute_in_bfloat16():
     # each product is rounded to 8 bits: errors of a few percent, so a cosine some thousandths below 1
     assert torch.cosine_similarity(exact, rounded, dim=0) > 0.995
     assert storage(sampler.head.weight) != storage(model.lm_head.weight)  # the masters are not touched
+
+
+# ---- the check at the start of a run ----
+
+def adapted(kind, layers=None):
+    """In bfloat16, with embeddings as small as pretrained ones (epsilon counts) and a fresh adapter."""
+    model = tiny_model(kind, num_hidden_layers=3)
+    model.get_input_embeddings().weight.data.mul_(0.1)
+    return model.to(torch.bfloat16), add_lora(model, "policy", 3, 5, models.PROJECTIONS, layers)
+
+
+def refused(model, params, seed=0):
+    """Names of the checks that are off."""
+    sampler, args = Sampler(model, (2,), 8, torch.bfloat16), SimpleNamespace(seed=seed, resume=False)
+    checks = self_check(model, params, sampler, some_prompts((4, 40, 25), seed=seed), args, 1.0, CPU)
+    assert "in float64" in checks
+    return [name for name, (value, limit) in checks.items() if not value <= limit]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_self_check_never_refuses_a_right_model_in_bfloat16(kind):
+    """Nor does it leave anything behind: in weights, gradients, torch's random numbers."""
+    for seed in range(2):
+        torch.manual_seed(seed)
+        model, params = adapted(kind, range(2, 3) if seed else None)
+        before, random = copy.deepcopy(model.state_dict()), torch.get_rng_state()
+        enable_checkpointing(model.train())
+        assert refused(model, params, seed) == []
+        assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+        assert torch.equal(torch.get_rng_state(), random) and all(p.grad is None for p in model.parameters())
+
+
+def test_the_self_check_under_autocast():
+    """--full in bfloat16: the weights are float32, and autocast does not reach into what is in float64."""
+    model = tiny_model("qwen2", vocab_size=1536, pad_token_id=1500)  # the cut-out has not that token
+    with torch.autocast("cpu", torch.bfloat16):
+        assert refused(model, list(model.parameters())) == []
+
+
+def shift_positions(monkeypatch):
+    """By one, of sampled tokens; of the prompt's, too, it would change nothing: the encoding is relative."""
+    decode = Sampler._decode
+
+    def shifted(self, *args):
+        cos, sin = self.cos, self.sin
+        self.cos, self.sin = cos.roll(-1, 0), sin.roll(-1, 0)
+        decode(self, *args)
+        self.cos, self.sin = cos, sin
+
+    monkeypatch.setattr(Sampler, "_decode", shifted)
+
+
+def leave_out_adapters(end, monkeypatch):
+    """Of the projections whose name ends so."""
+    gather = Sampler._gather
+
+    def partly(self):
+        left_out = [module for path, module in lora_modules(self.model).items() if path.endswith(end)]
+        for module in left_out:
+            module.active = None
+        gather(self)
+        for module in left_out:
+            module.active = "policy" if module.A else None
+
+    monkeypatch.setattr(Sampler, "_gather", partly)
+
+
+def change_norms(name, change, monkeypatch):
+    init = SamplerLayer.__init__
+
+    def changed(self, *args, **more):
+        init(self, *args, **more)
+        setattr(self, name, copy.deepcopy(getattr(self, name)))
+        change(getattr(self, name))
+
+    monkeypatch.setattr(SamplerLayer, "__init__", changed)
+
+
+def heavier(norm):
+    norm.weight.data.mul_(1.05)
+
+
+def other_epsilon(norm):
+    name = "eps" if hasattr(norm, "eps") else "variance_epsilon"
+    assert getattr(norm, name) == 1e-6
+    setattr(norm, name, 1e-5)
+
+
+FAULTS = [  # not the epsilon of an mlp_norm: next to what a layer puts out it is nothing
+    shift_positions, *(partial(leave_out_adapters, end) for end in ("", "k_proj", "up_proj", "o_proj")),
+    *(partial(change_norms, *of) for of in (("attn_norm", heavier), ("mlp_norm", heavier),
+                                            ("attn_norm", other_epsilon)))]
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen3", "gemma2"])
+def test_the_self_check_refuses_a_sampler_that_differs_from_the_trainer(kind):
+    """Where rounding to bfloat16 hides the fault, and though the adapter is zero, and in one layer alone."""
+    model, params = adapted(kind, range(2, 3))
+    assert refused(model, params) == []
+    for fault in FAULTS:
+        with pytest.MonkeyPatch.context() as monkeypatch:
+            fault(monkeypatch)
+            assert "in float64" in refused(model, params), fault
 
 
 # ---- LoRA ----
