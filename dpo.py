@@ -358,7 +358,8 @@ def token_logprobs(model, input_ids, completion_mask, temperature=1.0, attention
     positions = None if attention_mask is None else (attention_mask.cumsum(1) - 1).clamp(min=0)
     hidden = model.base_model(input_ids=input_ids, attention_mask=attention_mask, position_ids=positions,
                               use_cache=False).last_hidden_state[rows, columns]  # [N, D]
-    if torch.is_autocast_enabled(hidden.device.type):  # lm_head's products, too: as the sampler's
+    if torch.is_autocast_enabled(hidden.device.type) and hidden.dtype == torch.float32:
+        # lm_head's products as the sampler's
         hidden = hidden.to(torch.get_autocast_dtype(hidden.device.type))
     weight = shard.whole(model.get_output_embeddings().weight)
     chunk_tokens = chunk_tokens or max(16, (2**27 if weight.is_cuda else 2**24) // weight.shape[0])
@@ -941,17 +942,27 @@ def gap_in_float64(model, prompt_ids, args, temperature, device):
     """
     device = torch.device("cpu") if device.type == "mps" else device  # which has no float64
     base, embedding, head = model.base_model, model.get_input_embeddings(), model.get_output_embeddings()
-    layers = sorted(base.layers, key=lambda layer: not lora_modules(layer))[:2]
-    table = nn.Parameter(embedding.weight[:1024].clone())  # [V, D]
-    copies = {id(embedding.weight): table, id(base.layers): copy.deepcopy(nn.ModuleList(layers)),
-              id(head): nn.utils.skip_init(nn.Linear, table.shape[1], len(table), bias=False)}
-    small = copy.deepcopy(model, copies).to(device).double()  # `copies` are taken as they are
+    layers = nn.ModuleList(sorted(base.layers, key=lambda layer: not lora_modules(layer))[:2])
+    generator = torch.Generator().manual_seed(args.seed)
+
+    def double(tensor):
+        return tensor.detach().to(device=device, dtype=torch.float64)
+
+    def drawn(std, *shape):
+        return nn.Parameter((std * torch.randn(shape, generator=generator, dtype=torch.float64)).to(device))
+
+    table = double(embedding.weight[:1024])  # [V, D]
+    new_head = nn.utils.skip_init(nn.Linear, table.shape[1], len(table), bias=False)
+    new_head.weight = drawn(table.shape[1] ** -0.5, *table.shape)
+    copies = {id(embedding.weight): nn.Parameter(table), id(head): new_head}  # by what they stand for
+    for part in (layers, base.norm, base.rotary_emb):
+        copies |= {id(p): nn.Parameter(double(p), p.requires_grad) for p in part.parameters()}
+        copies |= {id(b): double(b) for b in part.buffers()}
+    copies |= {id(B): drawn(0.02, *B.shape) for module in lora_modules(layers).values()
+               for B in module.B.values()}
+    copies[id(base.layers)] = copy.deepcopy(layers, copies)
+    small = copy.deepcopy(model, copies)
     small.get_input_embeddings().padding_idx = None
-    drawn = [(small.get_output_embeddings().weight, table.shape[1] ** -0.5)]
-    drawn += [(B, 0.02) for module in lora_modules(small).values() for B in module.B.values()]
-    generator = torch.Generator(device).manual_seed(args.seed)
-    for weight, std in drawn:
-        weight.normal_(0, std, generator=generator)
     prompts = [[i % 1024 for i in ids[:8 + 8 * p]] for p, ids in enumerate(prompt_ids)]
     keys = [[noise_key(args.seed, -3, p)] for p in range(len(prompts))]
     samples = [c for (c,) in Sampler(small, ()).sample(prompts, keys, 12, temperature)]

@@ -310,12 +310,12 @@ def rms_norm(module, x):
 
 
 def decode_kernels(layer, dtype):
-    """common/kernels.py, where Triton is there and knows layers like this SamplerLayer; None: they stay plain."""
+    """common/kernels.py, where Triton is there and it knows layers like this SamplerLayer; None: plain forms."""
     try:
         from common import kernels
     except ImportError:
         return None
-    return kernels if kernels.fit(layer, dtype) else None
+    return kernels if torch.version.cuda and kernels.fit(layer, dtype) else None
 
 
 def to_4_bits(model, dtype, device) -> None:
