@@ -265,15 +265,19 @@ WITHOUT = ("datasets", "tyro", "wandb", "trl", "peft", "math_verify", "matplotli
 RUN_WITHOUT = f"""
 import runpy, sys
 sys.modules.update(dict.fromkeys({WITHOUT}))  # importing one of them now fails
-sys.argv = ["gpu.py", "--small", "--out", sys.argv[1]]
-runpy.run_path("bench/gpu.py", run_name="__main__")
+sys.argv = sys.argv[1:]
+runpy.run_path("bench/" + sys.argv[0], run_name="__main__")
 """
+
+
+def run_without(*words, code=RUN_WITHOUT):
+    return subprocess.run([sys.executable, "-c", code, *words], cwd=ROOT, capture_output=True, text=True,
+                          check=False)
 
 
 @pytest.mark.slow
 def test_gpu_runs_to_its_end_with_torch_and_transformers_alone(tmp_path):
-    done = subprocess.run([sys.executable, "-c", RUN_WITHOUT, str(tmp_path)], cwd=ROOT, capture_output=True,
-                          text=True, check=False)
+    done = run_without("gpu.py", "--small", "--out", str(tmp_path))
     assert done.returncode == 0, done.stdout + done.stderr
     lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
     figures = [json.loads(line) for line in lines]
@@ -402,12 +406,11 @@ def test_gpu_says_what_it_needs(capsys, monkeypatch):
 @pytest.mark.slow
 def test_real_gpu_evaluates_before_and_after_training(tmp_path):
     """Its phases are forked: it needs a process that has not trained anything itself."""
-    words = ["--small", "--methods", "grpo", "--max-steps", "2", "--questions", "8", "--held-out", "4",
-             "--prompts", "2", "--group", "4", "--max-new-tokens", "24", "--out", str(tmp_path)]
-    code = RUN_WITHOUT.replace('["gpu.py", "--small"]', repr(["real_gpu.py", *words]))
-    code = code.replace("gpu.py", "real_gpu.py").replace("real_real_", "real_").replace("'matplotlib'", "'_'")
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr + (tmp_path / "log.txt").read_text()
+    done = run_without(
+        "real_gpu.py", "--small", "--methods", "grpo", "--max-steps", "2", "--questions", "8", "--held-out", "4",
+        "--prompts", "2", "--group", "4", "--max-new-tokens", "24", "--out", str(tmp_path),
+        code=RUN_WITHOUT.replace("'matplotlib'", "'_'"))
+    assert done.returncode == 0, done.stdout + done.stderr
     assert {path.name for path in tmp_path.iterdir()} == {
         "real_gpu.md", "summary.json", "compare.md", "curves.png", "metrics.jsonl", "samples.csv",
         "answers.csv", "log.txt"}
