@@ -158,6 +158,7 @@ def all_parts(a, dtype):
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         for name, cost, script, values in parts.SCRIPTS:
             attempt(f"script: {name}", cost, parts.run_script, name, script, folder, values)
+        attempt("script: grpo --shard", 25, parts.run_sharded, folder)
     attempt("noise and tokens are the CPU's", 5, parts.check_across_devices)
     attempt("draw", 2, parts.check_draw)
     attempt("float32 against transformers", 6, parts.check_float32)

@@ -8,8 +8,10 @@ import os
 import random
 import statistics
 import subprocess
+import sys
 from collections import Counter
 from contextlib import contextmanager, nullcontext, redirect_stderr, redirect_stdout
+from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -29,6 +31,7 @@ from bench.gpu_tools import (SHAPES, Capture, add_adapter, check, clean, differi
                              peak_gb, per_run, random_model, random_prompts, report, reserved_gb, reset_peak,
                              sample, timed)
 from bench.grpo_step import one_step
+from common import models
 
 RANK = 32
 STOP_STRIDE = 310, 10  # every 310th word ends a row: a mean of 250 tokens when cut at 512 (small: 8 of 16)
@@ -123,6 +126,27 @@ def run_script(name, script, folder, values):
             check(f"{name}: {key} is not finite", last[key] is None, 0)
     if values.get("resume"):
         check(f"{name}: steps missing at the end", values["max_steps"] - last["step"], 0)
+
+
+def run_sharded(folder):
+    """Two steps of grpo.py --shard in a process of its own, as torchrun starts one of a single rank.
+
+    It joins NCCL and gloo, splits the model by FSDP2 and gathers it for sampling.
+    """
+    out = Path(folder, "sharded")
+    values = GRPO | {"out": str(out), "shard": True, "device": here.device.type}
+    code = f"import grpo; from common import dist; grpo.main(grpo.Args(**{values})); dist.finish()"
+    ranks = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1",
+             "MASTER_PORT": "29517"}
+    done = subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[1], env=os.environ | ranks,
+                          capture_output=True, text=True, check=False, timeout=100)
+    if here.out:
+        with open(here.out / "scripts.log", "a") as file:
+            file.write(done.stdout + done.stderr)
+    if done.returncode:
+        raise RuntimeError((done.stderr.strip() or "no word").splitlines()[-1])
+    last = json.loads((out / "metrics.jsonl").read_text().splitlines()[-1])
+    report("script", name="grpo --shard", step=last["step"])
 
 
 # ---- correctness ----
@@ -373,7 +397,7 @@ def time_cudnn():
 
 
 def time_decode_attention(ceilings):
-    """One query a row against its cache, four ways, each captured over several layers' caches.
+    """One query a row against its cache, several ways, each captured over several layers' caches.
 
     Rows hold between half and all of the columns; the limit is that of the live keys and values.
     """
@@ -387,6 +411,9 @@ def time_decode_attention(ceilings):
         bias = torch.zeros(n, length, dtype=q.dtype, device=here.device).masked_fill(
             ahead, -torch.inf)[:, None, None]
         flat = cache.transpose(3, 4).reshape(layers, 2, n * length, Hkv, K)
+        last = cache[:, :, torch.arange(n, device=here.device), :, live.long() - 1]  # [n, layers, 2, Hkv, K]
+        qkv = torch.cat([q.flatten(1, 2)[:, None].expand(-1, layers, -1, -1), last.flatten(2, 3)], 2)
+        cos, sin = (torch.full((length, K), x, dtype=q.dtype, device=here.device) for x in (1.0, 0.0))
         starts = [torch.arange(n + 1, dtype=torch.int32, device=here.device) * step for step in (1, length)]
 
         def fused(backend, k, v):
@@ -401,10 +428,16 @@ def time_decode_attention(ceilings):
             return torch.ops.aten._flash_attention_forward(
                 q.view(n, H, K), *flat[i], *starts, 1, length, 0.0, False, False, seqused_k=live)[0]
 
+        def ours(i):
+            return kernels.attend(qkv[:, i], cos, sin, live - 1, *cache[i], K**-0.5)
+
         ways = {"two products": lambda i: products(*cache[i])}
         if on_gpu():
             ways |= {"cuDNN": lambda i: fused(SDPBackend.CUDNN_ATTENTION, *cache[i]),
                      "efficient": lambda i: fused(SDPBackend.EFFICIENT_ATTENTION, *cache[i]), "flash": flash}
+            from common import kernels
+
+            ways["common/kernels.py"] = ours
         exact, seconds = products(*cache[0]).flatten().float(), {}
         for name, run in ways.items():
             try:
@@ -450,7 +483,7 @@ def decode_limit(model, rows, length, copy, matmul):
 
 
 def step_args(n_prompts, group, new, **more):
-    """grpo.Args of a timed step, resolved. tokens_per_batch is the script's own default, set here alone."""
+    """grpo.Args of a timed step, resolved."""
     return grpo.resolve(grpo.Args(num_generations=group, max_new_tokens=new, lora_r=RANK, lr=2e-5,
                                   slots=n_prompts * group, **more), here.device)
 
@@ -489,7 +522,7 @@ class Shape:
 
     def keys_read(self, length, longest):
         """Of each row in a step. On CUDA attention reads live keys alone; else up to the longest's block."""
-        return length if on_gpu() else -(-longest // self.sampler.block) * self.sampler.block
+        return length if self.sampler.kernels else -(-longest // self.sampler.block) * self.sampler.block
 
     def decode(self, slots):
         """Seconds per step: a whole sampling call, less one that stops after the first token."""
@@ -569,12 +602,16 @@ class Shape:
         model, params, sampler = self.model, params or self.params, sampler or self.sampler
         sampler.stop_ids, args = set(stop_ids), step_args(n_prompts, group, new, **more)
         sampler.slots = args.slots
-        prompts, optimizer = self.prompts(n_prompts), torch.optim.AdamW(params, lr=args.lr)
+        if checkpointing:
+            grpo.enable_checkpointing(model)
+        if not args.tokens_per_batch:  # as the scripts do
+            args = replace(args, tokens_per_batch=models.tokens_that_fit(
+                model, params, self.dtype, sampler.cache_bytes(self.prompt_tokens + new)))
+        prompts = self.prompts(n_prompts)
+        optimizer = torch.optim.AdamW(params, lr=args.lr, fused=on_gpu())
         run = partial(one_step, model, params, optimizer, sampler, args=args, device=here.device)
         compute = (torch.autocast(here.device.type, torch.bfloat16, cache_enabled=False)
                    if more.get("full") and self.dtype == torch.bfloat16 else nullcontext())
-        if checkpointing:
-            grpo.enable_checkpointing(model)
         try:
             with compute:
                 if not stop_ids:  # the whole cache and its graph, so that few rows warm up the rest
@@ -701,6 +738,9 @@ CLASSES = {  # of aten's operators, by what their names hold; the first that fit
     "copies, cache": ("copy", "cat", "index", "roll", "fill", "zero", "embedding", "clone", "repeat")}
 
 
+OURS = {"_attend": "attention", "_add_norm": "norm", "_swiglu": "elementwise"}  # common/kernels.py
+
+
 def class_of(name, shapes, vocabulary):
     """Products by their sizes: the adapter's have a side of its rank, or of a few ranks stacked."""
     name = name.removeprefix("aten::")
@@ -726,8 +766,9 @@ def kernel_classes(what, run, vocabulary, **more):
     averages, time_name = traced(run, group_by_input_shape=True)
     milliseconds, calls = Counter(), Counter()
     for event in averages:
-        if event.key.startswith("aten::") and (used := getattr(event, time_name)):
-            kind = class_of(event.key, event.input_shapes, vocabulary)
+        of_ours = event.key in OURS and event.device_type == DeviceType.CUDA
+        if (event.key.startswith("aten::") or of_ours) and (used := getattr(event, time_name)):
+            kind = OURS[event.key] if of_ours else class_of(event.key, event.input_shapes, vocabulary)
             milliseconds[kind] += used / 1e3
             calls[kind] += event.count
     report("kernels", what=what, total_ms=round(sum(milliseconds.values()), 3), **more,

@@ -288,7 +288,9 @@ def random_model(shape, dtype, device):
         pad_token_id=None)
     torch.manual_seed(0)
     with torch.device(device):
-        return AutoModelForCausalLM.from_config(config, dtype=dtype).requires_grad_(False)
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype).requires_grad_(False)
+    models.fuse_norms(model)  # as load_model does
+    return model
 
 
 def add_adapter(model, rank):

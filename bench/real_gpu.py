@@ -67,7 +67,7 @@ class Bench:
         self.method = "fork"
         self.phases, self.skipped, self.trained, self.evaluated = [], [], {}, {}
         self.saved = []  # runs whose weights are there to go on from
-        self.samples, self.current, self.dtype = {}, None, a.dtype
+        self.samples, self.current = {}, None
 
     def left(self):
         return self.begun + self.a.seconds - time.monotonic()
@@ -144,13 +144,7 @@ class Bench:
         if room < (2 if self.a.small else shortest):
             self.skipped.append(name)
             return self.say(f"{name}: no time left for it")
-        begun, values = time.monotonic(), self.settings() | {"dtype": self.dtype} | values
-        if not self.phase(name, script, values, room) and self.dtype == "auto" and (
-                "self-check: sampler-trainer is" in self.log.read_text()):
-            # mean gap of a few tokens in bfloat16: 0.049 for SmolLM2-135M on a CPU, where 0.05 ends a run
-            self.dtype = "float32"
-            room -= time.monotonic() - begun
-            self.phase(f"{name}-float32", script, values | {"dtype": self.dtype}, room)
+        self.phase(name, script, self.settings() | {"dtype": self.a.dtype} | values, room)
         run = Path(self.phases[-1]["run"])
         if (run / "metrics.jsonl").exists():
             self.trained[name] = run
@@ -432,7 +426,7 @@ def arguments():
     add("--temperature", type=float, default=0.8, help="of the samples to learn from")
     add("--lr", type=float, default=1e-4, help="peak learning rate of GRPO and PPO (LoRA, rank 32)")
     add("--dtype", choices=("auto", "float32", "bfloat16"), default="auto",
-        help="of training; auto: bfloat16 on CUDA, or float32 if the scripts' self-check asks for it")
+        help="of training; auto: bfloat16 on CUDA")
     add("--seed", type=int, default=0)
     add("--device", default="cuda")
     add("--small", action="store_true", help="the embedded model and generated arithmetic, on the CPU")

@@ -286,7 +286,8 @@ def test_gpu_runs_to_its_end_with_torch_and_transformers_alone(tmp_path):
     checks = {f["name"]: f for f in figures if f["figure"] == "check"}
     assert len(checks) >= 40 and all(f["ok"] and f["value"] <= f["limit"] for f in checks.values())
     assert [f["name"] for f in figures if f["figure"] == "script"] == [
-        "grpo", "grpo --resume", "ppo", "dpo", "sft", "star", "reward_model", "eval"]
+        "grpo", "grpo --resume", "ppo", "dpo", "sft", "star", "reward_model", "eval",
+        "grpo --shard"]
     decode = [f for f in figures if f["figure"] == "decode"]
     assert [(f["what"], f["slots"]) for f in decode] == 2 * [
         ("Sampler", 32), ("Sampler", 64), ("generate", 32)]
@@ -435,23 +436,6 @@ def test_real_gpu_a_failed_phase_is_said(tmp_path, capsys, monkeypatch):
         run_main(real_gpu, capsys, monkeypatch, "--small", "--methods", "grpo", "--out", tmp_path)
     assert end.value.code == 1
     assert "FAILED (see log.txt): eval-before, grpo." in (tmp_path / "real_gpu.md").read_text()
-
-
-def test_real_gpu_trains_in_float32_where_bfloat16_is_refused(tmp_path, capsys, monkeypatch):
-    asked = []
-
-    def process(self, script, values, seconds):
-        asked.append((script, values.get("dtype")))
-        refused = values.get("dtype") == "auto"
-        says = "is 0.0512, at most 0.05 is right" if refused else "2e-05, padding 1e-05  ok"
-        self.log.write_text(f"self-check: sampler-trainer {says}")
-        return int(refused), False
-
-    monkeypatch.setattr(real_gpu.Bench, "process", process)
-    monkeypatch.setattr(real_gpu.signal, "signal", lambda *_: None)
-    with pytest.raises(SystemExit):
-        run_main(real_gpu, capsys, monkeypatch, "--small", "--methods", "grpo", "star", "--out", tmp_path)
-    assert asked == [("eval", None), ("grpo", "auto"), ("grpo", "float32"), ("star", "float32")]
 
 
 def test_real_gpu_goes_on_from_the_start_where_sft_has_saved_nothing(tmp_path, capsys, monkeypatch):
