@@ -405,7 +405,10 @@ class SamplerLayer:
         return x, self.mlp_out_norm(y) if self.mlp_out_norm else y
 
     def add_norm(self, x, y, norm):
-        return self.kernels.add_norm(x, y, norm) if self.kernels else (x + y, norm(x + y))
+        if self.kernels:
+            return self.kernels.add_norm(x, y, norm)
+        x = x + y
+        return x, norm(x).to(x.dtype)
 
     def swiglu(self, x):
         gate, up = x.chunk(2, -1)
@@ -534,7 +537,7 @@ class Sampler:
         self.sin = torch.cat([-sin[0, :, :half], sin[0, :, half:]], -1)[:, None]
 
     def _logits(self, x):
-        logits = head_logits(self.model.base_model.norm(x), self.head.weight)
+        logits = head_logits(self.model.base_model.norm(x).to(x.dtype), self.head.weight)
         return self.softcap * torch.tanh(logits / self.softcap) if self.softcap else logits
 
     def _prefill(self, prompts):

@@ -95,8 +95,7 @@ class Args:
     shard: bool = False
     """split the weights over the ranks of torchrun (FSDP2): the frozen base, or with --full all there is"""
     tokens_per_batch: int = 0
-    """padded tokens per forward and backward pass and GPU, halved if out of memory; 0: 2048 on a CPU, on CUDA
-    what the card's free memory holds, at most 16384 (measured at the start)"""
+    """padded tokens per forward and backward pass and GPU, halved if out of memory; 0: what fits, CPU 2048"""
     # ---- LoRA ----
     lora_r: int = 32
     """rank"""

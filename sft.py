@@ -96,8 +96,7 @@ class Args:
     reshard: bool = False
     """with --shard, gather them layer by layer while sampling too: slower, for what one GPU cannot hold"""
     tokens_per_batch: int = 0
-    """padded tokens per forward and backward pass and GPU, halved if out of memory; 0: 2048 on a CPU, on CUDA
-    what the card's free memory holds, at most 16384 (measured at the start)"""
+    """padded tokens per forward and backward pass and GPU, halved if out of memory; 0: what fits, CPU 2048"""
     # ---- LoRA ----
     lora_r: int = 32
     """rank"""
@@ -293,7 +292,7 @@ class TokenLogprobs(torch.autograd.Function):
             piece = slice(i, i + chunk_tokens)
             logits = head_logits(hidden[piece], head)
             _, negative = chunk_logprobs(logits, targets[piece], temperature, softcap)
-            slope = (negative * grad[piece]).to(head.dtype)
+            slope = negative.mul_(grad[piece]).to(head.dtype)
             hidden_grad[piece] = slope @ head
             weight_grad += slope.T @ hidden[piece]
         return hidden_grad, weight_grad, None, None, None, None
@@ -600,7 +599,10 @@ class SamplerLayer:
         return x, self.mlp_out_norm(y) if self.mlp_out_norm else y
 
     def add_norm(self, x, y, norm):
-        return self.kernels.add_norm(x, y, norm) if self.kernels else (x + y, norm(x + y))
+        if self.kernels:
+            return self.kernels.add_norm(x, y, norm)
+        x = x + y
+        return x, norm(x).to(x.dtype)
 
     def swiglu(self, x):
         gate, up = x.chunk(2, -1)
@@ -729,7 +731,7 @@ class Sampler:
         self.sin = torch.cat([-sin[0, :, :half], sin[0, :, half:]], -1)[:, None]
 
     def _logits(self, x):
-        logits = head_logits(self.model.base_model.norm(x), self.head.weight)
+        logits = head_logits(self.model.base_model.norm(x).to(x.dtype), self.head.weight)
         return self.softcap * torch.tanh(logits / self.softcap) if self.softcap else logits
 
     def _prefill(self, prompts):

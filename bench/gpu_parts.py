@@ -565,8 +565,8 @@ class Shape:
         return per_run(steps, 2) / self.sampler.sync_every
 
     @torch.inference_mode()
-    def generate(self, slots):
-        """transformers' `generate` with its dynamic cache, without the adapter."""
+    def generate(self, slots, adapter=None):
+        """transformers' `generate` with its dynamic cache, of the bare base or with an adapter on it."""
         few = 9
         ids = torch.tensor(self.prompts(slots), device=here.device)
 
@@ -578,16 +578,17 @@ class Shape:
 
         assert self.params
         reset_peak()
-        with grpo.use_adapter(self.model, None):
+        with grpo.use_adapter(self.model, adapter):
             run(2)
             first, whole = (timed(partial(run, tokens)) for tokens in (1, few))
         length = self.prompt_tokens + few // 2
         seconds = (whole - first) / (few - 1)
-        self.decode_figure("generate", slots, seconds, length, length)
+        what = f"generate, {'with' if adapter else 'no'} adapter"
+        self.decode_figure(what, slots, seconds, length, length)
         ours = [f for f in figures if f["figure"] == "decode" and f["shape"] == self.shape
                 and (f["what"], f["slots"]) == ("Sampler", slots)]
         if ours:
-            report("against generate", shape=self.shape, slots=slots,
+            report("against generate", shape=self.shape, what=what, slots=slots,
                    ratio=round(1e3 * seconds / ours[-1]["ms_per_step"], 2))
 
     # ---- training steps ----

@@ -255,12 +255,16 @@ def out_of_memory(*_, **__):
 
 @contextmanager
 def no_memory():
-    """No segment more for the process (a graph's pool has none yet); on a CPU a decode step's draw fails."""
+    """2 MB more for the process, and a graph's pool has nothing yet; on a CPU a decode step's draw fails.
+
+    Not less: torch 2.11 ends the process if the few bytes for a graph's random numbers are lacking.
+    """
     if not on_gpu():
         with mock.patch.object(grpo, "draw", out_of_memory):
             yield
         return
-    torch.cuda.set_per_process_memory_fraction(0.0)
+    total = torch.cuda.get_device_properties(0).total_memory
+    torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_reserved() + 2**21) / total)
     try:
         yield
     finally:

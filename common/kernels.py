@@ -27,9 +27,10 @@ def attend(qkv, cos, sin, positions, keys, values, scale):
     kv_heads = keys.shape[1]
     group = heads // kv_heads - 2
     out = qkv.new_empty(n, kv_heads * group * K)
+    few = n * kv_heads <= 256  # programs: less than two for each of the card's 132 processors
     _attend[n, kv_heads](
         qkv, cos, sin, positions, keys, values, out, qkv.stride(0), *keys.stride()[:3], scale, kv_heads,
-        group, max(16, triton.next_power_of_2(group)), K, BLOCK=32 if n * kv_heads > 256 else 64)
+        group, max(16, triton.next_power_of_2(group)), K, BLOCK=64 if few else 32, num_warps=8 if few else 4)
     return out
 
 

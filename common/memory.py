@@ -171,7 +171,7 @@ def saved(m, s):
     reached = m.L if s.layers is None else m.L - min(s.layers)  # by the gradient, from above
     layers = (m.L * m.D * (4 if s.full else s.e) if s.checkpointing else
               reached * layer + (m.L if s.full else m.adapted(s)) * inputs)
-    last = 4 * m.D * (1 + s.full) + s.logprobs * m.D * (4 if s.full else s.e)
+    last = 4 * m.D * (1 + s.full) + s.logprobs * m.D * s.e
     return s.tokens * (layers + last), s.tokens * (layer + inputs)
 
 

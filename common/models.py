@@ -295,7 +295,7 @@ def load_model(name: str, dtype: torch.dtype, device: torch.device, max_tokens: 
 
 
 def fuse_norms(model) -> None:
-    """RMS norms as one kernel instead of seven. The sampler calls the same modules: it rounds as the model."""
+    """RMS norms as one kernel instead of seven, and rounded alike: the sampler calls the same modules."""
     for module in model.modules():
         if type(module).__name__.endswith("RMSNorm"):
             module.forward = partial(rms_norm, module)
@@ -310,7 +310,7 @@ def rms_norm(module, x):
 
 
 def decode_kernels(layer, dtype):
-    """common/kernels.py, where Triton is there and it knows layers like this SamplerLayer; None: plain forms."""
+    """common/kernels.py, if Triton is there and it knows layers like this SamplerLayer; else None."""
     try:
         from common import kernels
     except ImportError:

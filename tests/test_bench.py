@@ -289,8 +289,9 @@ def test_gpu_runs_to_its_end_with_torch_and_transformers_alone(tmp_path):
         "grpo", "grpo --resume", "ppo", "dpo", "sft", "star", "reward_model", "eval",
         "grpo --shard"]
     decode = [f for f in figures if f["figure"] == "decode"]
-    assert [(f["what"], f["slots"]) for f in decode] == 2 * [
-        ("Sampler", 32), ("Sampler", 64), ("generate", 32)]
+    few, many, bare = ("Sampler", 32), ("Sampler", 64), ("generate, no adapter", 32)
+    assert [(f["what"], f["slots"]) for f in decode] == [
+        few, many, bare, ("generate, with adapter", 32), few, many, bare]
     for f in decode:
         assert f["tokens_per_s"] == pytest.approx(1e3 * f["slots"] / f["ms_per_step"], rel=0.05)  # rounding
     steps = {f["what"]: f for f in figures if f["figure"] == "step"}

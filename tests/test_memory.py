@@ -72,7 +72,8 @@ def test_what_stays_is_exact(kind, full, dtype):
     fused = [part for layer in sampler.layers for part in (layer.qkv, layer.out, layer.gate_up, layer.down)]
     tensors = [t for part in [*fused, sampler.head] for t in (part.weight, part.B)
                if t is not None and t.untyped_storage().data_ptr() not in own]
-    assert parts["sampler"] == size(tensors)
+    under_weights = sum(part.A.nbytes for part in fused if part.shared)  # in the storage of the modules' own
+    assert parts["sampler"] == size(tensors) + under_weights
 
 
 def kept_by_autograd(model, dtype, full, ids, mask):

@@ -454,7 +454,7 @@ def test_switches_run(more, tmp_path):
     if "--target-kl" in more:
         assert lines[0]["updates"] == 1  # the second would have moved further than allowed
     if "--critic-warmup" in more:
-        assert lines[0]["approx_kl"] < 1e-9 < lines[1]["approx_kl"]
+        assert lines[0]["approx_kl"] < 1e-8 < lines[1]["approx_kl"]
 
 
 @pytest.mark.parametrize("more", [[], ["--gradient-checkpointing"]])
