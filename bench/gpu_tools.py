@@ -222,8 +222,15 @@ class StandInCapture:
         self.recorder.__exit__(*error)
 
 
+def out_of_memory(*_, **__):
+    raise torch.OutOfMemoryError("a stand-in for CUDA's")
+
+
 class Capture:
-    """In place of torch.cuda.graph: counts and times the captures; one can be made to run out of memory."""
+    """In place of torch.cuda.graph: counts and times the captures; one can be made to run out of memory.
+
+    That one's draw fails, on a card too: with no memory left at all torch 2.11 ends the process in a capture.
+    """
 
     real, number, seconds, starve = torch.cuda.graph, 0, 0.0, False
 
@@ -232,43 +239,17 @@ class Capture:
 
     def __enter__(self):
         self.began = time.perf_counter()
-        self.nothing = no_memory() if Capture.starve else nullcontext()
+        self.failing = mock.patch.object(grpo, "draw", out_of_memory) if Capture.starve else nullcontext()
         Capture.starve = False
-        self.nothing.__enter__()
-        try:
-            return self.inner.__enter__()
-        except BaseException:
-            self.nothing.__exit__(None, None, None)
-            raise
+        self.failing.__enter__()
+        return self.inner.__enter__()
 
     def __exit__(self, *error):
-        self.nothing.__exit__(None, None, None)
+        self.failing.__exit__(None, None, None)
         result = self.inner.__exit__(*error)
         Capture.number += 1
         Capture.seconds += time.perf_counter() - self.began
         return result
-
-
-def out_of_memory(*_, **__):
-    raise torch.OutOfMemoryError("a stand-in for CUDA's")
-
-
-@contextmanager
-def no_memory():
-    """2 MB more for the process, and a graph's pool has nothing yet; on a CPU a decode step's draw fails.
-
-    Not less: torch 2.11 ends the process if the few bytes for a graph's random numbers are lacking.
-    """
-    if not on_gpu():
-        with mock.patch.object(grpo, "draw", out_of_memory):
-            yield
-        return
-    total = torch.cuda.get_device_properties(0).total_memory
-    torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_reserved() + 2**21) / total)
-    try:
-        yield
-    finally:
-        torch.cuda.set_per_process_memory_fraction(1.0)
 
 
 def counted_graphs():

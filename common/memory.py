@@ -97,9 +97,9 @@ def estimate(model, **setup) -> dict[str, float]:
     trained = s.networks * ((m.L * m.layer + m.tables) / s.ranks + m.vectors if s.full else m.adapter(s))
     if s.full and (s.networks > 1 or not s.logprobs):
         trained -= (m.tables - m.V * m.D) / s.ranks  # scores do not come from an untied head
-    # CUDA: a denominator of every weight at once; CPU, --shard: two of a matrix after the other, or its norm
+    # CUDA: fused, in place; CPU, --shard: two of a matrix after the other, or its norm
     largest = m.V * m.D * (2 if s.ranks > 1 else 1) / s.ranks if s.full else m.mlp * s.lora_r
-    made = trained if s.on_gpu and s.ranks == 1 else 2 * largest
+    made = 0 if s.on_gpu and s.ranks == 1 else 2 * largest
     # CPU: fused weights are stored anew, but the pages of their file stay mapped
     twice = s.slots and not (s.autocast or s.targets and s.e == 4)
     return {"weights": weights, "copies": s.full * (s.networks + s.reference - 1) * weights,
@@ -166,7 +166,8 @@ def saved(m, s):
     fused = [m.linears[group[0]][1] for group in FUSED  # o_proj's input is attention's result
              if group != ("o_proj",) and (s.full or set(group) & set(s.targets))]
     inputs = s.e * (5 * m.D + m.mlp if s.autocast else sum(fused) + s.lora_r * len(s.targets))
-    layer = 4 * (m.norms * (1 + s.full) + m.H) + s.e * (2 * m.q + 2 * m.kv + 3 * m.mlp)
+    norms = m.norms * ((4 if s.full else s.e) if s.on_gpu else 4 * (1 + s.full))  # CUDA: fused
+    layer = norms + 4 * m.H + s.e * (2 * m.q + 2 * m.kv + 3 * m.mlp)
     layer += m.softcap * 8 * m.H * s.row  # capped scores and their softmax
     reached = m.L if s.layers is None else m.L - min(s.layers)  # by the gradient, from above
     layers = (m.L * m.D * (4 if s.full else s.e) if s.checkpointing else

@@ -314,7 +314,8 @@ class Run:
 
     def _memory(self):
         if self.device.type == "cuda":
-            found = {"memory_gb": torch.cuda.max_memory_allocated() / 2**30}
+            found = {"memory_gb": torch.cuda.max_memory_allocated() / 2**30,  # of tensors,
+                     "memory_reserved_gb": torch.cuda.max_memory_reserved() / 2**30}  # with gaps and graphs
             if self._utilisation:
                 try:  # percent of the last second or so; needs nvidia-ml-py
                     found["gpu_utilisation"] = torch.cuda.utilization(self.device)

@@ -260,11 +260,13 @@ def test_gpu_utilisation_is_logged_where_it_can_be_asked_for(monkeypatch):
         raise ModuleNotFoundError("pynvml")
 
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 3 * 2**30)
+    monkeypatch.setattr(torch.cuda, "max_memory_reserved", lambda: 4 * 2**30)
+    memory = {"memory_gb": 3.0, "memory_reserved_gb": 4.0}
     monkeypatch.setattr(torch.cuda, "utilization", lambda device: 87)
     of_run = Run.__new__(Run)
     of_run.device = torch.device("cuda")
-    assert of_run._memory() == {"memory_gb": 3.0, "gpu_utilisation": 87}
+    assert of_run._memory() == memory | {"gpu_utilisation": 87}
     monkeypatch.setattr(torch.cuda, "utilization", fails)
-    assert of_run._memory() == of_run._memory() == {"memory_gb": 3.0} and len(asked) == 1
+    assert of_run._memory() == of_run._memory() == memory and len(asked) == 1
     of_run.device = CPU
     assert set(of_run._memory()) == {"memory_gb"}
