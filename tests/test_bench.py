@@ -6,6 +6,7 @@ import io
 import json
 import subprocess
 import sys
+import time
 from contextlib import redirect_stdout
 from pathlib import Path
 from types import SimpleNamespace
@@ -432,6 +433,7 @@ def test_real_gpu_evaluates_before_and_after_training(tmp_path):
 
 def test_real_gpu_a_failed_phase_is_said(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(real_gpu.Bench, "process", lambda *_: (1, False))
+    monkeypatch.setattr(real_gpu, "BEGUN", time.monotonic())
     monkeypatch.setattr(real_gpu.signal, "signal", lambda *_: None)
     with pytest.raises(SystemExit) as end:
         run_main(real_gpu, capsys, monkeypatch, "--small", "--methods", "grpo", "--out", tmp_path)
@@ -450,6 +452,7 @@ def test_real_gpu_goes_on_from_the_start_where_sft_has_saved_nothing(tmp_path, c
         return 0, script == "sft"
 
     monkeypatch.setattr(real_gpu.Bench, "process", process)
+    monkeypatch.setattr(real_gpu, "BEGUN", time.monotonic())
     monkeypatch.setattr(real_gpu.signal, "signal", lambda *_: None)
     with pytest.raises(SystemExit) as end:
         run_main(real_gpu, capsys, monkeypatch, "--small", "--sft", 1, "--methods", "grpo", "--out", tmp_path)
