@@ -187,9 +187,10 @@ class LoRALinear(nn.Module):
     def forward(self, x):
         if self.active is None:
             return self.base(x)
-        A, B = self.A[self.active].to(x.dtype), (self.scale[self.active] * self.B[self.active]).to(x.dtype)
         rows = x.reshape(-1, self.in_features)
-        y = self.base(rows).addmm_(rows @ A.T, B.T)  # into the base's output: no copy of it
+        y = self.base(rows)
+        A, B = self.A[self.active].to(y.dtype), (self.scale[self.active] * self.B[self.active]).to(y.dtype)
+        y.addmm_(rows.to(y.dtype) @ A.T, B.T)  # into the base's output: no copy of it
         return y.view(*x.shape[:-1], self.out_features)
 
 
@@ -388,7 +389,7 @@ def pack(lengths, tokens_per_batch):
 
     A micro-batch, padded to its longest row, holds at most tokens_per_batch tokens (one row may exceed it).
     Of all ways to cut the rows, sorted by length, it is the one with the fewest padded tokens, where each
-    micro-batch counts tokens_per_batch / 32 more: a pass has a cost of its own.
+    micro-batch counts tokens_per_batch / 8 more: a pass has a cost of its own, on a GPU launches.
     """
     rows = sorted(range(len(lengths)), key=lambda row: -lengths[row])
     least, begin = [0.0], [0]  # of the first n rows: the least cost, and where their last micro-batch begins
@@ -398,7 +399,7 @@ def pack(lengths, tokens_per_batch):
             padded = (n - start) * lengths[rows[start]]
             if padded > tokens_per_batch and costs:
                 break
-            costs[start] = least[start] + padded + tokens_per_batch / 32
+            costs[start] = least[start] + padded + tokens_per_batch / 8
         begin.append(min(costs, key=costs.get))
         least.append(costs[begin[n]])
     batches, end = [], len(rows)
@@ -538,8 +539,9 @@ class FusedLinear:
         if self.quantized:
             return
         if self.weight is None:
-            self._hold(torch.zeros(sum(self.outs) + self.rank, self.bases[0].in_features,
+            self._hold(torch.empty(sum(self.outs) + self.rank, self.bases[0].in_features,
                                    dtype=self.dtype, device=self.bases[0].weight.device))
+            self.A.zero_()
         if self.bias is not None:
             self.bias[:sum(self.outs)] = torch.cat([base.bias for base in self.bases])
         if self.B is not None:
@@ -604,7 +606,7 @@ class SamplerLayer:
             part.release()
 
     def __call__(self, x, y, attend):
-        """The stream [N, D] and what the last block adds to it (0 at first) -> the same, a layer on.
+        """x, y -> x, y [N, D]: the residual stream, and the last block's output that is not yet added to it.
 
         attend(qkv [N, H + 2 Hkv, K]) -> [N, H K] turns q and k by their positions and keeps k and v.
         """
@@ -630,8 +632,10 @@ class SamplerLayer:
         return x, norm(x).to(x.dtype)
 
     def swiglu(self, x):
+        if self.kernels:
+            return self.kernels.swiglu(x)
         gate, up = x.chunk(2, -1)
-        return self.kernels.swiglu(x) if self.kernels else self.act(gate) * up
+        return self.act(gate) * up
 
 
 # Copied from grpo.py::rotate
@@ -724,19 +728,19 @@ class Sampler:
         x, scale = F.embedding(ids, self.embedding), getattr(module, "embed_scale", None)  # Gemma's
         return x if scale is None else x * scale.to(x.dtype)
 
-    def _rounded(self, slots):
-        """Rows of a step: whole row blocks, so that their number depends on nothing sampled before."""
-        return -(-slots // self.row_block) * self.row_block
+    def _rounded(self, rows):
+        """Rows of a step: whole row blocks, or all slots; they do not depend on what was sampled before."""
+        return min(self.slots, -(-rows // self.row_block) * self.row_block)
 
     def cache_bytes(self, length):
         """What the keys and values of all slots take, for prompts and completions of `length` tokens."""
         layer = self.layers[0]
-        return (len(self.layers) * 2 * self._rounded(self.slots) * layer.kv_heads * layer.head_dim
+        return (len(self.layers) * 2 * self.slots * layer.kv_heads * layer.head_dim
                 * (length + self.sync_every + self.block) * self.dtype.itemsize)
 
     def _allocate(self, slots, length):
         """Make the cache [L, 2, slots, Hkv, length, K] and the buffers of a step large enough."""
-        if (self.cache is not None and slots <= self.cache.shape[2] <= self._rounded(self.slots)
+        if (self.cache is not None and slots <= self.cache.shape[2] <= self.slots
                 and length <= self.cache.shape[4]):
             return
         self.cache = self.graphs = self.pool = None  # free the old ones before the new are made
@@ -854,8 +858,7 @@ class Sampler:
         total, live, prefilled = len(waiting), [], {}
         self._gather()
         if waiting:
-            self._allocate(self._rounded(min(self.slots, total)),
-                           max(map(len, prompts)) + max_new_tokens + self.sync_every)
+            self._allocate(self._rounded(total), max(map(len, prompts)) + max_new_tokens + self.sync_every)
             slots = self.cache.shape[2]
 
         def record(slot_rows, tokens, logprobs):
@@ -939,8 +942,9 @@ def gap_in_float64(model, prompt_ids, args, temperature, device):
     """Largest gap of sampler and trainer on a cut-out of the model in float64, where rounding hides no error.
 
     It has two decoder layers (the first that have an adapter, if any do) and the first 1024 tokens; prompts
-    are made of those. Drawn anew are the head, as with its own few layers may be sure of the next token and
-    its log-prob 0 whatever the sampler does, and the adapters' B: at zero nobody would miss an adapter.
+    are made of those. The head and the adapters' B are drawn anew: the model's own head may be so sure of the
+    next token that its log-prob is 0 whatever the sampler does, and a B of zero would hide an adapter that
+    the sampler leaves out.
     """
     device = torch.device("cpu") if device.type == "mps" else device  # which has no float64
     base, embedding, head = model.base_model, model.get_input_embeddings(), model.get_output_embeddings()
@@ -960,6 +964,7 @@ def gap_in_float64(model, prompt_ids, args, temperature, device):
     for part in (layers, base.norm, base.rotary_emb):
         copies |= {id(p): nn.Parameter(double(p), p.requires_grad) for p in part.parameters()}
         copies |= {id(b): double(b) for b in part.buffers()}
+    copies |= {id(b): double(b) for b in embedding.buffers()}  # Gemma's scale
     copies |= {id(B): drawn(0.02, *B.shape) for module in lora_modules(layers).values()
                for B in module.B.values()}
     copies[id(base.layers)] = copy.deepcopy(layers, copies)
@@ -1015,16 +1020,15 @@ def self_check(model, params, sampler, prompt_ids, args, temperature, device):
 # Copied from grpo.py::sample_all
 def sample_all(sampler, prompt_ids, keys, max_new_tokens, temperature, run, doing):
     """`Sampler.sample` with progress shown; memory that runs out on one rank halves the slots of all."""
-
-    most = max(1, *dist.gather(sum(map(len, keys))))  # rows of a rank; fewer slots than these save memory
+    most_rows = max(1, *dist.gather(sum(map(len, keys))))  # of a rank: only fewer slots save memory
 
     def attempt(slots):
-        if slots < min(sampler.slots, most):
+        if slots < min(sampler.slots, most_rows):
             sampler.slots, sampler.cache, sampler.graphs = slots, None, {}
         return sampler.sample(prompt_ids, keys, max_new_tokens, temperature,
                               lambda done, total, _: run.progress(f"{doing}: sampled {done}/{total}"))
 
-    return retry_smaller(attempt, min(sampler.slots, most), run.device, 1, "slots")[0]
+    return retry_smaller(attempt, min(sampler.slots, most_rows), run.device, 1, "slots")[0]
 
 
 @dataclass
@@ -1295,7 +1299,7 @@ def main(args: Args) -> None:
             step, iteration, begun, sampled_tokens = (saved[name] for name in (
                 "step", "iteration", "begun", "sampled_tokens"))
             tokens_per_batch = min(tokens_per_batch, saved["tokens_per_batch"])
-            sampler.slots = min(sampler.slots, saved["slots"])
+            sampler.slots = min(sampler.slots, saved.get("slots", sampler.slots))
             pairs = fixed if args.pairs else [Pair(*row) for row in saved["pairs"]]
             for pair, refs in zip(fixed + held_pairs, saved["refs"].tolist()):
                 pair.ref_chosen, pair.ref_rejected = refs

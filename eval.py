@@ -139,9 +139,10 @@ class LoRALinear(nn.Module):
     def forward(self, x):
         if self.active is None:
             return self.base(x)
-        A, B = self.A[self.active].to(x.dtype), (self.scale[self.active] * self.B[self.active]).to(x.dtype)
         rows = x.reshape(-1, self.in_features)
-        y = self.base(rows).addmm_(rows @ A.T, B.T)  # into the base's output: no copy of it
+        y = self.base(rows)
+        A, B = self.A[self.active].to(y.dtype), (self.scale[self.active] * self.B[self.active]).to(y.dtype)
+        y.addmm_(rows.to(y.dtype) @ A.T, B.T)  # into the base's output: no copy of it
         return y.view(*x.shape[:-1], self.out_features)
 
 
@@ -319,8 +320,9 @@ class FusedLinear:
         if self.quantized:
             return
         if self.weight is None:
-            self._hold(torch.zeros(sum(self.outs) + self.rank, self.bases[0].in_features,
+            self._hold(torch.empty(sum(self.outs) + self.rank, self.bases[0].in_features,
                                    dtype=self.dtype, device=self.bases[0].weight.device))
+            self.A.zero_()
         if self.bias is not None:
             self.bias[:sum(self.outs)] = torch.cat([base.bias for base in self.bases])
         if self.B is not None:
@@ -385,7 +387,7 @@ class SamplerLayer:
             part.release()
 
     def __call__(self, x, y, attend):
-        """The stream [N, D] and what the last block adds to it (0 at first) -> the same, a layer on.
+        """x, y -> x, y [N, D]: the residual stream, and the last block's output that is not yet added to it.
 
         attend(qkv [N, H + 2 Hkv, K]) -> [N, H K] turns q and k by their positions and keeps k and v.
         """
@@ -411,8 +413,10 @@ class SamplerLayer:
         return x, norm(x).to(x.dtype)
 
     def swiglu(self, x):
+        if self.kernels:
+            return self.kernels.swiglu(x)
         gate, up = x.chunk(2, -1)
-        return self.kernels.swiglu(x) if self.kernels else self.act(gate) * up
+        return self.act(gate) * up
 
 
 # Copied from grpo.py::rotate
@@ -505,19 +509,19 @@ class Sampler:
         x, scale = F.embedding(ids, self.embedding), getattr(module, "embed_scale", None)  # Gemma's
         return x if scale is None else x * scale.to(x.dtype)
 
-    def _rounded(self, slots):
-        """Rows of a step: whole row blocks, so that their number depends on nothing sampled before."""
-        return -(-slots // self.row_block) * self.row_block
+    def _rounded(self, rows):
+        """Rows of a step: whole row blocks, or all slots; they do not depend on what was sampled before."""
+        return min(self.slots, -(-rows // self.row_block) * self.row_block)
 
     def cache_bytes(self, length):
         """What the keys and values of all slots take, for prompts and completions of `length` tokens."""
         layer = self.layers[0]
-        return (len(self.layers) * 2 * self._rounded(self.slots) * layer.kv_heads * layer.head_dim
+        return (len(self.layers) * 2 * self.slots * layer.kv_heads * layer.head_dim
                 * (length + self.sync_every + self.block) * self.dtype.itemsize)
 
     def _allocate(self, slots, length):
         """Make the cache [L, 2, slots, Hkv, length, K] and the buffers of a step large enough."""
-        if (self.cache is not None and slots <= self.cache.shape[2] <= self._rounded(self.slots)
+        if (self.cache is not None and slots <= self.cache.shape[2] <= self.slots
                 and length <= self.cache.shape[4]):
             return
         self.cache = self.graphs = self.pool = None  # free the old ones before the new are made
@@ -635,8 +639,7 @@ class Sampler:
         total, live, prefilled = len(waiting), [], {}
         self._gather()
         if waiting:
-            self._allocate(self._rounded(min(self.slots, total)),
-                           max(map(len, prompts)) + max_new_tokens + self.sync_every)
+            self._allocate(self._rounded(total), max(map(len, prompts)) + max_new_tokens + self.sync_every)
             slots = self.cache.shape[2]
 
         def record(slot_rows, tokens, logprobs):
@@ -794,16 +797,16 @@ def answer_all(sampler, questions, prompts, prompt_ids, reward_functions, args, 
             run.progress(f"{label} T={temperature:g}: {done}/{total} answers, {right['n'] / done:.1%} right, "
                          f"ETA {clock(left)}")
 
-        most = max(1, *dist.gather(sum(map(len, keys))))  # rows of a rank; fewer slots than these save memory
+        most_rows = max(1, *dist.gather(sum(map(len, keys))))  # of a rank: only fewer slots save memory
 
         def attempt(slots):
-            if slots < min(sampler.slots, most):
+            if slots < min(sampler.slots, most_rows):
                 sampler.slots, sampler.cache, sampler.graphs = slots, None, {}
             right.clear()
             return sampler.sample([prompt_ids[e.id] for e in mine], keys, args.max_new_tokens, temperature,
                                   progress)
 
-        completions = retry_smaller(attempt, min(sampler.slots, most), run.device, 1, "slots")[0]
+        completions = retry_smaller(attempt, min(sampler.slots, most_rows), run.device, 1, "slots")[0]
         flat = [(e, g, c, c.text(tokenizer)) for e, row in zip(mine, completions) for g, c in enumerate(row)]
         for part in range(0, len(flat), 100):  # so that a reward that hangs has few rows to try one by one
             rows += scored_rows(flat[part:part + 100], prompts, reward_functions, args, temperature, run)

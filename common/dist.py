@@ -49,7 +49,9 @@ def setup(device: str = "") -> torch.device:
         torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
     if "RANK" in os.environ and not dist.is_initialized():
         on_cuda = chosen.type == "cuda"
-        backend = "cpu:gloo,cuda:nccl" if on_cuda else "gloo"  # Python objects stay off the card
+        one_node = os.environ.get("LOCAL_WORLD_SIZE") == os.environ.get("WORLD_SIZE")
+        # on one node Python objects stay off the card; between nodes gloo would need a network of its own
+        backend = "gloo" if not on_cuda else "cpu:gloo,cuda:nccl" if one_node else "nccl"
         # a rank that hangs must not hold the others for ever
         limit = timedelta(seconds=float(os.environ.get("UNROLLED_TIMEOUT", 1800)))
         try:

@@ -11,8 +11,8 @@ import triton.language as tl
 
 
 def fit(layer, dtype) -> bool:
-    """Whether a SamplerLayer is of the form that the kernels know."""
-    return (dtype == torch.bfloat16 and not layer.softcap and layer.head_dim in (32, 64, 128, 256)
+    """Whether the kernels can run a SamplerLayer (heads of 256: more shared memory than small cards have)."""
+    return (dtype == torch.bfloat16 and not layer.softcap and layer.head_dim in (32, 64, 128)
             and type(layer.act).__name__ in ("SiLU", "SiLUActivation") and layer.attn_out_norm is None
             and "Gemma" not in type(layer.attn_norm).__name__)
 
@@ -82,7 +82,7 @@ def swiglu(x):
 
 @triton.jit
 def _swiglu(x, out, x_row, size, BLOCK: tl.constexpr):
-    row, i = tl.program_id(0), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    row, i = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     gate = tl.load(x + row * x_row + i, mask=i < size, other=0.0).to(tl.float32)
     up = tl.load(x + row * x_row + size + i, mask=i < size, other=0.0).to(tl.float32)
     gate = (gate * tl.sigmoid(gate)).to(out.dtype.element_ty)  # rounded as the model's own
@@ -100,7 +100,7 @@ def add_norm(x, y, norm):
 
 @triton.jit
 def _add_norm(x, y, weight, total, normed, x_row, y_row, eps, size, BLOCK: tl.constexpr):
-    row, i = tl.program_id(0), tl.arange(0, BLOCK)
+    row, i = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
     there = i < size
     a = tl.load(x + row * x_row + i, mask=there, other=0.0).to(tl.float32)
     b = tl.load(y + row * y_row + i, mask=there, other=0.0).to(tl.float32)

@@ -310,12 +310,23 @@ def rms_norm(module, x):
 
 
 def decode_kernels(layer, dtype):
-    """common/kernels.py, if Triton is there and it knows layers like this SamplerLayer; else None."""
+    """common/kernels.py, if Triton works here and it can run SamplerLayers like this one; else None."""
+    kernels = working_kernels() if torch.version.cuda else None
+    return kernels if kernels and kernels.fit(layer, dtype) else None
+
+
+@lru_cache
+def working_kernels():
+    """common/kernels.py after a first launch, for which Triton needs a C compiler and Python's headers."""
     try:
         from common import kernels
-    except ImportError:
+
+        kernels.swiglu(torch.zeros(1, 2, device="cuda", dtype=torch.bfloat16))
+    except Exception as error:  # noqa: BLE001 (an import, a compiler, a driver: the plain forms do it, too)
+        print(f"no Triton kernels ({dist.first_line(error)}): sampling takes the plain, slower forms",
+              file=sys.stderr)
         return None
-    return kernels if torch.version.cuda and kernels.fit(layer, dtype) else None
+    return kernels
 
 
 def to_4_bits(model, dtype, device) -> None:
@@ -345,27 +356,34 @@ def tokens_that_fit(model, params, dtype, kept_bytes: int = 0, most: int = 16384
     """Padded tokens of a forward and backward pass that fit on this CUDA card, from 512 to `most`.
 
     The same on all ranks. Measured by passes over 512 and 1,024 tokens in `dtype`. On top come `kept_bytes`
-    (the sampler's cache), AdamW's two float32 moments of `params`, a tenth of the card for gaps, and 2 GB for
-    a chunk of log-probs.
+    (the sampler's cache), AdamW's two float32 moments of `params`, gradients of those that the pass does not
+    reach (a critic's), a tenth of the card for gaps, and 2 GB for a chunk of log-probs.
     """
-    device = model.get_input_embeddings().weight.device
+    device, reached = model.get_input_embeddings().weight.device, 0
 
     def peak_bytes(tokens):
+        nonlocal reached
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
         ids = torch.zeros(1, tokens, dtype=torch.int64, device=device)
         with torch.autocast(device.type, dtype, enabled=dtype != model.dtype):  # --full in bfloat16
             hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
         hidden.float().sum().backward()
+        reached = sum(shard.local(p).numel() for p in params if p.grad is not None)
         for p in params:
             p.grad = None
         return torch.cuda.max_memory_allocated(device) - before
 
-    _, small, large = peak_bytes(512), peak_bytes(512), peak_bytes(1024)  # the first makes workspaces
+    try:
+        _, small, large = peak_bytes(512), peak_bytes(512), peak_bytes(1024)  # the first makes workspaces
+    except torch.OutOfMemoryError:
+        small, large = 0, 2**60  # no room: the fewest tokens
     per_token = max(1, (large - small) / 512)
+    trained = sum(shard.local(p).numel() for p in params)
     free, total = torch.cuda.mem_get_info(device)
-    room = (free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device) - 0.1 * total
-            - 2 * 2**30 - kept_bytes - 8 * sum(p.numel() for p in params) - max(0, small - 512 * per_token))
+    free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    room = (free - 0.1 * total - 2 * 2**30 - kept_bytes - 8 * trained - 4 * (trained - reached)
+            - max(0, small - 512 * per_token))
     return min(dist.gather(max(512, min(most, int(room / per_token) // 512 * 512))))
 
 

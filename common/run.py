@@ -648,8 +648,11 @@ def paired_interval(before, after):
 
 
 def out_of_memory(error) -> bool:
-    """Whether an error says so: torch's own kind, the CPU allocator's words, or those of CUDA's libraries."""
-    words = "can't allocate memory", "CUDA error: out of memory", "_STATUS_ALLOC_FAILED"
+    """Whether an error means that memory ran out: torch's kind, or the words of the CPU's allocator, CUDA,
+    Triton, cuBLAS and cuDNN.
+    """
+    words = ("can't allocate memory", "CUDA error: out of memory", "[CUDA]: out of memory",
+             "_STATUS_ALLOC_FAILED")
     return isinstance(error, torch.OutOfMemoryError) or any(word in str(error) for word in words)
 
 

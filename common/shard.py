@@ -17,6 +17,11 @@ def is_split(tensor) -> bool:
     return hasattr(tensor, "full_tensor")  # a DTensor, without the import
 
 
+def local(tensor):
+    """This rank's part of one that may be split."""
+    return tensor.to_local() if is_split(tensor) else tensor
+
+
 def whole(tensor):
     """The full tensor of one that may be split; gradients that flow into it are summed over the ranks."""
     if not is_split(tensor):

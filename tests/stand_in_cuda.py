@@ -10,7 +10,8 @@ What breaks a rule raises, as on CUDA, and stays in `device.errors`, should some
 the host wait for the device is in `device.waits`. Triton's kernels cannot run on it: as_if_on_cuda takes what
 stands for common/kernels.py, or the sampler's plain forms run.
 
-It has none of CUDA's own arithmetic, memory or speed. Its name is cuda:0 ("cuda" is understood by dist.setup
+It has none of CUDA's own arithmetic, memory or speed, and no inference mode: a write to one of its tensors
+outside, which torch refuses, is not seen. Its name is cuda:0 ("cuda" is understood by dist.setup
 alone). In a backward pass `index_put` may mix: torch takes these tensors for the CPU's, and so it makes there
 the zeros for an index's gradient.
 """
@@ -248,10 +249,12 @@ def as_if_on_cuda(kernels=None):
         patch.setattr(models, "load_model", load)
         # torch's own takes no tensors of a subclass
         patch.setattr(torch._C, "_InferenceMode", lambda on: torch.no_grad() if on else nullcontext())
+        models.working_kernels.cache_clear()
         torch._C._set_only_lift_cpu_tensors(True)  # torch.tensor(..., device=cuda) is a copy from the CPU
         try:
             with device:
                 yield device
         finally:
             torch._C._set_only_lift_cpu_tensors(False)
+            models.working_kernels.cache_clear()
             Device.current = None

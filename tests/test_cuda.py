@@ -6,6 +6,7 @@ no tensor stays on the wrong device. Values are the CPU's: only what is computed
 
 import copy
 import importlib
+import os
 import signal
 from functools import partial
 from types import SimpleNamespace
@@ -135,18 +136,23 @@ def plain_attend(qkv, cos, sin, positions, keys, values, scale):
 
 
 def test_the_sampler_hands_the_kernels_what_its_plain_forms_take():
-    """Tokens equal the CPU's in float32, where the kernels are their plain forms. One graph serves all lengths."""
-    called = []
+    """Tokens equal the CPU's in float32, where the kernels are plain forms. One graph serves all lengths."""
+    called = set()
+
+    def attend(*args):
+        called.add("attend")
+        return plain_attend(*args)
 
     def add_norm(x, y, norm):
-        called.append("add_norm")
+        called.add("add_norm")
         return x + y, norm(x + y)
 
     def swiglu(x):
+        called.add("swiglu")
         gate, up = x.chunk(2, -1)
         return F.silu(gate) * up
 
-    stand_in = SimpleNamespace(fit=lambda layer, dtype: True, attend=plain_attend, add_norm=add_norm, swiglu=swiglu)
+    stand_in = SimpleNamespace(fit=lambda layer, dtype: True, attend=attend, add_norm=add_norm, swiglu=swiglu)
     for kind in ("qwen2", "qwen3"):
         model, plain = tiny_model(kind), tiny_model(kind)
         want = grpo.Sampler(plain, STOP, 64).sample(PROMPTS, KEYS, 20)
@@ -154,8 +160,9 @@ def test_the_sampler_hands_the_kernels_what_its_plain_forms_take():
             sampler = grpo.Sampler(to_cuda(model), STOP, 64)
             got = sampler.sample(PROMPTS, KEYS, 20)
             assert ids(got) == ids(want)
-            sampler.sample([p * 30 for p in PROMPTS], [row[:8] for row in KEYS], 4)  # 360 tokens: a longer cache
-        assert cuda.errors == [] and called
+            sampler.sample([p * 30 for p in PROMPTS], KEYS, 4)  # 360 tokens: a longer cache
+        assert cuda.errors == [] and called == {"attend", "add_norm", "swiglu"}
+        called.clear()
         assert {length for _, length, _ in sampler.graphs} == {sampler.cache.shape[4]}
 
 
@@ -189,7 +196,8 @@ def test_rows_are_decoded_in_whole_blocks_whatever_ran_before(slots, cuda, monke
         sampler.sample(PROMPTS, KEYS, 20)
         decoded.append(list(rows))
     assert decoded[0] == decoded[1]
-    assert max(rows) == 64 and not any(n % sampler.row_block for n in rows)
+    assert max(rows) == min(64, slots) and all(n in (32, 64, slots) for n in rows)
+    assert sampler.cache.shape[2] <= slots
 
 
 # ---- when memory runs out ----
@@ -244,7 +252,7 @@ def test_a_retry_of_sampling_starts_without_cache_and_graphs(capturing, cuda, sh
     run = SimpleNamespace(device=CUDA, progress=lambda text: None)
     got = grpo.sample_all(sampler, PROMPTS, KEYS, 20, 1.0, run, "step 1")
     assert ids(got) == ids(want)
-    assert len(attempts) == 2 and attempts[1][0] in (20, 32) and attempts[1][1:] == (True, True)
+    assert attempts[1:] == [(20, True, True)] and sampler.cache.shape[2] == 20
 
 
 @pytest.mark.parametrize("error", [
@@ -252,8 +260,9 @@ def test_a_retry_of_sampling_starts_without_cache_and_graphs(capturing, cuda, sh
     torch.AcceleratorError("CUDA error: out of memory\nCUDA kernel errors might be reported later"),
     RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
     RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"),
+    RuntimeError("Triton Error [CUDA]: out of memory"),
     RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory")],
-    ids=["allocator", "graph or module", "cuBLAS", "cuDNN", "CPU"])
+    ids=["allocator", "graph or module", "cuBLAS", "cuDNN", "Triton", "CPU"])
 def test_every_way_to_be_out_of_memory_is_tried_again_with_less(error):
     def attempt(size):
         if size > 2:
@@ -362,3 +371,50 @@ def test_grpo_trains_all_weights(run_script):
     ("eval", {"limit": 4})], ids=lambda value: value if isinstance(value, str) else "")
 def test_the_other_scripts_run(script, args, run_script):
     assert run_script(script, **args)
+
+
+# ---- what fits ----
+
+@pytest.mark.parametrize("free, kept, fits", [
+    (80, 0, 10_240),  # less 8 GB (a tenth), 2 (a chunk of log-probs) and 0.3 (what does not grow)
+    (80, 40, 4096), (80, 70, 512), (300, 0, 16384)])
+def test_tokens_that_fit(free, kept, fits, cuda, monkeypatch):
+    """Passes whose peak is 0.3 GB and 7 MB a token: what is left of the card goes to tokens, in 512s."""
+    _, model = adapted()
+    params, taken = [p for p in model.parameters() if p.requires_grad], []
+    forward = type(model.base_model).forward
+
+    def counted(self, input_ids, **more):
+        taken.append(input_ids.numel())
+        return forward(self, input_ids[:, :8], **more)
+
+    monkeypatch.setattr(type(model.base_model), "forward", counted)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda *_: (free * 2**30, 80 * 2**30))
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda *_: int(
+        1.3 * 2**30 + 7e6 * (taken[-1] if taken else 0)))  # 1 GB was allocated before
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda *_: 2**30)
+    found = models.tokens_that_fit(model, params, torch.float32, kept * 2**30)
+    assert found == fits and taken == [512, 512, 1024] and all(p.grad is None for p in params)
+
+
+def test_where_not_even_a_pass_fits_the_fewest_tokens_are_taken(cuda, monkeypatch):
+    _, model = adapted()
+
+    def fails(*args, **more):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(type(model.base_model), "forward", fails)
+    assert models.tokens_that_fit(model, list(model.parameters()), torch.float32) == 512
+
+
+def test_what_setup_switches(cuda, monkeypatch):
+    """cuDNN's attention and sums in bfloat16 are off, segments expand unless the user says otherwise."""
+    monkeypatch.delenv("PYTORCH_ALLOC_CONF", raising=False)
+    switched = []
+    monkeypatch.setattr(torch.backends.cuda, "enable_cudnn_sdp", lambda on: switched.append(on))
+    assert dist.setup("cuda") == CUDA and switched == [False]
+    assert torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction is False
+    assert os.environ["PYTORCH_ALLOC_CONF"] == "expandable_segments:True"
+    monkeypatch.setenv("PYTORCH_ALLOC_CONF", "backend:native")
+    dist.setup("cuda")
+    assert os.environ["PYTORCH_ALLOC_CONF"] == "backend:native"

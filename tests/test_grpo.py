@@ -743,7 +743,7 @@ def dealt_rows(dtype):
 @pytest.mark.parametrize("kind", ["k2", "k3"])
 @pytest.mark.parametrize("aggregation", AGGREGATIONS)
 def test_micro_batches_change_no_gradient(aggregation, kind, rows):
-    """1, 3, 4 unequal ones, one a row: all equal the formula on transformers' own logits.
+    """1, 2, 3 unequal ones, one a row: all equal the formula on transformers' own logits.
 
     In float64 but for the log-probs and the adapters' gradients: these are float32 and round.
     """
@@ -751,7 +751,7 @@ def test_micro_batches_change_no_gradient(aggregation, kind, rows):
     args = Args(aggregation=aggregation, max_new_tokens=16, beta=0.1, kl_estimator=kind)
     loss, _ = loss_by_hand(model_logprobs(model, rollouts), rollouts, args, len(rollouts), n_tokens(rollouts))
     expected = torch.cat([g.flatten() for g in torch.autograd.grad(loss, params)])
-    for size, batches in ((1000, 1), (200, 3), (60, 4), (1, len(rollouts))):
+    for size, batches in ((1000, 1), (200, 2), (60, 3), (1, len(rollouts))):
         dealt = pack([len(r) for r in rollouts], size)
         assert len(dealt) == batches
         if 1 < batches < len(rollouts):  # unequal in rows and in tokens
@@ -1175,13 +1175,13 @@ def test_pack_deals_each_row_once_within_the_budget():
 
 
 def test_pack_wastes_least_of_all_cuts():
-    """Against every way to cut 9 sorted rows: padded tokens, and budget / 32 for each micro-batch."""
+    """Against every way to cut 9 sorted rows: padded tokens, and budget / 8 for each micro-batch."""
     rng = random.Random(0)
 
     def cost(batches, lengths, budget):
         sizes = [len(batch) * max(lengths[i] for i in batch) for batch in batches]
         fits = all(size <= budget or len(batch) == 1 for size, batch in zip(sizes, batches))
-        return sum(sizes) + budget / 32 * len(batches) if fits else math.inf
+        return sum(sizes) + budget / 8 * len(batches) if fits else math.inf
 
     for budget in (30, 100, 1000, 10**5):
         lengths = [rng.randint(1, 50) for _ in range(9)]
@@ -1192,13 +1192,13 @@ def test_pack_wastes_least_of_all_cuts():
             cost(way, lengths, budget) for way in ways))
 
 
-def test_micro_batches_of_a_step_are_padded_by_less_than_8_percent():
-    """16 x 8 rows of log-normal length, mean 230 behind prompts of 130 tokens, at both default budgets."""
-    rng = random.Random(0)
-    for budget in (8192, 16384):
-        lengths = [130 + min(512, int(rng.lognormvariate(5.3, 0.5))) for _ in range(128)]
-        padded = sum(len(batch) * max(lengths[i] for i in batch) for batch in pack(lengths, budget))
-        assert 1 - sum(lengths) / padded < 0.08
+def test_micro_batches_of_a_step_are_few_and_little_padded():
+    """16 x 8 rows of log-normal length, mean 230 behind prompts of 130 tokens, at what fits 3B on 80 GB."""
+    rng, budget = random.Random(0), 10_240
+    lengths = [130 + min(512, int(rng.lognormvariate(5.3, 0.5))) for _ in range(128)]
+    batches = pack(lengths, budget)
+    padded = sum(len(batch) * max(lengths[i] for i in batch) for batch in batches)
+    assert 1 - sum(lengths) / padded < 0.08 and len(batches) <= 1 + math.ceil(sum(lengths) / budget)
 
 
 @pytest.mark.parametrize("schedule", ["constant", "linear", "cosine"])

@@ -18,21 +18,35 @@ ROUNDING = {torch.float32: 2e-6, torch.float16: 4e-3}  # of results of about 4
 
 @pytest.mark.skipif(not importlib.util.find_spec("triton"), reason="no Triton for this system")
 def test_kernels_are_the_plain_forms():
-    """In a process of its own: Triton asks how to run when it is imported, and another test may have done that."""
+    """In a process of its own: Triton asks how to run when it is imported, which another test may do."""
     done = subprocess.run([sys.executable, "-m", "tests.test_kernels"], capture_output=True, text=True,
                           cwd=Path(__file__).parents[1], env=os.environ | {"TRITON_INTERPRET": "1"})
-    assert done.returncode == 0 and done.stdout.count("ok") == 8, done.stderr
+    assert done.returncode == 0 and done.stdout.count("ok") == 9, done.stderr
 
 
-def check_attend(kernels, kv_heads, group, K, dtype):
+@pytest.mark.skipif(not importlib.util.find_spec("triton"), reason="no Triton for this system")
+@pytest.mark.parametrize("change, fits", [
+    ({}, True), ({"softcap": 50.0}, False), ({"head_dim": 96}, False), ({"head_dim": 256}, False),
+    ({"act": torch.nn.GELU()}, False), ({"attn_out_norm": torch.nn.Identity()}, False),
+    ({"attn_norm": type("GemmaRMSNorm", (), {})()}, False)])
+def test_layers_of_another_form_are_left_to_the_plain_forms(change, fits):
+    from common import kernels
+
+    layer = {"softcap": None, "head_dim": 64, "act": torch.nn.SiLU(), "attn_out_norm": None,
+             "attn_norm": type("Qwen2RMSNorm", (), {})()}
+    assert kernels.fit(SimpleNamespace(**layer | change), torch.bfloat16) == fits
+    assert not kernels.fit(SimpleNamespace(**layer), torch.float32)
+
+
+def check_attend(kernels, kv_heads, group, K, dtype, positions=(0, 1, 63, 64, 150)):
     """Rows at the first position, inside, at the border of and after blocks of 64 keys; qkv is a slice."""
     torch.manual_seed(0)
-    n, S, heads = 5, 200, kv_heads * group
+    n, S, heads = len(positions), 200, kv_heads * group
     qkv = torch.randn(n, (heads + 2 * kv_heads) * K + 7).to(dtype)[:, :-7].view(n, -1, K)
     angles = 6 * torch.rand(S, 1, K // 2)
     cos = torch.cat([angles.cos()] * 2, -1).to(dtype)
     sin = torch.cat([-angles.sin(), angles.sin()], -1).to(dtype)
-    positions = torch.tensor([0, 1, 63, 64, 150])
+    positions = torch.tensor(positions)
     cache = torch.randn(2, n + 2, kv_heads, S, K).to(dtype)
     dead = torch.arange(S) > positions[:, None]
     cache[:, :n] = cache[:, :n].masked_fill(dead[:, None, :, None], torch.nan)  # must not be read
@@ -68,3 +82,5 @@ if __name__ == "__main__":
             print("ok")
         check_swiglu_and_add_norm(kernels, dtype)
         print("ok")
+    check_attend(kernels, 2, 2, 32, torch.float32, [(7 * i) % 70 for i in range(130)])  # blocks of 32 keys
+    print("ok")

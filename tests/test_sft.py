@@ -70,7 +70,7 @@ def test_loss_and_gradient_are_those_of_transformers(kind):
     close(found, expected_gradient)
 
 
-@pytest.mark.parametrize("tokens_per_batch, batches", [(10**9, 1), (90, 3), (40, 4)])
+@pytest.mark.parametrize("tokens_per_batch, batches", [(10**9, 1), (90, 2), (40, 4)])
 def test_micro_batches_of_unequal_sizes_change_nothing(tokens_per_batch, batches):
     model, params = adapted()
     rows = make_rows()
