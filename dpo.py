@@ -31,132 +31,488 @@ import torch.nn.functional as F
 from torch import nn
 
 from common import data, dist, models, rewards, shard
-from common.run import Run, check_args, cli, retry_smaller
+from common.run import Run, RunArgs, check_args, cli, retry_smaller
 
 # Shapes: B rows, T tokens, V vocabulary, P prompts, D hidden size, H heads, K head size, R LoRA rank, N rows
 # or tokens in all.
 
 
 @dataclass
-class Args:
+class Args(RunArgs):
     # ---- run ----
-    out: str = ""
-    """run directory; empty: one of its own under runs/"""
-    resume: bool = False
-    """go on with the run in --out from its newest checkpoint, with its arguments"""
-    config: str = ""
-    """YAML or JSON file of arguments (a run's config.json too); the command line overrides it"""
-    seed: int = 0
-    """seed of data order, adapter initialisation and sampling noise"""
-    max_steps: int = 0
-    """steps in all; 0, where it is the default: what the passes over the data make"""
+    max_steps: int = 0  # steps in all; 0: what the passes over the data make
+    # end with the step or iteration in which so many tokens have been sampled for training; 0: no limit
     token_budget: int = 0
-    """end with the step or iteration in which so many tokens have been sampled for training; 0: no limit"""
+    # steps between checkpoints (one is always written at the end, and on SIGTERM or Ctrl-C)
     save_every: int = 50
-    """steps between checkpoints (one is always written at the end, and on SIGTERM or Ctrl-C)"""
-    keep: int = 2
-    """newest checkpoints to keep"""
-    wandb: bool = False
-    """also log to Weights & Biases"""
-    dry_run: bool = False
-    """build all, run one step at the largest sizes, print peak memory and projected time, keep nothing"""
-    download_only: bool = False
-    """fetch model and data into the hub's cache, then end: the run itself then needs no network"""
-    profile: int = 0
-    """steps to trace with torch.profiler, from the first on"""
-    device: str = ""
-    """cuda, mps or cpu; empty: the best there is"""
+    keep: int = 2  # newest checkpoints to keep
+    profile: int = 0  # steps to trace with torch.profiler, from the first on
+
     # ---- data ----
+
+    # data set name, hub id, or local .jsonl/.csv/.parquet; empty: arithmetic (embedded model), else gsm8k
     data: str = ""
-    """data set name, hub id, or local .jsonl/.csv/.parquet; empty: arithmetic (embedded model), else gsm8k"""
+    # preferences: name, hub id, URL, file, run's samples.csv, joined by commas; empty: samples of --data
     pairs: str = ""
-    """preferences: name, hub id, URL, file, run's samples.csv, joined by commas; empty: samples of --data"""
+    # tokenizer of preference data that is token ids (lm-human-preferences): hub id or folder
     label_tokenizer: str = "openai-community/gpt2"
-    """tokenizer of preference data that is token ids (lm-human-preferences): hub id or folder"""
-    level: str = ""
-    """difficulty of a generated task, such as 3 or 1-4; empty: the task's own default"""
-    train_questions: int = 0
-    """questions to train on; 0: all that are not held out"""
+    level: str = ""  # difficulty of a generated task, such as 3 or 1-4; empty: the task's own default
+    train_questions: int = 0  # questions to train on; 0: all that are not held out
+    # questions held out of the training split for evaluation (never the official test split)
     eval_questions: int = 500
-    """questions held out of the training split for evaluation (never the official test split)"""
+    # system message, or none; empty: asks for the <think>/<answer> format (embedded model: none)
     system: str = ""
-    """system message, or none; empty: asks for the <think>/<answer> format (embedded model: none)"""
-    prompt_template: str = "{prompt}"
-    """text around the question, {prompt} in it"""
-    max_tokens: int = 0
-    """leave out rows whose prompt and completion are longer; 0: none"""
+    prompt_template: str = "{prompt}"  # text around the question, {prompt} in it
+    max_tokens: int = 0  # leave out rows whose prompt and completion are longer; 0: none
+
     # ---- model ----
-    model: str = ""
-    """hub id, local folder or run directory; empty: the embedded model"""
+    model: str = ""  # hub id, local folder or run directory; empty: the embedded model
+    # of the frozen weights and the computation; auto: bfloat16 on CUDA, else float32
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """of the frozen weights and the computation; auto: bfloat16 on CUDA, else float32"""
-    full: bool = False
-    """train all weights (kept in float32) instead of an adapter"""
+    full: bool = False  # train all weights (kept in float32) instead of an adapter
+    # keep the frozen decoder layers in 4 bits (bitsandbytes; QLoRA, arXiv 2305.14314)
     quantize: Literal["none", "nf4"] = "none"
-    """keep the frozen decoder layers in 4 bits (bitsandbytes; QLoRA, arXiv 2305.14314)"""
+    # recompute the layers in the backward pass: less memory, about a third more time
     gradient_checkpointing: bool = False
-    """recompute the layers in the backward pass: less memory, about a third more time"""
+    # split the weights over the ranks of torchrun (FSDP2): the frozen base, or with --full all there is
     shard: bool = False
-    """split the weights over the ranks of torchrun (FSDP2): the frozen base, or with --full all there is"""
+    # with --shard, gather them layer by layer while sampling too: slower, for what one GPU cannot hold
     reshard: bool = False
-    """with --shard, gather them layer by layer while sampling too: slower, for what one GPU cannot hold"""
+    # padded tokens per forward and backward pass and GPU, halved if out of memory; 0: what fits, CPU 2048
     tokens_per_batch: int = 0
-    """padded tokens per forward and backward pass and GPU, halved if out of memory; 0: what fits, CPU 2048"""
+
     # ---- LoRA ----
-    lora_r: int = 32
-    """rank"""
-    lora_alpha: float = 64
-    """the adapter's output is scaled by lora_alpha / lora_r"""
-    lora_targets: tuple[str, ...] = models.PROJECTIONS
-    """linear layers to adapt"""
-    train_layers: str = ""
-    """decoder layers to adapt, such as 20-27; empty: all"""
-    merge: bool = False
-    """write final/ as a plain model with the adapter merged in, not as an adapter"""
+    lora_r: int = 32  # rank
+    lora_alpha: float = 64  # the adapter's output is scaled by lora_alpha / lora_r
+    lora_targets: tuple[str, ...] = models.PROJECTIONS  # linear layers to adapt
+    train_layers: str = ""  # decoder layers to adapt, such as 20-27; empty: all
+    merge: bool = False  # write final/ as a plain model with the adapter merged in, not as an adapter
+
     # ---- sampling ----
-    questions: int = 256
-    """questions to sample answers to, in each iteration"""
-    num_generations: int = 8
-    """G, samples per question"""
-    max_new_tokens: int = 512
-    """longest completion; a longer one counts as truncated"""
-    slots: int = 256
-    """rows sampled at a time per rank; halved when memory runs out"""
-    sample_temperature: float = 1.0
-    """of the samples to learn from (the log-probs are those of temperature 1)"""
+    questions: int = 256  # questions to sample answers to, in each iteration
+    num_generations: int = 8  # G, samples per question
+    max_new_tokens: int = 512  # longest completion; a longer one counts as truncated
+    slots: int = 256  # rows sampled at a time per rank; halved when memory runs out
+    sample_temperature: float = 1.0  # of the samples to learn from (the log-probs are those of temperature 1)
+
     # ---- method ----
-    pairs_per_step: int = 32
-    """pairs per optimizer step, over all ranks"""
-    pairs_per_question: int = 4
-    """most pairs that one question's samples give"""
+    pairs_per_step: int = 32  # pairs per optimizer step, over all ranks
+    pairs_per_question: int = 4  # most pairs that one question's samples give
+    # rounds of sampling pairs from the present policy and training on them; 1 with --pairs
     iterations: int = 1
-    """rounds of sampling pairs from the present policy and training on them; 1 with --pairs"""
-    passes: int = 1
-    """passes over the pairs of an iteration"""
+    passes: int = 1  # passes over the pairs of an iteration
+    # of h: DPO; robust (arXiv 2403.00409); IPO (2310.12036); hinge; SimPO, without reference (2405.14734)
     loss: Literal["sigmoid", "robust", "ipo", "hinge", "simpo"] = "sigmoid"
-    """of h: DPO; robust (arXiv 2403.00409); IPO (2310.12036); hinge; SimPO, without reference (2405.14734)"""
-    beta: float = 0.1
-    """strength of the pull to the reference (SimPO: scale of the mean log-probs, 2 or more)"""
+    beta: float = 0.1  # strength of the pull to the reference (SimPO: scale of the mean log-probs, 2 or more)
+    # share of pairs that may be labelled wrongly: cDPO with sigmoid; robust corrects for it
     label_smoothing: float = 0.0
-    """share of pairs that may be labelled wrongly: cDPO with sigmoid; robust corrects for it"""
+    # divide each log-ratio by its completion's length before h (SimPO always does)
     length_normalize: bool = False
-    """divide each log-ratio by its completion's length before h (SimPO always does)"""
-    simpo_gamma: float = 1.0
-    """SimPO's margin"""
+    simpo_gamma: float = 1.0  # SimPO's margin
+    # the start model, or the policy at the start of the iteration
     reference: Literal["base", "previous"] = "base"
-    """the start model, or the policy at the start of the iteration"""
+
     # ---- optimizer ----
+
+    # AdamW's peak learning rate; 0: by the kind of model and training (`resolve`), printed at the start
     lr: float = 0.0
-    """AdamW's peak learning rate; 0: by the kind of model and training (`resolve`), printed at the start"""
-    warmup_steps: int = 5
-    """steps of linear warm-up"""
-    weight_decay: float = 0.0
-    """AdamW's decoupled decay"""
-    max_grad_norm: float = 1.0
-    """clip the gradient's norm to this"""
+    warmup_steps: int = 5  # steps of linear warm-up
+    weight_decay: float = 0.0  # AdamW's decoupled decay
+    max_grad_norm: float = 1.0  # clip the gradient's norm to this
+
     # ---- evaluation ----
+
+    # steps between evaluations; one before the first step and one after the last are always made
     eval_every: int = 20
-    """steps between evaluations; one before the first step and one after the last are always made"""
+
+
+def preference_loss(chosen, rejected, ref_chosen, ref_rejected, chosen_tokens, rejected_tokens, *, loss, beta,
+                    label_smoothing=0.0, length_normalize=False, gamma=0.0):
+    """Loss of each pair, and its margin: by how much the policy prefers the chosen answer to the reference.
+
+    Shapes: all [B]; log-probs summed over a completion's tokens, in nats; tokens counted -> loss, margin [B].
+    With h = (chosen - ref_chosen) - (rejected - ref_rejected), each bracket over its length where
+    length_normalize, and s the label smoothing:
+    "sigmoid" -(1 - s) log sigma(beta h) - s log sigma(-beta h) (DPO, arXiv 2305.18290 eq. 7; cDPO);
+    "robust" (-(1 - s) log sigma(beta h) + s log sigma(-beta h)) / (1 - 2 s) (arXiv 2403.00409);
+    "ipo" (h - 1 / (2 beta))^2 (arXiv 2310.12036 eq. 17); "hinge" max(0, 1 - beta h) (SLiC, arXiv 2305.10425);
+    "simpo" -log sigma(beta (chosen / length - rejected / length) - gamma) (arXiv 2405.14734 eq. 6).
+    """
+    if loss == "simpo":
+        margin = beta * (chosen / chosen_tokens - rejected / rejected_tokens)
+        return -F.logsigmoid(margin - gamma), margin
+    better, worse = chosen - ref_chosen, rejected - ref_rejected
+    if length_normalize:
+        better, worse = better / chosen_tokens, worse / rejected_tokens
+    h, s = better - worse, label_smoothing
+    if loss == "ipo":
+        values = (h - 1 / (2 * beta)) ** 2
+    elif loss == "hinge":
+        values = torch.relu(1 - beta * h)
+    else:
+        right, wrong = -F.logsigmoid(beta * h), -F.logsigmoid(-beta * h)
+        values = (1 - s) * right + s * wrong if loss == "sigmoid" else (
+            (1 - s) * right - s * wrong) / (1 - 2 * s)
+    return values, beta * h
+
+
+def loss_switches(args):
+    return dict(loss=args.loss, beta=args.beta, label_smoothing=args.label_smoothing,
+                length_normalize=args.length_normalize, gamma=args.simpo_gamma)
+
+
+@dataclass
+class Pair:
+    """A question's better and worse answer as token ids, and the reference's log-probs of both, summed."""
+
+    prompt_ids: list[int]
+    chosen: list[int]
+    rejected: list[int]
+    ref_chosen: float = math.nan  # until they are computed, once
+    ref_rejected: float = math.nan
+
+    def __len__(self):
+        return len(self.prompt_ids) + max(len(self.chosen), len(self.rejected))
+
+
+def encode_pairs(tokenizer, preferences, args, dropped):
+    """Pairs of token ids, those longer than --max-tokens left out and counted in `dropped`."""
+    pairs = [Pair(data.encode_prompt(tokenizer, p.prompt, args.system, args.prompt_template),
+                  data.encode_completion(tokenizer, p.chosen, tokenizer.eos_token_id),
+                  data.encode_completion(tokenizer, p.rejected, tokenizer.eos_token_id)) for p in preferences]
+    kept = [pair for pair in pairs if not args.max_tokens or len(pair) <= args.max_tokens]
+    if len(kept) < len(pairs):
+        dropped["too long"] += len(pairs) - len(kept)
+    return kept
+
+
+def sample_pairs(sampler, questions, prompt_ids, args, iteration, step, tokenizer, run):
+    """(pairs from G samples of each question under the present policy, their tokens), the same on all ranks.
+
+    All samples go to samples.csv, as of `step`, the first that trains on them: `--pairs` reads it back.
+    """
+    mine = dist.share(list(enumerate(questions)))
+    keys = [[noise_key(args.seed, iteration, i, g) for g in range(args.num_generations)] for i, _ in mine]
+    sampled = sample_all(sampler, [prompt_ids[e.id] for _, e in mine], keys, args.max_new_tokens,
+                         args.sample_temperature, run, f"iteration {iteration}")
+    found = []
+    for (i, e), row in zip(mine, sampled):
+        if args.dry_run:  # at the largest sizes, right or wrong
+            found.append((i, [Pair(prompt_ids[e.id], row[0].ids, row[1].ids)], []))
+            continue
+        texts = [c.text(tokenizer) for c in row]
+        correct = rewards.judge([e] * len(row), texts)
+        pairs = right_against_wrong(prompt_ids[e.id], row, correct, args.pairs_per_question)
+        found.append((i, pairs, [{"step": step} | rewards.answer_row(e, g, c, text, right)
+                                 for g, (c, text, right) in enumerate(zip(row, texts, correct))]))
+    found = sorted(itertools.chain(*dist.gather(found)), key=lambda row: row[0])
+    run.write_rows([row for _, _, rows in found for row in rows])
+    return ([pair for _, pairs, _ in found for pair in pairs],
+            sum(row["tokens"] for _, _, rows in found for row in rows))
+
+
+def right_against_wrong(prompt_ids, completions, correct, most):
+    """At most `most` Pairs of one question: each right completion with a wrong one, none used twice.
+
+    Equal completions count once, unfinished ones not at all: what was cut off has no end to prefer.
+    """
+    kept = {tuple(c.ids): right for c, right in zip(completions, correct) if c.finished}
+    chosen = [list(ids) for ids, right in kept.items() if right]
+    rejected = [list(ids) for ids, right in kept.items() if not right]
+    return [Pair(prompt_ids, good, bad) for good, bad in list(zip(chosen, rejected))[:most]]
+
+
+def summed_logprobs(model, pairs, tokens_per_batch, run):
+    """(chosen, rejected) log-probs of every pair, summed over tokens: lists, the same on all ranks."""
+    mine = dist.share(list(range(len(pairs))))
+    prompt_ids = [pairs[i].prompt_ids for i in mine] * 2
+    completion_ids = [pairs[i].chosen for i in mine] + [pairs[i].rejected for i in mine]
+    values, _ = retry_smaller(
+        lambda size: completion_logprobs(model, prompt_ids, completion_ids, 1.0, size, run.device),
+        tokens_per_batch, run.device, 1, "tokens per batch")
+    sums = [row.sum().item() for row in values]
+    rows = sorted(itertools.chain(*dist.gather(list(zip(mine, sums, sums[len(mine):])))))
+    return [row[1] for row in rows], [row[2] for row in rows]
+
+
+def accumulate_gradients(model, pairs, args, n_pairs, tokens_per_batch, device):
+    """Add the gradient of the step's mean loss over this rank's pairs; returns their sums for the metrics.
+
+    Both answers of a pair go through one forward pass, as two rows: its loss couples them.
+    """
+    names = ("loss", "margin", "accuracy", "chosen", "rejected", "chosen_tokens", "rejected_tokens")
+    sums = dict.fromkeys(names, torch.zeros((), device=device))
+    batches = pack([2 * len(pair) for pair in pairs], tokens_per_batch)
+    for picked in shard.micro_batches(model, batches, partial(token_logprobs, model)):
+        batch = [pairs[i] for i in picked]
+        completion_ids = [pair.chosen for pair in batch] + [pair.rejected for pair in batch]
+        input_ids, mask = make_batch([pair.prompt_ids for pair in batch] * 2, completion_ids, device)
+        chosen, rejected = token_logprobs(model, input_ids, mask).sum(1).chunk(2)  # [B] each
+        chosen_tokens, rejected_tokens = mask.sum(1).to(device).chunk(2)
+        refs = torch.tensor([[pair.ref_chosen, pair.ref_rejected] for pair in batch]).to(device)
+        loss, margin = preference_loss(
+            chosen, rejected, *refs.unbind(1), chosen_tokens, rejected_tokens, **loss_switches(args))
+        (loss.sum() / n_pairs).backward()
+        for name, value in zip(names, (loss, margin, margin > 0, chosen, rejected, chosen_tokens,
+                                       rejected_tokens)):
+            sums[name] = sums[name] + value.detach().sum()
+    return {name: value.item() for name, value in sums.items()}
+
+
+def evaluate(model, sampler, questions, prompt_ids, pairs, args, step, tokens_per_batch, tokenizer, run):
+    """Greedy pass@1 on held-out questions, ranking accuracy on held-out pairs; answers go to eval.csv."""
+    metrics, mine = {}, dist.share(questions)
+    completions = sample_all(sampler, [prompt_ids[e.id] for e in mine], [[0]] * len(mine),
+                             args.max_new_tokens, 0.0, run, "evaluation")
+    texts = [c.text(tokenizer) for (c,) in completions]
+    rows = [rewards.answer_row(e, 0, c, text, right)
+            for e, text, right, (c,) in zip(mine, texts, rewards.judge(mine, texts), completions)]
+    if pairs:
+        columns = zip(*summed_logprobs(model, pairs, tokens_per_batch, run),
+                      *zip(*[(p.ref_chosen, p.ref_rejected, len(p.chosen), len(p.rejected)) for p in pairs]))
+        _, margin = preference_loss(*torch.tensor(list(columns)).unbind(1), **loss_switches(args))
+        metrics["eval/ranking_accuracy"] = (margin.sign() + 1).mean().item() / 2  # a tie is half right
+    run.log_evaluation(step, dist.gather_rows(rows, "id"), metrics)
+
+
+def resolve(args, device):
+    """Fill in the defaults that depend on others, and refuse what cannot work, before any load or write."""
+    embedded = models.is_embedded(args.model)
+    for name in ("questions", "num_generations", "pairs_per_step", "pairs_per_question", "iterations",
+                 "passes", "max_new_tokens", "slots", "save_every", "keep", "eval_questions", "eval_every"):
+        if getattr(args, name) < 1:
+            raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be 1 or more")
+    if args.num_generations < 2 and not args.pairs:
+        raise ValueError(f"--num-generations {args.num_generations}: a pair takes two samples; use 2 or more")
+    if args.pairs and args.iterations > 1:
+        raise ValueError(f"--iterations {args.iterations} samples new pairs; --pairs {args.pairs} are fixed")
+    for name in ("beta", "sample_temperature", "max_grad_norm"):
+        if not getattr(args, name) > 0:
+            raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be more than 0")
+    if not 0 <= args.label_smoothing < 0.5:
+        raise ValueError(f"--label-smoothing {args.label_smoothing}: from 0 to below 0.5 (half is no label)")
+    if args.label_smoothing and args.loss not in ("sigmoid", "robust"):
+        raise ValueError(f"--label-smoothing {args.label_smoothing}: only with --loss sigmoid or robust")
+    return replace(
+        args, data=args.data or ("arithmetic" if embedded else "" if args.pairs else "gsm8k"),
+        system=args.system or ("" if embedded or args.pairs else data.THINK_ANSWER_SYSTEM),
+        # a CPU's caches are small
+        tokens_per_batch=args.tokens_per_batch or {"cpu": 2048, "cuda": 0}.get(device.type, 8192),
+        lr=args.lr or (1e-3 if embedded else 5e-7 if args.full else 1e-5))
+
+
+def main(args: Args) -> None:
+    # ---- set up: whatever can be wrong is found here ----
+    device = dist.setup(args.device)
+    asked = args = resolve(args, device)
+    if args.dry_run:
+        args = replace(args, max_steps=1, wandb=False, resume=False)
+    check_args(args)
+    tokenizer = models.load_tokenizer(args.model)
+    train, held_out, fixed, held_pairs, dropped = [], [], [], [], Counter()
+    if args.data:
+        train, held_out = data.train_validation(args.data, n_train=args.train_questions,
+                                                n_validation=args.eval_questions, level=args.level or None,
+                                                seed=args.seed)
+    if args.pairs:
+        preferences = data.load_preferences(
+            args.pairs, seed=args.seed, level=args.level if args.pairs in data.GENERATED else None,
+            pairs_per_question=args.pairs_per_question, label_tokenizer=args.label_tokenizer,
+            dropped=dropped)
+        n_held = min(args.eval_questions, len(preferences) // 10)
+        fixed, held_pairs = (encode_pairs(tokenizer, part, args, dropped) for part in data.carve(
+            preferences, n_validation=n_held, seed=args.seed, name=args.pairs))
+        if not fixed:
+            raise ValueError(f"--max-tokens {args.max_tokens} leaves no pair of {args.pairs}")
+    prompt_ids = {e.id: data.encode_prompt(tokenizer, e.prompt, args.system, args.prompt_template)
+                  for e in train + held_out}
+    if args.download_only:
+        return models.download(args.model)
+    longest = max([len(pair) for pair in fixed + held_pairs]
+                  + [len(ids) + args.max_new_tokens for ids in prompt_ids.values()])
+    if args.dry_run:  # the longest of all
+        fixed = sorted(fixed, key=lambda pair: -len(pair))[:args.pairs_per_step]
+        train = sorted(train, key=lambda e: -len(prompt_ids[e.id]))[:args.pairs_per_step]
+    torch.manual_seed(args.seed)
+    dtype = models.choose_dtype(args.dtype, device)
+    load_model = partial(models.load_model, args.model, torch.float32 if args.full else dtype, device,
+                         longest, split=args.shard, quantize=args.quantize)
+    model = load_model()
+    models.check_token_ids(model, tokenizer)
+    reference = None  # the frozen start: the base with the adapter off; with --full a copy
+    if args.full:
+        params = [p.requires_grad_() for p in model.parameters()]
+        if args.loss != "simpo" and args.reference == "base":
+            reference = load_model().requires_grad_(False)
+    else:
+        params = add_lora(model, "policy", args.lora_r, args.lora_alpha, args.lora_targets,
+                          models.layer_range(args.train_layers, model))
+    adapter = None if args.full else adapter_tensors(model, "policy")
+    save_weights = partial(models.save_trained, model, tokenizer, adapter, args)
+    if args.gradient_checkpointing:
+        enable_checkpointing(model)
+    model.train()  # dropout is off (load_model); gradient checkpointing acts in this mode alone
+    optimizer = torch.optim.AdamW(params, lr=args.lr, weight_decay=args.weight_decay,
+                                  foreach=False if args.shard else None,
+                                  fused=device.type == "cuda" and not args.shard)
+    stop_ids = models.stop_ids(model, tokenizer)
+    sampler = Sampler(model, () if args.dry_run else stop_ids, args.slots, dtype,  # dry run: full length
+                      by_layer=args.reshard)
+    if not args.tokens_per_batch:
+        args = replace(args, tokens_per_batch=models.tokens_that_fit(
+            model, params, dtype, sampler.cache_bytes(longest)))
+    run = Run(args, __file__, device, tags=models.run_tags(args.model, args.pairs or args.data))
+    optimizer.register_step_pre_hook(run.weights_move)
+    compute = partial(torch.autocast, device.type, torch.bfloat16,
+                      enabled=args.full and dtype == torch.bfloat16, cache_enabled=False)
+    run.print(models.describe(args, model, params, dtype))
+    run.print(f"data: {args.pairs or args.data}, {len(fixed)} pairs and {len(train)} questions to train on, "
+              f"{len(held_pairs)} and {len(held_out)} held out, up to {longest} tokens; left out: "
+              f"{', '.join(f'{name} {n}' for name, n in dropped.items()) or 'none'}")
+    for source in models.of_other_models(args.pairs, args.model):
+        run.print(f"--pairs {source}: another model's samples; DPO moves this one's odds most where it would "
+                  "have given these answers itself")
+
+    def add_reference(pairs, tokens_per_batch):
+        """Fill in the log-probs of the reference as it stands now, where the loss looks at it."""
+        new = [pair for pair in pairs if math.isnan(pair.ref_chosen)]
+        if not new or args.loss == "simpo":
+            return
+        with use_adapter(model, None) if args.reference == "base" else nullcontext():
+            refs = summed_logprobs(reference or model, new, tokens_per_batch, run)
+        for pair, chosen, rejected in zip(new, *refs):
+            pair.ref_chosen, pair.ref_rejected = chosen, rejected
+
+    step, bad_steps, iteration, begun, pairs = 0, 0, 0, 0, []  # begun: the iteration's first step, less one
+    tokens_per_batch, sampled_tokens = args.tokens_per_batch, 0
+    if args.resume:
+        folder, saved = run.load()
+        if folder:
+            models.load_trained(folder, model, adapter)
+            optimizer.load_state_dict(saved["optimizer"])
+            torch.set_rng_state(saved["rng"])
+            step, iteration, begun, sampled_tokens = (saved[name] for name in (
+                "step", "iteration", "begun", "sampled_tokens"))
+            tokens_per_batch = min(tokens_per_batch, saved["tokens_per_batch"])
+            sampler.slots = min(sampler.slots, saved.get("slots", sampler.slots))
+            pairs = fixed if args.pairs else [Pair(*row) for row in saved["pairs"]]
+            for pair, refs in zip(fixed + held_pairs, saved["refs"].tolist()):
+                pair.ref_chosen, pair.ref_rejected = refs
+    with compute():
+        some = [pair.prompt_ids for pair in fixed[:3]] or [prompt_ids[e.id] for e in train[:3]]
+        run.self_check(self_check(model, params, sampler, some, args, 1.0, device))
+        add_reference(held_pairs, tokens_per_batch)
+        if step == 0 and not args.dry_run:
+            evaluate(model, sampler, held_out, prompt_ids, held_pairs, args, step, tokens_per_batch,
+                     tokenizer, run)
+
+    def steps_of(pairs):
+        if pairs and args.pairs and args.max_steps:
+            return args.max_steps
+        return math.ceil(args.passes * len(pairs) / args.pairs_per_step)
+
+    def end():
+        """The last step, as far as the number of the present pairs tells."""
+        spent = 0 < args.token_budget <= sampled_tokens
+        left = 1 if spent else args.iterations - iteration + 1
+        return min(args.max_steps or math.inf, begun + steps_of(pairs) * left)
+
+    stop, last_step = False, end() if iteration else math.inf
+    while step < last_step and not stop:
+        # ---- pairs of the next iteration ----
+        if step == begun + steps_of(pairs):
+            with run.phase("pairs"), compute():
+                iteration, begun = iteration + 1, step
+                if args.pairs:
+                    pairs = fixed
+                else:
+                    rows = data.batch_indices(len(train), (iteration - 1) * args.questions,
+                                              min(args.questions, len(train)), args.seed)
+                    pairs, n_tokens = sample_pairs(
+                        sampler, [train[i] for i in rows], prompt_ids, args, iteration, step + 1, tokenizer,
+                        run)
+                    sampled_tokens += n_tokens
+                if not pairs:
+                    raise ValueError(
+                        f"iteration {iteration}: no question had a right and a wrong finished answer among "
+                        f"{args.num_generations}: take more --questions or another --level")
+                if args.reference == "previous":  # which the next step moves
+                    add_reference(pairs, tokens_per_batch)
+            run.print(f"iteration {iteration}: {len(pairs)} pairs")
+        last_step = end()
+        step += 1
+        first = (step - 1 - begun) * args.pairs_per_step
+        n = args.pairs_per_step
+        if not (args.pairs and args.max_steps):  # the last step takes what is left
+            n = min(n, args.passes * len(pairs) - first)
+        batch = [pairs[i] for i in data.batch_indices(len(pairs), first, n, noise_key(args.seed, iteration))]
+
+        # ---- update ----
+        with run.profile(step), compute():
+            with run.phase("reference"):
+                add_reference(batch, tokens_per_batch)
+            with run.phase("update"):
+                def attempt(size):
+                    optimizer.zero_grad()
+                    return accumulate_gradients(model, dist.share(batch), args, len(batch), size, device)
+
+                sums, tokens_per_batch = retry_smaller(
+                    attempt, tokens_per_batch, device, 2 * longest, "tokens per batch")
+                dist.sum_gradients(params)
+                norm = shard.clip_gradients(params, args.max_grad_norm)
+                for group in optimizer.param_groups:
+                    group["lr"] = args.lr * min(1.0, step / max(1, args.warmup_steps))
+                if math.isfinite(norm):
+                    optimizer.step()
+                    bad_steps = 0
+                else:
+                    bad_steps += 1
+                    run.print(f"step {step}: the gradient is not finite; the update is skipped "
+                              f"({bad_steps} in a row)")
+                optimizer.zero_grad()
+
+        # ---- log ----
+        sums = dist.sum_dict(sums, device)
+        metrics = {name: value / len(batch) for name, value in sums.items()} | {
+            "grad_norm": norm, "lr": optimizer.param_groups[0]["lr"], "iteration": iteration,
+            "pairs": len(pairs), "sampled_tokens": sampled_tokens, "tokens_per_batch": tokens_per_batch}
+        metrics = run.log(step, metrics, last_step, show=("loss", "accuracy", "margin", "grad_norm"))
+        if args.dry_run:
+            break
+
+        # ---- evaluate ----
+        if step % args.eval_every == 0 or step == last_step:
+            with compute():
+                evaluate(model, sampler, held_out, prompt_ids, held_pairs, args, step, tokens_per_batch,
+                         tokenizer, run)
+
+        # ---- save ----
+        due = step % args.save_every == 0 or step == last_step or bad_steps >= 5
+        stop = run.remember(step, due, save_weights, {
+            "optimizer": optimizer.state_dict(), "rng": torch.get_rng_state(), "step": step,
+            "iteration": iteration, "begun": begun, "tokens_per_batch": tokens_per_batch,
+            "slots": sampler.slots, "sampled_tokens": sampled_tokens,
+            "pairs": lambda pairs=pairs: [] if args.pairs else [tuple(vars(pair).values()) for pair in pairs],
+            "refs": lambda: torch.tensor([(pair.ref_chosen, pair.ref_rejected)
+                                          for pair in fixed + held_pairs], dtype=torch.float64)})
+        if bad_steps >= 5:
+            raise ValueError(f"the gradient was not finite in {bad_steps} updates in a row; "
+                             f"the state is in {run.path}: lower --lr")
+
+    # ---- the end ----
+    if args.dry_run:
+        run.dry_run_report(metrics, asked.max_steps or steps_of(pairs),
+                           sums["chosen_tokens"] + sums["rejected_tokens"], model.config, longest, sampler)
+        return
+    if step == last_step:
+        run.save_final(partial(models.save_plain, model, tokenizer, merged_state_dict(model)) if args.merge
+                       else save_weights)
+        run.before_after()
+    run.finish()
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Shared blocks, word for word in every script that has them (tests/test_copies.py): LoRA, log-probs, sampler
 
 
 # Copied from grpo.py::LoRALinear
@@ -383,6 +739,20 @@ def make_batch(prompt_ids, completion_ids, device):
     return input_ids.to(device, non_blocking=True), mask
 
 
+# Copied from grpo.py::completion_logprobs
+@torch.no_grad()
+def completion_logprobs(model, prompt_ids, completion_ids, temperature, tokens_per_batch, device):
+    """Log-probs [L] of each row's completion under the model as it stands, a list in the rows' order."""
+    values = [None] * len(prompt_ids)
+    batches = pack([len(p) + len(c) for p, c in zip(prompt_ids, completion_ids)], tokens_per_batch)
+    for rows in shard.micro_batches(model, batches, partial(token_logprobs, model)):
+        input_ids, mask = make_batch([prompt_ids[i] for i in rows], [completion_ids[i] for i in rows], device)
+        logprobs = token_logprobs(model, input_ids, mask, temperature)
+        for i, row, of_row in zip(rows, logprobs.cpu(), mask):
+            values[i] = row[of_row]
+    return values
+
+
 # Copied from grpo.py::pack
 def pack(lengths, tokens_per_batch):
     """Split rows into micro-batches of similar length: lists of row numbers, each row once.
@@ -407,20 +777,6 @@ def pack(lengths, tokens_per_batch):
         batches.append(rows[begin[end]:end])
         end = begin[end]
     return batches[::-1]
-
-
-# Copied from grpo.py::completion_logprobs
-@torch.no_grad()
-def completion_logprobs(model, prompt_ids, completion_ids, temperature, tokens_per_batch, device):
-    """Log-probs [L] of each row's completion under the model as it stands, a list in the rows' order."""
-    values = [None] * len(prompt_ids)
-    batches = pack([len(p) + len(c) for p, c in zip(prompt_ids, completion_ids)], tokens_per_batch)
-    for rows in shard.micro_batches(model, batches, partial(token_logprobs, model)):
-        input_ids, mask = make_batch([prompt_ids[i] for i in rows], [completion_ids[i] for i in rows], device)
-        logprobs = token_logprobs(model, input_ids, mask, temperature)
-        for i, row, of_row in zip(rows, logprobs.cpu(), mask):
-            values[i] = row[of_row]
-    return values
 
 
 # Copied from grpo.py::Completion
@@ -936,6 +1292,20 @@ class Sampler:
         return done
 
 
+# Copied from grpo.py::sample_all
+def sample_all(sampler, prompt_ids, keys, max_new_tokens, temperature, run, doing):
+    """`Sampler.sample` with progress shown; memory that runs out on one rank halves the slots of all."""
+    most_rows = max(1, *dist.gather(sum(map(len, keys))))  # of a rank: only fewer slots save memory
+
+    def attempt(slots):
+        if slots < min(sampler.slots, most_rows):
+            sampler.slots, sampler.cache, sampler.graphs = slots, None, {}
+        return sampler.sample(prompt_ids, keys, max_new_tokens, temperature,
+                              lambda done, total, _: run.progress(f"{doing}: sampled {done}/{total}"))
+
+    return retry_smaller(attempt, min(sampler.slots, most_rows), run.device, 1, "slots")[0]
+
+
 # Copied from grpo.py::gap_in_float64
 @torch.no_grad()
 def gap_in_float64(model, prompt_ids, args, temperature, device):
@@ -1015,405 +1385,6 @@ def self_check(model, params, sampler, prompt_ids, args, temperature, device):
     for p in params:
         p.grad = None
     return checks
-
-
-# Copied from grpo.py::sample_all
-def sample_all(sampler, prompt_ids, keys, max_new_tokens, temperature, run, doing):
-    """`Sampler.sample` with progress shown; memory that runs out on one rank halves the slots of all."""
-    most_rows = max(1, *dist.gather(sum(map(len, keys))))  # of a rank: only fewer slots save memory
-
-    def attempt(slots):
-        if slots < min(sampler.slots, most_rows):
-            sampler.slots, sampler.cache, sampler.graphs = slots, None, {}
-        return sampler.sample(prompt_ids, keys, max_new_tokens, temperature,
-                              lambda done, total, _: run.progress(f"{doing}: sampled {done}/{total}"))
-
-    return retry_smaller(attempt, min(sampler.slots, most_rows), run.device, 1, "slots")[0]
-
-
-@dataclass
-class Pair:
-    """A question's better and worse answer as token ids, and the reference's log-probs of both, summed."""
-
-    prompt_ids: list[int]
-    chosen: list[int]
-    rejected: list[int]
-    ref_chosen: float = math.nan  # until they are computed, once
-    ref_rejected: float = math.nan
-
-    def __len__(self):
-        return len(self.prompt_ids) + max(len(self.chosen), len(self.rejected))
-
-
-def preference_loss(chosen, rejected, ref_chosen, ref_rejected, chosen_tokens, rejected_tokens, *, loss, beta,
-                    label_smoothing=0.0, length_normalize=False, gamma=0.0):
-    """Loss of each pair, and its margin: by how much the policy prefers the chosen answer to the reference.
-
-    Shapes: all [B]; log-probs summed over a completion's tokens, in nats; tokens counted -> loss, margin [B].
-    With h = (chosen - ref_chosen) - (rejected - ref_rejected), each bracket over its length where
-    length_normalize, and s the label smoothing:
-    "sigmoid" -(1 - s) log sigma(beta h) - s log sigma(-beta h) (DPO, arXiv 2305.18290 eq. 7; cDPO);
-    "robust" (-(1 - s) log sigma(beta h) + s log sigma(-beta h)) / (1 - 2 s) (arXiv 2403.00409);
-    "ipo" (h - 1 / (2 beta))^2 (arXiv 2310.12036 eq. 17); "hinge" max(0, 1 - beta h) (SLiC, arXiv 2305.10425);
-    "simpo" -log sigma(beta (chosen / length - rejected / length) - gamma) (arXiv 2405.14734 eq. 6).
-    """
-    if loss == "simpo":
-        margin = beta * (chosen / chosen_tokens - rejected / rejected_tokens)
-        return -F.logsigmoid(margin - gamma), margin
-    better, worse = chosen - ref_chosen, rejected - ref_rejected
-    if length_normalize:
-        better, worse = better / chosen_tokens, worse / rejected_tokens
-    h, s = better - worse, label_smoothing
-    if loss == "ipo":
-        values = (h - 1 / (2 * beta)) ** 2
-    elif loss == "hinge":
-        values = torch.relu(1 - beta * h)
-    else:
-        right, wrong = -F.logsigmoid(beta * h), -F.logsigmoid(-beta * h)
-        values = (1 - s) * right + s * wrong if loss == "sigmoid" else (
-            (1 - s) * right - s * wrong) / (1 - 2 * s)
-    return values, beta * h
-
-
-def loss_switches(args):
-    return dict(loss=args.loss, beta=args.beta, label_smoothing=args.label_smoothing,
-                length_normalize=args.length_normalize, gamma=args.simpo_gamma)
-
-
-def right_against_wrong(prompt_ids, completions, correct, most):
-    """At most `most` Pairs of one question: each right completion with a wrong one, none used twice.
-
-    Equal completions count once, unfinished ones not at all: what was cut off has no end to prefer.
-    """
-    kept = {tuple(c.ids): right for c, right in zip(completions, correct) if c.finished}
-    chosen = [list(ids) for ids, right in kept.items() if right]
-    rejected = [list(ids) for ids, right in kept.items() if not right]
-    return [Pair(prompt_ids, good, bad) for good, bad in list(zip(chosen, rejected))[:most]]
-
-
-def sample_pairs(sampler, questions, prompt_ids, args, iteration, step, tokenizer, run):
-    """(pairs from G samples of each question under the present policy, their tokens), the same on all ranks.
-
-    All samples go to samples.csv, as of `step`, the first that trains on them: `--pairs` reads it back.
-    """
-    mine = dist.share(list(enumerate(questions)))
-    keys = [[noise_key(args.seed, iteration, i, g) for g in range(args.num_generations)] for i, _ in mine]
-    sampled = sample_all(sampler, [prompt_ids[e.id] for _, e in mine], keys, args.max_new_tokens,
-                         args.sample_temperature, run, f"iteration {iteration}")
-    found = []
-    for (i, e), row in zip(mine, sampled):
-        if args.dry_run:  # at the largest sizes, right or wrong
-            found.append((i, [Pair(prompt_ids[e.id], row[0].ids, row[1].ids)], []))
-            continue
-        texts = [c.text(tokenizer) for c in row]
-        correct = rewards.judge([e] * len(row), texts)
-        pairs = right_against_wrong(prompt_ids[e.id], row, correct, args.pairs_per_question)
-        found.append((i, pairs, [{"step": step} | rewards.answer_row(e, g, c, text, right)
-                                 for g, (c, text, right) in enumerate(zip(row, texts, correct))]))
-    found = sorted(itertools.chain(*dist.gather(found)), key=lambda row: row[0])
-    run.write_rows([row for _, _, rows in found for row in rows])
-    return ([pair for _, pairs, _ in found for pair in pairs],
-            sum(row["tokens"] for _, _, rows in found for row in rows))
-
-
-def summed_logprobs(model, pairs, tokens_per_batch, run):
-    """(chosen, rejected) log-probs of every pair, summed over tokens: lists, the same on all ranks."""
-    mine = dist.share(list(range(len(pairs))))
-    prompt_ids = [pairs[i].prompt_ids for i in mine] * 2
-    completion_ids = [pairs[i].chosen for i in mine] + [pairs[i].rejected for i in mine]
-    values, _ = retry_smaller(
-        lambda size: completion_logprobs(model, prompt_ids, completion_ids, 1.0, size, run.device),
-        tokens_per_batch, run.device, 1, "tokens per batch")
-    sums = [row.sum().item() for row in values]
-    rows = sorted(itertools.chain(*dist.gather(list(zip(mine, sums, sums[len(mine):])))))
-    return [row[1] for row in rows], [row[2] for row in rows]
-
-
-def accumulate_gradients(model, pairs, args, n_pairs, tokens_per_batch, device):
-    """Add the gradient of the step's mean loss over this rank's pairs; returns their sums for the metrics.
-
-    Both answers of a pair go through one forward pass, as two rows: its loss couples them.
-    """
-    names = ("loss", "margin", "accuracy", "chosen", "rejected", "chosen_tokens", "rejected_tokens")
-    sums = dict.fromkeys(names, torch.zeros((), device=device))
-    batches = pack([2 * len(pair) for pair in pairs], tokens_per_batch)
-    for picked in shard.micro_batches(model, batches, partial(token_logprobs, model)):
-        batch = [pairs[i] for i in picked]
-        completion_ids = [pair.chosen for pair in batch] + [pair.rejected for pair in batch]
-        input_ids, mask = make_batch([pair.prompt_ids for pair in batch] * 2, completion_ids, device)
-        chosen, rejected = token_logprobs(model, input_ids, mask).sum(1).chunk(2)  # [B] each
-        chosen_tokens, rejected_tokens = mask.sum(1).to(device).chunk(2)
-        refs = torch.tensor([[pair.ref_chosen, pair.ref_rejected] for pair in batch]).to(device)
-        loss, margin = preference_loss(
-            chosen, rejected, *refs.unbind(1), chosen_tokens, rejected_tokens, **loss_switches(args))
-        (loss.sum() / n_pairs).backward()
-        for name, value in zip(names, (loss, margin, margin > 0, chosen, rejected, chosen_tokens,
-                                       rejected_tokens)):
-            sums[name] = sums[name] + value.detach().sum()
-    return {name: value.item() for name, value in sums.items()}
-
-
-def evaluate(model, sampler, questions, prompt_ids, pairs, args, step, tokens_per_batch, tokenizer, run):
-    """Greedy pass@1 on held-out questions, ranking accuracy on held-out pairs; answers go to eval.csv."""
-    metrics, mine = {}, dist.share(questions)
-    completions = sample_all(sampler, [prompt_ids[e.id] for e in mine], [[0]] * len(mine),
-                             args.max_new_tokens, 0.0, run, "evaluation")
-    texts = [c.text(tokenizer) for (c,) in completions]
-    rows = [rewards.answer_row(e, 0, c, text, right)
-            for e, text, right, (c,) in zip(mine, texts, rewards.judge(mine, texts), completions)]
-    if pairs:
-        columns = zip(*summed_logprobs(model, pairs, tokens_per_batch, run),
-                      *zip(*[(p.ref_chosen, p.ref_rejected, len(p.chosen), len(p.rejected)) for p in pairs]))
-        _, margin = preference_loss(*torch.tensor(list(columns)).unbind(1), **loss_switches(args))
-        metrics["eval/ranking_accuracy"] = (margin.sign() + 1).mean().item() / 2  # a tie is half right
-    run.log_evaluation(step, dist.gather_rows(rows, "id"), metrics)
-
-
-def encode_pairs(tokenizer, preferences, args, dropped):
-    """Pairs of token ids, those longer than --max-tokens left out and counted in `dropped`."""
-    pairs = [Pair(data.encode_prompt(tokenizer, p.prompt, args.system, args.prompt_template),
-                  data.encode_completion(tokenizer, p.chosen, tokenizer.eos_token_id),
-                  data.encode_completion(tokenizer, p.rejected, tokenizer.eos_token_id)) for p in preferences]
-    kept = [pair for pair in pairs if not args.max_tokens or len(pair) <= args.max_tokens]
-    if len(kept) < len(pairs):
-        dropped["too long"] += len(pairs) - len(kept)
-    return kept
-
-
-def resolve(args, device):
-    """Fill in the defaults that depend on others, and refuse what cannot work, before any load or write."""
-    embedded = models.is_embedded(args.model)
-    for name in ("questions", "num_generations", "pairs_per_step", "pairs_per_question", "iterations",
-                 "passes", "max_new_tokens", "slots", "save_every", "keep", "eval_questions", "eval_every"):
-        if getattr(args, name) < 1:
-            raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be 1 or more")
-    if args.num_generations < 2 and not args.pairs:
-        raise ValueError(f"--num-generations {args.num_generations}: a pair takes two samples; use 2 or more")
-    if args.pairs and args.iterations > 1:
-        raise ValueError(f"--iterations {args.iterations} samples new pairs; --pairs {args.pairs} are fixed")
-    for name in ("beta", "sample_temperature", "max_grad_norm"):
-        if not getattr(args, name) > 0:
-            raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be more than 0")
-    if not 0 <= args.label_smoothing < 0.5:
-        raise ValueError(f"--label-smoothing {args.label_smoothing}: from 0 to below 0.5 (half is no label)")
-    if args.label_smoothing and args.loss not in ("sigmoid", "robust"):
-        raise ValueError(f"--label-smoothing {args.label_smoothing}: only with --loss sigmoid or robust")
-    return replace(
-        args, data=args.data or ("arithmetic" if embedded else "" if args.pairs else "gsm8k"),
-        system=args.system or ("" if embedded or args.pairs else data.THINK_ANSWER_SYSTEM),
-        # a CPU's caches are small
-        tokens_per_batch=args.tokens_per_batch or {"cpu": 2048, "cuda": 0}.get(device.type, 8192),
-        lr=args.lr or (1e-3 if embedded else 5e-7 if args.full else 1e-5))
-
-
-def main(args: Args) -> None:
-    # ---- set up: whatever can be wrong is found here ----
-    device = dist.setup(args.device)
-    asked = args = resolve(args, device)
-    if args.dry_run:
-        args = replace(args, max_steps=1, wandb=False, resume=False)
-    check_args(args)
-    tokenizer = models.load_tokenizer(args.model)
-    train, held_out, fixed, held_pairs, dropped = [], [], [], [], Counter()
-    if args.data:
-        train, held_out = data.train_validation(args.data, n_train=args.train_questions,
-                                                n_validation=args.eval_questions, level=args.level or None,
-                                                seed=args.seed)
-    if args.pairs:
-        preferences = data.load_preferences(
-            args.pairs, seed=args.seed, level=args.level if args.pairs in data.GENERATED else None,
-            pairs_per_question=args.pairs_per_question, label_tokenizer=args.label_tokenizer,
-            dropped=dropped)
-        n_held = min(args.eval_questions, len(preferences) // 10)
-        fixed, held_pairs = (encode_pairs(tokenizer, part, args, dropped) for part in data.carve(
-            preferences, n_validation=n_held, seed=args.seed, name=args.pairs))
-        if not fixed:
-            raise ValueError(f"--max-tokens {args.max_tokens} leaves no pair of {args.pairs}")
-    prompt_ids = {e.id: data.encode_prompt(tokenizer, e.prompt, args.system, args.prompt_template)
-                  for e in train + held_out}
-    if args.download_only:
-        return models.download(args.model)
-    longest = max([len(pair) for pair in fixed + held_pairs]
-                  + [len(ids) + args.max_new_tokens for ids in prompt_ids.values()])
-    if args.dry_run:  # the longest of all
-        fixed = sorted(fixed, key=lambda pair: -len(pair))[:args.pairs_per_step]
-        train = sorted(train, key=lambda e: -len(prompt_ids[e.id]))[:args.pairs_per_step]
-    torch.manual_seed(args.seed)
-    dtype = models.choose_dtype(args.dtype, device)
-    load_model = partial(models.load_model, args.model, torch.float32 if args.full else dtype, device,
-                         longest, split=args.shard, quantize=args.quantize)
-    model = load_model()
-    models.check_token_ids(model, tokenizer)
-    reference = None  # the frozen start: the base with the adapter off; with --full a copy
-    if args.full:
-        params = [p.requires_grad_() for p in model.parameters()]
-        if args.loss != "simpo" and args.reference == "base":
-            reference = load_model().requires_grad_(False)
-    else:
-        params = add_lora(model, "policy", args.lora_r, args.lora_alpha, args.lora_targets,
-                          models.layer_range(args.train_layers, model))
-    adapter = None if args.full else adapter_tensors(model, "policy")
-    save_weights = partial(models.save_trained, model, tokenizer, adapter, args)
-    if args.gradient_checkpointing:
-        enable_checkpointing(model)
-    model.train()  # dropout is off (load_model); gradient checkpointing acts in this mode alone
-    optimizer = torch.optim.AdamW(params, lr=args.lr, weight_decay=args.weight_decay,
-                                  foreach=False if args.shard else None,
-                                  fused=device.type == "cuda" and not args.shard)
-    stop_ids = models.stop_ids(model, tokenizer)
-    sampler = Sampler(model, () if args.dry_run else stop_ids, args.slots, dtype,  # dry run: full length
-                      by_layer=args.reshard)
-    if not args.tokens_per_batch:
-        args = replace(args, tokens_per_batch=models.tokens_that_fit(
-            model, params, dtype, sampler.cache_bytes(longest)))
-    run = Run(args, __file__, device, tags=models.run_tags(args.model, args.pairs or args.data))
-    optimizer.register_step_pre_hook(run.weights_move)
-    compute = partial(torch.autocast, device.type, torch.bfloat16,
-                      enabled=args.full and dtype == torch.bfloat16, cache_enabled=False)
-    run.print(models.describe(args, model, params, dtype))
-    run.print(f"data: {args.pairs or args.data}, {len(fixed)} pairs and {len(train)} questions to train on, "
-              f"{len(held_pairs)} and {len(held_out)} held out, up to {longest} tokens; left out: "
-              f"{', '.join(f'{name} {n}' for name, n in dropped.items()) or 'none'}")
-    for source in models.of_other_models(args.pairs, args.model):
-        run.print(f"--pairs {source}: another model's samples; DPO moves this one's odds most where it would "
-                  "have given these answers itself")
-
-    def add_reference(pairs, tokens_per_batch):
-        """Fill in the log-probs of the reference as it stands now, where the loss looks at it."""
-        new = [pair for pair in pairs if math.isnan(pair.ref_chosen)]
-        if not new or args.loss == "simpo":
-            return
-        with use_adapter(model, None) if args.reference == "base" else nullcontext():
-            refs = summed_logprobs(reference or model, new, tokens_per_batch, run)
-        for pair, chosen, rejected in zip(new, *refs):
-            pair.ref_chosen, pair.ref_rejected = chosen, rejected
-
-    step, bad_steps, iteration, begun, pairs = 0, 0, 0, 0, []  # begun: the iteration's first step, less one
-    tokens_per_batch, sampled_tokens = args.tokens_per_batch, 0
-    if args.resume:
-        folder, saved = run.load()
-        if folder:
-            models.load_trained(folder, model, adapter)
-            optimizer.load_state_dict(saved["optimizer"])
-            torch.set_rng_state(saved["rng"])
-            step, iteration, begun, sampled_tokens = (saved[name] for name in (
-                "step", "iteration", "begun", "sampled_tokens"))
-            tokens_per_batch = min(tokens_per_batch, saved["tokens_per_batch"])
-            sampler.slots = min(sampler.slots, saved.get("slots", sampler.slots))
-            pairs = fixed if args.pairs else [Pair(*row) for row in saved["pairs"]]
-            for pair, refs in zip(fixed + held_pairs, saved["refs"].tolist()):
-                pair.ref_chosen, pair.ref_rejected = refs
-    with compute():
-        some = [pair.prompt_ids for pair in fixed[:3]] or [prompt_ids[e.id] for e in train[:3]]
-        run.self_check(self_check(model, params, sampler, some, args, 1.0, device))
-        add_reference(held_pairs, tokens_per_batch)
-        if step == 0 and not args.dry_run:
-            evaluate(model, sampler, held_out, prompt_ids, held_pairs, args, step, tokens_per_batch,
-                     tokenizer, run)
-
-    def steps_of(pairs):
-        if pairs and args.pairs and args.max_steps:
-            return args.max_steps
-        return math.ceil(args.passes * len(pairs) / args.pairs_per_step)
-
-    def end():
-        """The last step, as far as the number of the present pairs tells."""
-        spent = 0 < args.token_budget <= sampled_tokens
-        left = 1 if spent else args.iterations - iteration + 1
-        return min(args.max_steps or math.inf, begun + steps_of(pairs) * left)
-
-    stop, last_step = False, end() if iteration else math.inf
-    while step < last_step and not stop:
-        # ---- pairs of the next iteration ----
-        if step == begun + steps_of(pairs):
-            with run.phase("pairs"), compute():
-                iteration, begun = iteration + 1, step
-                if args.pairs:
-                    pairs = fixed
-                else:
-                    rows = data.batch_indices(len(train), (iteration - 1) * args.questions,
-                                              min(args.questions, len(train)), args.seed)
-                    pairs, n_tokens = sample_pairs(
-                        sampler, [train[i] for i in rows], prompt_ids, args, iteration, step + 1, tokenizer,
-                        run)
-                    sampled_tokens += n_tokens
-                if not pairs:
-                    raise ValueError(
-                        f"iteration {iteration}: no question had a right and a wrong finished answer among "
-                        f"{args.num_generations}: take more --questions or another --level")
-                if args.reference == "previous":  # which the next step moves
-                    add_reference(pairs, tokens_per_batch)
-            run.print(f"iteration {iteration}: {len(pairs)} pairs")
-        last_step = end()
-        step += 1
-        first = (step - 1 - begun) * args.pairs_per_step
-        n = args.pairs_per_step
-        if not (args.pairs and args.max_steps):  # the last step takes what is left
-            n = min(n, args.passes * len(pairs) - first)
-        batch = [pairs[i] for i in data.batch_indices(len(pairs), first, n, noise_key(args.seed, iteration))]
-
-        # ---- update ----
-        with run.profile(step), compute():
-            with run.phase("reference"):
-                add_reference(batch, tokens_per_batch)
-            with run.phase("update"):
-                def attempt(size):
-                    optimizer.zero_grad()
-                    return accumulate_gradients(model, dist.share(batch), args, len(batch), size, device)
-
-                sums, tokens_per_batch = retry_smaller(
-                    attempt, tokens_per_batch, device, 2 * longest, "tokens per batch")
-                dist.sum_gradients(params)
-                norm = shard.clip_gradients(params, args.max_grad_norm)
-                for group in optimizer.param_groups:
-                    group["lr"] = args.lr * min(1.0, step / max(1, args.warmup_steps))
-                if math.isfinite(norm):
-                    optimizer.step()
-                    bad_steps = 0
-                else:
-                    bad_steps += 1
-                    run.print(f"step {step}: the gradient is not finite; the update is skipped "
-                              f"({bad_steps} in a row)")
-                optimizer.zero_grad()
-
-        # ---- log ----
-        sums = dist.sum_dict(sums, device)
-        metrics = {name: value / len(batch) for name, value in sums.items()} | {
-            "grad_norm": norm, "lr": optimizer.param_groups[0]["lr"], "iteration": iteration,
-            "pairs": len(pairs), "sampled_tokens": sampled_tokens, "tokens_per_batch": tokens_per_batch}
-        metrics = run.log(step, metrics, last_step, show=("loss", "accuracy", "margin", "grad_norm"))
-        if args.dry_run:
-            break
-
-        # ---- evaluate ----
-        if step % args.eval_every == 0 or step == last_step:
-            with compute():
-                evaluate(model, sampler, held_out, prompt_ids, held_pairs, args, step, tokens_per_batch,
-                         tokenizer, run)
-
-        # ---- save ----
-        due = step % args.save_every == 0 or step == last_step or bad_steps >= 5
-        stop = run.remember(step, due, save_weights, {
-            "optimizer": optimizer.state_dict(), "rng": torch.get_rng_state(), "step": step,
-            "iteration": iteration, "begun": begun, "tokens_per_batch": tokens_per_batch,
-            "slots": sampler.slots, "sampled_tokens": sampled_tokens,
-            "pairs": lambda pairs=pairs: [] if args.pairs else [tuple(vars(pair).values()) for pair in pairs],
-            "refs": lambda: torch.tensor([(pair.ref_chosen, pair.ref_rejected)
-                                          for pair in fixed + held_pairs], dtype=torch.float64)})
-        if bad_steps >= 5:
-            raise ValueError(f"the gradient was not finite in {bad_steps} updates in a row; "
-                             f"the state is in {run.path}: lower --lr")
-
-    # ---- the end ----
-    if args.dry_run:
-        run.dry_run_report(metrics, asked.max_steps or steps_of(pairs),
-                           sums["chosen_tokens"] + sums["rejected_tokens"], model.config, longest, sampler)
-        return
-    if step == last_step:
-        run.save_final(partial(models.save_plain, model, tokenizer, merged_state_dict(model)) if args.merge
-                       else save_weights)
-        run.before_after()
-    run.finish()
 
 
 if __name__ == "__main__":

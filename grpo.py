@@ -9,7 +9,7 @@ Paper: DeepSeekMath, arXiv 2402.03300, eqs. 3-4 and algorithm 1. Differs from it
   - the old log-probs are the sampler's own; no pass is made for them (--recompute-old makes it);
   - KL is off by default (beta 0), and then no reference pass is made;
   - switches turn it into Dr. GRPO, DAPO, GSPO, CISPO or RLOO: see the table in README.md.
-The loss is near 0 at every step, by construction: watch the reward.
+With --aggregation sequence the loss is near 0 at every step, by construction: watch the reward.
 
     python grpo.py                                       # the embedded model, minutes on two CPU cores
     python grpo.py --model Qwen/Qwen2.5-3B-Instruct      # GSM8K on one GPU
@@ -32,158 +32,645 @@ import torch.nn.functional as F
 from torch import nn
 
 from common import data, dist, models, rewards, shard
-from common.run import Run, check_args, cli, retry_smaller
+from common.run import Run, RunArgs, check_args, cli, retry_smaller
 
 # Shapes: B rows, T tokens, V vocabulary, P prompts, G samples per prompt, D hidden size, L layers or a row's
 # completion tokens, H heads, K head size, R LoRA rank, N rows or tokens in all.
 
 
 @dataclass
-class Args:
+class Args(RunArgs):
     # ---- run ----
-    out: str = ""
-    """run directory; empty: one of its own under runs/"""
-    resume: bool = False
-    """go on with the run in --out from its newest checkpoint, with its arguments"""
-    config: str = ""
-    """YAML or JSON file of arguments (a run's config.json too); the command line overrides it"""
-    seed: int = 0
-    """seed of data order, adapter initialisation and sampling noise"""
-    max_steps: int = 60
-    """steps in all; 0, where it is the default: what the passes over the data make"""
+    max_steps: int = 60  # steps in all
+    # end with the step or iteration in which so many tokens have been sampled for training; 0: no limit
     token_budget: int = 0
-    """end with the step or iteration in which so many tokens have been sampled for training; 0: no limit"""
+    # steps between checkpoints (one is always written at the end, and on SIGTERM or Ctrl-C)
     save_every: int = 50
-    """steps between checkpoints (one is always written at the end, and on SIGTERM or Ctrl-C)"""
-    keep: int = 2
-    """newest checkpoints to keep"""
-    wandb: bool = False
-    """also log to Weights & Biases"""
-    dry_run: bool = False
-    """build all, run one step at the largest sizes, print peak memory and projected time, keep nothing"""
-    download_only: bool = False
-    """fetch model and data into the hub's cache, then end: the run itself then needs no network"""
-    profile: int = 0
-    """steps to trace with torch.profiler, from the first on"""
-    device: str = ""
-    """cuda, mps or cpu; empty: the best there is"""
+    keep: int = 2  # newest checkpoints to keep
+    profile: int = 0  # steps to trace with torch.profiler, from the first on
+
     # ---- data ----
+
+    # data set name, hub id, or local .jsonl/.csv/.parquet; empty: arithmetic (embedded model), else gsm8k
     data: str = ""
-    """data set name, hub id, or local .jsonl/.csv/.parquet; empty: arithmetic (embedded model), else gsm8k"""
-    level: str = ""
-    """difficulty of a generated task, such as 3 or 1-4; empty: the task's own default"""
-    train_questions: int = 0
-    """questions to train on; 0: all that are not held out"""
+    level: str = ""  # difficulty of a generated task, such as 3 or 1-4; empty: the task's own default
+    train_questions: int = 0  # questions to train on; 0: all that are not held out
+    # questions held out of the training split for evaluation (never the official test split)
     eval_questions: int = 500
-    """questions held out of the training split for evaluation (never the official test split)"""
+    # system message, or none; empty: asks for the <think>/<answer> format (embedded model: none)
     system: str = ""
-    """system message, or none; empty: asks for the <think>/<answer> format (embedded model: none)"""
-    prompt_template: str = "{prompt}"
-    """text around the question, {prompt} in it"""
-    max_prompt_tokens: int = 0
-    """leave out questions with a longer prompt; 0: none"""
+    prompt_template: str = "{prompt}"  # text around the question, {prompt} in it
+    max_prompt_tokens: int = 0  # leave out questions with a longer prompt; 0: none
+
     # ---- model ----
-    model: str = ""
-    """hub id, local folder or run directory; empty: the embedded model"""
+    model: str = ""  # hub id, local folder or run directory; empty: the embedded model
+    # of the frozen weights and the computation; auto: bfloat16 on CUDA, else float32
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """of the frozen weights and the computation; auto: bfloat16 on CUDA, else float32"""
-    full: bool = False
-    """train all weights (kept in float32) instead of an adapter"""
+    full: bool = False  # train all weights (kept in float32) instead of an adapter
+    # keep the frozen decoder layers in 4 bits (bitsandbytes; QLoRA, arXiv 2305.14314)
     quantize: Literal["none", "nf4"] = "none"
-    """keep the frozen decoder layers in 4 bits (bitsandbytes; QLoRA, arXiv 2305.14314)"""
+    # recompute the layers in the backward pass: less memory, about a third more time
     gradient_checkpointing: bool = False
-    """recompute the layers in the backward pass: less memory, about a third more time"""
+    # split the weights over the ranks of torchrun (FSDP2): the frozen base, or with --full all there is
     shard: bool = False
-    """split the weights over the ranks of torchrun (FSDP2): the frozen base, or with --full all there is"""
+    # with --shard, gather them layer by layer while sampling too: slower, for what one GPU cannot hold
     reshard: bool = False
-    """with --shard, gather them layer by layer while sampling too: slower, for what one GPU cannot hold"""
+    # padded tokens per forward and backward pass and GPU, halved if out of memory; 0: what fits, CPU 2048
     tokens_per_batch: int = 0
-    """padded tokens per forward and backward pass and GPU, halved if out of memory; 0: what fits, CPU 2048"""
+
     # ---- LoRA ----
-    lora_r: int = 32
-    """rank"""
-    lora_alpha: float = 64
-    """the adapter's output is scaled by lora_alpha / lora_r"""
-    lora_targets: tuple[str, ...] = models.PROJECTIONS
-    """linear layers to adapt"""
-    train_layers: str = ""
-    """decoder layers to adapt, such as 20-27; empty: all"""
-    merge: bool = False
-    """write final/ as a plain model with the adapter merged in, not as an adapter"""
+    lora_r: int = 32  # rank
+    lora_alpha: float = 64  # the adapter's output is scaled by lora_alpha / lora_r
+    lora_targets: tuple[str, ...] = models.PROJECTIONS  # linear layers to adapt
+    train_layers: str = ""  # decoder layers to adapt, such as 20-27; empty: all
+    merge: bool = False  # write final/ as a plain model with the adapter merged in, not as an adapter
+
     # ---- sampling ----
-    prompts_per_step: int = 16
-    """questions per step, over all ranks"""
-    num_generations: int = 8
-    """G, samples per question"""
-    max_new_tokens: int = 512
-    """longest completion; a longer one counts as truncated"""
-    temperature: float = 1.0
-    """of sampling, and of the log-probs that are trained"""
-    slots: int = 256
-    """rows sampled at a time per rank; halved when memory runs out"""
+    prompts_per_step: int = 16  # questions per step, over all ranks
+    num_generations: int = 8  # G, samples per question
+    max_new_tokens: int = 512  # longest completion; a longer one counts as truncated
+    temperature: float = 1.0  # of sampling, and of the log-probs that are trained
+    slots: int = 256  # rows sampled at a time per rank; halved when memory runs out
+
     # ---- method ----
+
+    # with weights: correctness, format, digit, mark, math, answer-prob, model:RUN, or your file.py:name=1
     rewards: tuple[str, ...] = ("correctness=1", "format=0.2")
-    """with weights: correctness, format, digit, mark, math, answer-prob, model:RUN, or your file.py:name=1"""
+    # seconds that a call of a reward of your own may take; its row is left out and counted
     reward_timeout: float = 30.0
-    """seconds that a call of a reward of your own may take; its row is left out and counted"""
+    # reward - group mean: over the deviation (std, GRPO), as is (none, Dr. GRPO), leave-one-out (RLOO)
     group_scaling: Literal["std", "none", "loo"] = "std"
-    """reward - group mean: over the deviation (std, GRPO), as is (none, Dr. GRPO), leave-one-out (RLOO)"""
+    # mean token loss: per row, then of rows (GRPO); of all tokens (DAPO); by max_new_tokens (Dr. GRPO)
     aggregation: Literal["sequence", "token", "constant"] = "sequence"
-    """mean token loss: per row, then of rows (GRPO); of all tokens (DAPO); by max_new_tokens (Dr. GRPO)"""
+    # probability ratio per token, or its geometric mean per row (GSPO)
     ratio: Literal["token", "sequence"] = "token"
-    """probability ratio per token, or its geometric mean per row (GSPO)"""
+    # min: PPO's clipped objective; detach: the clipped ratio is a constant weight (CISPO)
     clip: Literal["min", "detach"] = "min"
-    """min: PPO's clipped objective; detach: the clipped ratio is a constant weight (CISPO)"""
-    clip_eps_low: float = 0.2
-    """lower clip: the ratio counts as at least 1 - this (arXiv 1707.06347 eq. 7)"""
-    clip_eps_high: float = 0.2
-    """upper clip: the ratio counts as at most 1 + this; DAPO takes 0.28"""
+    clip_eps_low: float = 0.2  # lower clip: the ratio counts as at least 1 - this (arXiv 1707.06347 eq. 7)
+    clip_eps_high: float = 0.2  # upper clip: the ratio counts as at most 1 + this; DAPO takes 0.28
+    # with a negative advantage the loss is at most this many times it (arXiv 1912.09729); 0: off
     dual_clip: float = 0.0
-    """with a negative advantage the loss is at most this many times it (arXiv 1912.09729); 0: off"""
-    beta: float = 0.0
-    """KL coefficient towards the start model; 0: no reference pass at all"""
-    kl_estimator: Literal["k1", "k2", "k3"] = "k3"
-    """estimator of the KL term"""
-    kl_in: Literal["loss", "reward"] = "loss"
-    """KL as a loss term, or subtracted from the rewards"""
-    updates_per_batch: int = 1
-    """optimizer steps on each batch of samples (mu in arXiv 2402.03300 alg. 1)"""
+    beta: float = 0.0  # KL coefficient towards the start model; 0: no reference pass at all
+    kl_estimator: Literal["k1", "k2", "k3"] = "k3"  # estimator of the KL term
+    kl_in: Literal["loss", "reward"] = "loss"  # KL as a loss term, or subtracted from the rewards
+    updates_per_batch: int = 1  # optimizer steps on each batch of samples (mu in arXiv 2402.03300 alg. 1)
+    # old log-probs by a pass of the trainer, not the sampler's own; always so with --ratio sequence
     recompute_old: bool = False
-    """old log-probs by a pass of the trainer, not the sampler's own; always so with --ratio sequence"""
+    # weight tokens by trainer's over sampler's probability: capped, or dropped when outside [1/cap, cap]
     sampler_correction: Literal["none", "truncate", "mask"] = "none"
-    """weight tokens by trainer's over sampler's probability: capped, or dropped when outside [1/cap, cap]"""
-    sampler_correction_cap: float = 2.0
-    """cap of that weight"""
+    sampler_correction_cap: float = 2.0  # cap of that weight
+    # draw further questions in place of groups whose samples are all right or all wrong (DAPO)
     dynamic_sampling: bool = False
-    """draw further questions in place of groups whose samples are all right or all wrong (DAPO)"""
-    max_refills: int = 4
-    """most further draws per step with --dynamic-sampling"""
+    max_refills: int = 4  # most further draws per step with --dynamic-sampling
+    # the last tokens before max_new_tokens over which the reward falls by up to 1 (DAPO); 0: off
     overlong_buffer: int = 0
-    """the last tokens before max_new_tokens over which the reward falls by up to 1 (DAPO); 0: off"""
+    # leave truncated rows out of the loss and its denominators (their reward stays in the group's mean)
     mask_truncated: bool = False
-    """leave truncated rows out of the loss and its denominators (their reward stays in the group's mean)"""
+
     # ---- optimizer ----
+
+    # AdamW's peak learning rate; 0: by the kind of model and training (`resolve`), printed at the start
     lr: float = 0.0
-    """AdamW's peak learning rate; 0: by the kind of model and training (`resolve`), printed at the start"""
-    warmup_steps: int = 5
-    """steps of linear warm-up"""
-    lr_schedule: Literal["constant", "linear", "cosine"] = "constant"
-    """after the warm-up"""
-    weight_decay: float = 0.0
-    """AdamW's decoupled decay"""
-    max_grad_norm: float = 1.0
-    """clip the gradient's norm to this"""
+    warmup_steps: int = 5  # steps of linear warm-up
+    lr_schedule: Literal["constant", "linear", "cosine"] = "constant"  # after the warm-up
+    weight_decay: float = 0.0  # AdamW's decoupled decay
+    max_grad_norm: float = 1.0  # clip the gradient's norm to this
+
     # ---- evaluation ----
+
+    # steps between evaluations; one before the first step and one after the last are always made
     eval_every: int = 20
-    """steps between evaluations; one before the first step and one after the last are always made"""
-    eval_samples: int = 0
-    """samples per held-out question for pass@k, beside the greedy one; 0: none"""
-    eval_temperature: float = 0.5
-    """of those samples"""
-    eval_k: tuple[int, ...] = ()
-    """report pass@k for these k (each at most eval_samples)"""
-    show_every: int = 10
-    """steps between printed samples"""
+    eval_samples: int = 0  # samples per held-out question for pass@k, beside the greedy one; 0: none
+    eval_temperature: float = 0.5  # of those samples
+    eval_k: tuple[int, ...] = ()  # report pass@k for these k (each at most eval_samples)
+    show_every: int = 10  # steps between printed samples
+
+
+def policy_loss(logprobs, old_logprobs, advantages, mask, *, ratio, clip, clip_eps_low, clip_eps_high,
+                dual_clip=0.0):
+    """The clipped policy-gradient loss of each token, and where the lower and upper clip acts.
+
+    Shapes: logprobs, old_logprobs, mask [B, T], advantages [B] -> loss [B, T], low [B, T], high [B, T]; 0
+    outside the mask, whatever stands there. With rho = exp(logprob - old):
+    ratio "token": rho of each token (PPO, arXiv 1707.06347 eq. 7); "sequence": the geometric mean of the
+    row's rho at each of its tokens (GSPO, arXiv 2507.18071 eq. 7).
+    clip "min": -min(rho A, clip(rho) A), and with dual_clip c > 0 at most -c A for A < 0 (arXiv 1912.09729);
+    "detach": -sg(min(rho, 1 + high)) A logprob (CISPO, arXiv 2506.13585 eq. 4).
+    """
+    logprobs, old_logprobs = (torch.where(mask, x, 0.0) for x in (logprobs, old_logprobs))
+    log_ratio = logprobs - old_logprobs
+    if ratio == "sequence":
+        log_ratio = (log_ratio.sum(1) / mask.sum(1).clamp(min=1))[:, None].expand_as(log_ratio)
+    A, rho = advantages[:, None], log_ratio.exp()
+    low, high = mask & (A < 0) & (rho < 1 - clip_eps_low), mask & (A > 0) & (rho > 1 + clip_eps_high)
+    if clip == "detach":
+        return (-torch.where(mask, rho.detach().clamp(max=1 + clip_eps_high) * A * logprobs, 0.0),
+                torch.zeros_like(low), high)
+    objective = torch.minimum(rho * A, rho.clamp(1 - clip_eps_low, 1 + clip_eps_high) * A)
+    if dual_clip:
+        objective = torch.where(A < 0, torch.maximum(objective, dual_clip * A), objective)
+    return -torch.where(mask, objective, 0.0), low, high
+
+
+def group_advantages(rewards, groups, scaling):
+    """How much better each sample was than the others of its prompt.
+
+    Shapes: rewards [N] (NaN: the sample is left out of its group and gets 0), groups [N] ids -> [N], float64.
+    scaling, with m and s the group's mean and standard deviation (N - 1): "std" (R - m) / (s + 1e-4), GRPO,
+    arXiv 2402.03300 sec. 4.1.2; "none" R - m, Dr. GRPO, arXiv 2503.20783; "loo" R - mean of the others, RLOO,
+    arXiv 2402.14740. A group of equal rewards gets exactly 0, whatever rounding makes of its mean.
+    """
+    advantages = torch.zeros(len(rewards), dtype=torch.float64)
+    for group in groups.unique():
+        rows = (groups == group) & ~rewards.isnan()
+        R = rewards[rows].double()
+        if len(R) and R.max() > R.min():
+            centred = R - R.mean()
+            advantages[rows] = {"std": centred / (R.std() + 1e-4), "none": centred,
+                                "loo": centred * len(R) / (len(R) - 1)}[scaling]
+    return advantages
+
+
+def row_weights(aggregation, lengths, n_sequences, n_tokens, max_new_tokens):
+    """Weight [B] of each row's sum of token losses; what the weighted sum over micro-batches and ranks is:
+
+    "sequence": the mean over rows of the mean over their tokens (GRPO); "token": the mean over all tokens
+    (DAPO, arXiv 2503.14476 eq. 8); "constant": the sum over n_sequences * max_new_tokens (Dr. GRPO).
+    n_sequences and n_tokens count the whole optimizer step, the skipped rows and the other ranks included:
+    micro-batching changes no gradient.
+    """
+    lengths = lengths.double()
+    return {"sequence": 1 / (n_sequences * lengths.clamp(min=1)),
+            "token": torch.full_like(lengths, 1 / max(1, n_tokens)),
+            "constant": torch.full_like(lengths, 1 / (max(1, n_sequences) * max_new_tokens))
+            }[aggregation].float()
+
+
+def kl_estimate(logprobs, ref_logprobs, kind):
+    """Per-token estimate of KL(policy || reference) from tokens the policy sampled, in nats; [...] -> [...].
+
+    With d = logprob - ref: k1 = d, k2 = d^2 / 2, k3 = exp(-d) - 1 + d, never negative (Schulman,
+    "Approximating KL Divergence", 2020). As a loss term they pull differently: k1 not at all (its expected
+    gradient is 0), k2 along KL(policy || ref), k3 along KL(ref || policy); k1 in the reward pulls along
+    KL(policy || ref) again.
+    """
+    d = logprobs - ref_logprobs
+    return {"k1": d, "k2": d**2 / 2, "k3": torch.exp(-d) - 1 + d}[kind]
+
+
+def overlong_penalty(length, max_new_tokens, buffer):
+    """0 up to max_new_tokens - buffer, falling to -1 at max_new_tokens (DAPO, arXiv 2503.14476 eq. 13)."""
+    return -min(1.0, max(0.0, (length - (max_new_tokens - buffer)) / buffer)) if buffer else 0.0
+
+
+def sampler_weights(old_logprobs, sampled_logprobs, mask, kind, cap):
+    """Importance weight [B, T], trainer's over sampler's probability, without gradient: truncated or masked.
+
+    Source: truncated importance sampling, as in verl's rollout correction; weights are per token.
+    """
+    weight = torch.where(mask, old_logprobs - sampled_logprobs, 0.0).exp()
+    return (weight.clamp(max=cap) if kind == "truncate"
+            else ((weight <= cap) & (weight >= 1 / cap)).to(weight.dtype))
+
+
+@dataclass
+class Rollout:
+    """One sample of one question, and what is found out about it on the way to the loss."""
+
+    example: data.Example
+    group: int  # number of the question within the step, the same on every rank
+    sample: int  # 0 .. G - 1
+    prompt_ids: list[int]
+    completion: "Completion"
+    response: str = ""  # the text up to the stop token
+    rewards: dict[str, float] = field(default_factory=dict)
+    correct: float = 0.0
+    reward: float = 0.0  # weighted sum; NaN where a reward function failed
+    advantage: float = 0.0
+    old_logprobs: torch.Tensor | None = None  # [L], as ref_logprobs
+    ref_logprobs: torch.Tensor | None = None
+    kl: float = 0.0  # the estimate summed over the completion, when it was sampled
+
+    def __len__(self):
+        return len(self.prompt_ids) + len(self.completion.ids)
+
+
+def sample_rollouts(sampler, questions, prompt_ids, args, step, run):
+    """G rollouts of each (group, example), group by group."""
+    keys = [[noise_key(args.seed, step, group, g) for g in range(args.num_generations)]
+            for group, _ in questions]
+    completions = sample_all(sampler, [prompt_ids[e.id] for _, e in questions], keys, args.max_new_tokens,
+                             args.temperature, run, f"step {step}")
+    return [Rollout(example, group, g, prompt_ids[example.id], completion)
+            for (group, example), row in zip(questions, completions) for g, completion in enumerate(row)]
+
+
+def score_rollouts(rollouts, reward_functions, args, tokenizer):
+    """Fill in response, rewards, correct and reward. Returns a line on the first failed reward, or ""."""
+    for r in rollouts:
+        r.response = r.completion.text(tokenizer)
+    scored = rewards.score(reward_functions, [r.example for r in rollouts], [r.response for r in rollouts],
+                           timeout_s=args.reward_timeout)
+    for i, r in enumerate(rollouts):
+        r.rewards = {name: values[i] for name, values in scored["rewards"].items()}
+        r.reward, r.correct = scored["total"][i], scored["correct"][i]
+        if args.overlong_buffer:
+            r.rewards["overlong"] = overlong_penalty(
+                len(r.completion.ids), args.max_new_tokens, args.overlong_buffer)
+            r.reward += r.rewards["overlong"]
+    return scored["error"]
+
+
+def collect(sampler, questions, prompt_ids, reward_functions, args, step, position, tokenizer, run):
+    """This rank's scored rollouts, the groups (of all ranks) to train on, questions drawn, a reward's error.
+
+    With dynamic sampling further questions are drawn until enough groups hold right and wrong samples (or,
+    without the reward `correctness`, rewards that differ); the first prompts_per_step such groups are trained
+    on, in the order of the questions whatever the number of ranks.
+    """
+    rollouts, groups, drawn, error = [], [], 0, ""
+    while True:
+        rows = data.batch_indices(len(questions), position + drawn, args.prompts_per_step, args.seed)
+        mine = dist.share([(drawn + i, questions[row]) for i, row in enumerate(rows)])
+        drawn += args.prompts_per_step
+        with run.phase("sample"):
+            fresh = sample_rollouts(sampler, mine, prompt_ids, args, step, run)
+        with run.phase("reward"):
+            error = score_rollouts(fresh, reward_functions, args, tokenizer) or error
+        rollouts += fresh
+        if not args.dynamic_sampling:
+            return rollouts, set(range(drawn)), drawn, error
+        scores = {g: {r.rewards.get("correctness", r.reward) for r in fresh
+                      if r.group == g and not math.isnan(r.reward)} for g, _ in mine}
+        mixed = [g for g in scores if len(scores[g]) > 1]
+        groups += sorted(itertools.chain(*dist.gather(mixed)))
+        if len(groups) >= args.prompts_per_step or drawn > args.max_refills * args.prompts_per_step:
+            return rollouts, set(groups[:args.prompts_per_step]), drawn, error
+
+
+def accumulate_gradients(model, rollouts, args, n_sequences, n_tokens, tokens_per_batch, device):
+    """Add the gradient of the step's loss over this rank's rollouts; returns token sums for the metrics."""
+    sums = dict.fromkeys(("loss", "kl", "clip_low", "clip_high", "gap", "gap_max", "tokens"),
+                         torch.zeros((), device=device))
+    batches = pack([len(r) for r in rollouts], tokens_per_batch)
+    for rows in shard.micro_batches(model, batches, partial(token_logprobs, model)):
+        batch = [rollouts[i] for i in rows]
+        input_ids, cpu_mask = make_batch(
+            [r.prompt_ids for r in batch], [r.completion.ids for r in batch], device)
+        mask = cpu_mask.to(device)
+        old = pad_logprobs([r.old_logprobs for r in batch], cpu_mask).to(device)
+        sampled = pad_logprobs([r.completion.logprobs for r in batch], cpu_mask).to(device)
+        advantages = torch.tensor([r.advantage for r in batch], dtype=torch.float32).to(device)
+        lengths = cpu_mask.sum(1).to(device)
+        logprobs = token_logprobs(model, input_ids, cpu_mask, args.temperature)  # [B, T]
+        loss, low, high = policy_loss(
+            logprobs, old, advantages, mask, ratio=args.ratio, clip=args.clip, clip_eps_low=args.clip_eps_low,
+            clip_eps_high=args.clip_eps_high, dual_clip=args.dual_clip)
+        if args.beta and args.kl_in == "loss":
+            ref = pad_logprobs([r.ref_logprobs for r in batch], cpu_mask).to(device)
+            kl = torch.where(mask, kl_estimate(logprobs, ref, args.kl_estimator), 0.0)
+            loss, sums["kl"] = loss + args.beta * kl, sums["kl"] + kl.detach().sum()
+        if args.sampler_correction != "none":
+            loss = loss * sampler_weights(
+                old, sampled, mask, args.sampler_correction, args.sampler_correction_cap)
+        weights = row_weights(args.aggregation, lengths, n_sequences, n_tokens, args.max_new_tokens)
+        loss = (loss.sum(1) * weights).sum()
+        loss.backward()
+        gap = torch.where(mask, (logprobs.detach() - sampled).abs(), 0.0)
+        sums["gap_max"] = torch.maximum(sums["gap_max"], gap.max())
+        for name, value in (("loss", loss.detach()), ("clip_low", low.sum()), ("clip_high", high.sum()),
+                            ("gap", gap.sum()), ("tokens", mask.sum())):
+            sums[name] = sums[name] + value
+    return {name: value.item() for name, value in sums.items()}
+
+
+def csv_row(r, step):
+    return {"step": step, "group": r.group, "reward": r.reward,
+            **{f"reward/{k}": v for k, v in r.rewards.items()}, "advantage": r.advantage,
+            **rewards.answer_row(r.example, r.sample, r.completion, r.response, r.correct)}
+
+
+def log_step(run, step, args, sampled, sums, accumulated_reward, sampled_tokens, more):
+    """Metrics of a step over all ranks, its rollouts to samples.csv, and now and then one to the terminal."""
+    rows = dist.gather_rows([csv_row(r, step) for r in sampled], "group", "sample")
+    run.write_rows(rows)
+
+    def column(name):
+        return [row[name] for row in rows if not math.isnan(row[name])]
+
+    known, n_tokens = column("reward"), sum(column("tokens"))
+    sums = dist.sum_dict({k: v for k, v in sums.items() if k != "gap_max"}, run.device) | {
+        "gap_max": max(dist.gather(sums["gap_max"]))}
+    live_tokens = max(1, sums["tokens"])
+    average = mean(known)
+    metrics = {
+        "reward": average, "reward/std": mean([(x - average) ** 2 for x in known]) ** 0.5,
+        "reward/min": min(known, default=0.0), "reward/max": max(known, default=0.0),
+        **{name: mean(column(name)) for name in rows[0] if name.startswith("reward/")},
+        "accumulated_reward": accumulated_reward + sum(known), "sampled_tokens": sampled_tokens + n_tokens,
+        "correct": mean(column("correct")), "tokens": n_tokens / len(rows),
+        "tokens/max": max(column("tokens")), "truncated": 1 - mean(column("finished")),
+        "entropy": -sum(row["logprob"] for row in rows) / n_tokens, "reward_failed": len(rows) - len(known),
+        "loss": sums["loss"], "kl": sums["kl"] / max(1, sums.get("kl_tokens", live_tokens)),
+        "clip_low": sums["clip_low"] / live_tokens,
+        "clip_high": sums["clip_high"] / live_tokens, "sampler_gap": sums["gap"] / live_tokens,
+        "sampler_gap/max": sums["gap_max"], "tokens_trained": sums["tokens"],
+        "rows_trained": sums["rows"], **more}
+    last_step = args.max_steps
+    if args.token_budget:  # as many more steps as this pace needs
+        last_step = min(last_step, math.ceil(step * args.token_budget / metrics["sampled_tokens"]))
+    metrics = run.log(step, metrics, max(step, last_step),
+                      show=("reward", "correct", "tokens", "kl", "sampler_gap", "grad_norm"))
+    if metrics["truncated"] > 0.5:
+        run.print(f"  {metrics['truncated']:.0%} of the answers hit --max-new-tokens {args.max_new_tokens}")
+    if step % args.show_every == 0:
+        row = rows[0]
+        parts = ", ".join(f"{key[7:]} {value:.2g}" for key, value in row.items() if key.startswith("reward/"))
+        run.print(f"  Q: {row['prompt']}\n  A: {row['completion']}\n"
+                  f"  reward {row['reward']:.3g} ({parts}), gold {row['answer']}")
+    return metrics
+
+
+def evaluate(sampler, questions, prompt_ids, args, step, tokenizer, run):
+    """Metrics of held-out questions: greedy pass@1, pass@k if asked for, lengths; all answers go to eval.csv.
+
+    The questions are split over ranks, each answered once. Sampling noise is keyed apart from training's.
+    """
+    plan = [(0.0, 1)] + ([(args.eval_temperature, args.eval_samples)] if args.eval_samples else [])
+    rows, mine = [], dist.share(questions)
+    for temperature, n in plan:
+        keys = [[noise_key(args.seed, -1, e.id, g) for g in range(n)] for e in mine]
+        completions = sample_all(sampler, [prompt_ids[e.id] for e in mine], keys, args.max_new_tokens,
+                                 temperature, run, "evaluation")
+        rollouts = [Rollout(e, e.id, g, [], completion) for e, row in zip(mine, completions)
+                    for g, completion in enumerate(row)]
+        score_rollouts(rollouts, [], args, tokenizer)
+        rows += [csv_row(r, step) | {"sample": r.sample + (temperature > 0), "temperature": temperature}
+                 for r in rollouts]
+    rows, right = dist.gather_rows(rows, "id", "sample"), {}
+    for row in rows:
+        if row["sample"] > 0:
+            right.setdefault(row["id"], []).append(row["correct"])
+    run.log_evaluation(step, rows, {
+        f"eval/pass@{k} T={args.eval_temperature:g}": mean(
+            [pass_at_k(len(row), sum(row), k) for row in right.values()]) for k in args.eval_k})
+
+
+def pass_at_k(n, c, k):
+    """Unbiased chance that k of n samples, c of them right, hold a right one (Codex, arXiv 2107.03374 eq. 1).
+
+    Errors: ValueError if k > n.
+    """
+    if k > n:
+        raise ValueError(f"pass@{k} needs {k} samples, there are {n}")
+    return 1.0 - math.comb(n - c, k) / math.comb(n, k)
+
+
+def mean(values):
+    return sum(values) / len(values) if values else 0.0
+
+
+def resolve(args, device):
+    """Fill in the defaults that depend on others, and refuse what cannot work, before any load or write."""
+    embedded = models.is_embedded(args.model)
+    if args.num_generations < 2:
+        raise ValueError(f"--num-generations {args.num_generations}: "
+                         "a group of one has no mean to beat; use 2 or more")
+    for name in ("prompts_per_step", "max_new_tokens", "max_steps", "slots", "updates_per_batch",
+                 "save_every", "keep", "eval_questions", "eval_every", "show_every"):
+        if getattr(args, name) < 1:
+            raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be 1 or more")
+    if args.max_grad_norm <= 0:
+        raise ValueError(f"--max-grad-norm {args.max_grad_norm}: must be more than 0 (inf: no clipping)")
+    if args.temperature <= 0:
+        raise ValueError(f"--temperature {args.temperature}: training needs samples that differ; "
+                         "use more than 0")
+    if args.beta and args.kl_in == "loss" and args.kl_estimator == "k1":
+        raise ValueError("--kl-estimator k1 in the loss has an expected gradient of 0; "
+                         "use k2 or k3, or --kl-in reward")
+    if args.eval_k and max(args.eval_k) > args.eval_samples:
+        raise ValueError(f"--eval-k {max(args.eval_k)} needs --eval-samples {max(args.eval_k)} or more")
+    recompute = args.recompute_old or args.ratio == "sequence"  # whose clip is finer than bfloat16's gap
+    if args.sampler_correction != "none" and not recompute:
+        raise ValueError("--sampler-correction compares the trainer's old log-probs with the sampler's: "
+                         "add --recompute-old")
+    return replace(
+        args, recompute_old=recompute,
+        data=args.data or ("arithmetic" if embedded else "gsm8k"),
+        system=args.system or ("" if embedded else data.THINK_ANSWER_SYSTEM),
+        # a CPU's caches are small
+        tokens_per_batch=args.tokens_per_batch or {"cpu": 2048, "cuda": 0}.get(device.type, 8192),
+        lr=args.lr or (1e-3 if embedded else 1e-6 if args.full else 2e-5))
+
+
+def main(args: Args) -> None:
+    # ---- set up: whatever can be wrong is found here ----
+    device = dist.setup(args.device)
+    asked = args = resolve(args, device)
+    if args.dry_run:
+        args = replace(args, max_steps=1, wandb=False, resume=False)
+    check_args(args)
+    dtype = models.choose_dtype(args.dtype, device)
+    tokenizer = models.load_tokenizer(args.model)
+
+    def policy_logprobs(prefixes, answers):  # for the reward answer-prob, under the weights of the moment
+        nonlocal tokens_per_batch
+        values, tokens_per_batch = retry_smaller(
+            lambda size: completion_logprobs(model, prefixes, answers, 1.0, size, device),
+            tokens_per_batch, device, longest + args.max_new_tokens, "tokens per batch")
+        return values
+
+    reward_functions = rewards.parse_rewards(
+        args.rewards,
+        partial(rewards.LearnedReward, dtype=dtype, device=device,
+                tokens_per_batch=args.tokens_per_batch or 8192),
+        partial(rewards.AnswerProbability, tokenizer, lambda e: prompt_ids[e.id], policy_logprobs,
+                args.max_new_tokens))
+    train, held_out = data.train_validation(args.data, n_train=args.train_questions,
+                                            n_validation=args.eval_questions, level=args.level or None,
+                                            seed=args.seed)
+    prompt_ids = {e.id: data.encode_prompt(tokenizer, e.prompt, args.system, args.prompt_template)
+                  for e in train + held_out}
+    if args.max_prompt_tokens:
+        train, held_out = ([e for e in part if len(prompt_ids[e.id]) <= args.max_prompt_tokens]
+                           for part in (train, held_out))
+        if not train or not held_out:
+            raise ValueError(f"--max-prompt-tokens {args.max_prompt_tokens} leaves {len(train)} questions "
+                             f"to train on and {len(held_out)} held out")
+    if args.download_only:
+        return models.download(args.model)
+    longest = max(len(prompt_ids[e.id]) for e in train + held_out)
+    if args.dry_run:
+        train = sorted(train, key=lambda e: -len(prompt_ids[e.id]))[:args.prompts_per_step]
+    torch.manual_seed(args.seed)
+    load_model = partial(models.load_model, args.model, torch.float32 if args.full else dtype, device,
+                         longest + args.max_new_tokens, split=args.shard, quantize=args.quantize)
+    model = load_model()
+    models.check_token_ids(model, tokenizer)
+    reference = None  # the KL's frozen model: the base with the adapter off; with --full a copy of the start
+    if args.full:
+        params = [p.requires_grad_() for p in model.parameters()]
+        reference = load_model().requires_grad_(False) if args.beta else None
+    else:
+        params = add_lora(model, "policy", args.lora_r, args.lora_alpha, args.lora_targets,
+                          models.layer_range(args.train_layers, model))
+    adapter = None if args.full else adapter_tensors(model, "policy")
+    save_weights = partial(models.save_trained, model, tokenizer, adapter, args)
+    if args.gradient_checkpointing:
+        enable_checkpointing(model)
+    model.train()  # dropout is off (load_model); gradient checkpointing acts in this mode alone
+    optimizer = torch.optim.AdamW(params, lr=args.lr, weight_decay=args.weight_decay,
+                                  foreach=False if args.shard else None,
+                                  fused=device.type == "cuda" and not args.shard)
+    stop_ids = models.stop_ids(model, tokenizer)
+    sampler = Sampler(model, () if args.dry_run else stop_ids, args.slots, dtype,  # dry run: full length
+                      by_layer=args.reshard)
+    if not args.tokens_per_batch:
+        args = replace(args, tokens_per_batch=models.tokens_that_fit(
+            model, params, dtype, sampler.cache_bytes(longest + args.max_new_tokens)))
+    run = Run(args, __file__, device, tags=models.run_tags(args.model, args.data))
+    optimizer.register_step_pre_hook(run.weights_move)
+    compute = partial(torch.autocast, device.type, torch.bfloat16,
+                      enabled=args.full and dtype == torch.bfloat16, cache_enabled=False)
+    run.print(models.describe(args, model, params, dtype))
+    run.print(f"data: {args.data}, {len(train)} questions to train on, {len(held_out)} held out, prompts "
+              f"up to {longest} tokens; {args.prompts_per_step} x {args.num_generations} samples a step")
+
+    step, position, accumulated_reward, bad_steps, tokens_per_batch = 0, 0, 0.0, 0, args.tokens_per_batch
+    sampled_tokens = 0
+    if args.resume:
+        folder, saved = run.load()
+        if folder:
+            models.load_trained(folder, model, adapter)
+            optimizer.load_state_dict(saved["optimizer"])
+            torch.set_rng_state(saved["rng"])
+            step, position, accumulated_reward, sampled_tokens = (saved[name] for name in (
+                "step", "position", "accumulated_reward", "sampled_tokens"))
+            tokens_per_batch = min(tokens_per_batch, saved["tokens_per_batch"])
+            sampler.slots = min(sampler.slots, saved.get("slots", sampler.slots))
+    with compute():
+        run.self_check(self_check(model, params, sampler, [prompt_ids[e.id] for e in train[:3]], args,
+                                  args.temperature, device))
+        if step == 0 and not args.dry_run:
+            evaluate(sampler, held_out, prompt_ids, args, step, tokenizer, run)
+
+    stop, last = False, step == args.max_steps or 0 < args.token_budget <= sampled_tokens
+    while not (last or stop):
+        step += 1
+        with run.profile(step), compute():
+            # ---- sample and reward ----
+            sampled, groups, drawn, error = collect(sampler, train, prompt_ids, reward_functions, args, step,
+                                                    position, tokenizer, run)
+            position += drawn
+            rollouts = [r for r in sampled if r.group in groups]
+
+            # ---- old and reference log-probs, advantage ----
+            with run.phase("logprobs"):
+                def logprobs_under(network):
+                    nonlocal tokens_per_batch
+                    ids = [r.prompt_ids for r in rollouts], [r.completion.ids for r in rollouts]
+                    values, tokens_per_batch = retry_smaller(
+                        lambda size: completion_logprobs(network, *ids, args.temperature, size, device),
+                        tokens_per_batch, device, longest + args.max_new_tokens, "tokens per batch")
+                    return values
+
+                old = (logprobs_under(model) if args.recompute_old
+                       else [torch.tensor(r.completion.logprobs) for r in rollouts])
+                for r, values in zip(rollouts, old):
+                    r.old_logprobs = values
+                if args.beta:
+                    with use_adapter(model, None):
+                        ref = logprobs_under(reference or model)
+                    for r, values in zip(rollouts, ref):
+                        r.ref_logprobs = values
+                        r.kl = kl_estimate(r.old_logprobs, values, args.kl_estimator).sum().item()
+                        if args.kl_in == "reward":
+                            r.reward -= args.beta * r.kl
+            advantages = group_advantages(
+                torch.tensor([r.reward for r in rollouts], dtype=torch.float64),
+                torch.tensor([r.group for r in rollouts], dtype=torch.int64), args.group_scaling)
+            for r, advantage in zip(rollouts, advantages.tolist()):
+                r.advantage = advantage
+
+            # ---- update ----
+            # Rows that cannot move the weights are skipped but stay in the denominators: no number changes.
+            # (A dry run's rows all run to full length and earn about the same: it trains on every one.)
+            counted = [r for r in rollouts if args.dry_run or not math.isnan(r.reward)
+                       and (r.completion.finished or not args.mask_truncated)]
+            moves_all = args.dry_run or args.beta and args.kl_in == "loss"
+            live = [r for r in counted if r.advantage or moves_all]
+            counts = dist.sum_dict({"sequences": len(counted),
+                                    "tokens": sum(len(r.completion.ids) for r in counted)}, device)
+            finite = not dist.any_rank(any(math.isnan(sum(r.completion.logprobs)) for r in sampled), device)
+            with run.phase("update"):
+                for update in range(args.updates_per_batch):
+                    def attempt(size):
+                        optimizer.zero_grad()
+                        return accumulate_gradients(model, live, args, counts["sequences"], counts["tokens"],
+                                                    size, device)
+
+                    sums, tokens_per_batch = retry_smaller(
+                        attempt, tokens_per_batch, device, longest + args.max_new_tokens, "tokens per batch")
+                    dist.sum_gradients(params)
+                    norm = shard.clip_gradients(params, args.max_grad_norm)
+                    for group in optimizer.param_groups:
+                        group["lr"] = learning_rate(step, args)
+                    if math.isfinite(norm) and finite:
+                        optimizer.step()
+                        bad_steps = 0
+                    else:
+                        bad_steps += 1
+                        what = "gradient" if finite else "model"
+                        run.print(f"step {step}: the {what} is not finite; the update is skipped "
+                                  f"({bad_steps} in a row)")
+                    if update == 0:
+                        first_sums = sums
+            optimizer.zero_grad()
+
+        # ---- log ----
+        if error:
+            run.print(f"step {step}: {error}")
+        if args.kl_in == "reward":  # of rows that the loss leaves out, too
+            first_sums |= {"kl": sum(r.kl for r in rollouts),
+                           "kl_tokens": sum(len(r.completion.ids) for r in rollouts)}
+        metrics = log_step(run, step, args, sampled, first_sums | {"rows": len(live)}, accumulated_reward,
+                           sampled_tokens, {
+            "grad_norm": norm, "lr": optimizer.param_groups[0]["lr"], "questions_drawn": drawn,
+            "tokens_per_batch": tokens_per_batch})
+        accumulated_reward, sampled_tokens = metrics["accumulated_reward"], metrics["sampled_tokens"]
+        last = step == args.max_steps or 0 < args.token_budget <= sampled_tokens
+        if args.dry_run:
+            break
+
+        # ---- evaluate ----
+        if step % args.eval_every == 0 or last:
+            with compute():
+                evaluate(sampler, held_out, prompt_ids, args, step, tokenizer, run)
+
+        # ---- save ----
+        due = step % args.save_every == 0 or last or bad_steps >= 5
+        stop = run.remember(step, due, save_weights, {
+            "optimizer": optimizer.state_dict(), "rng": torch.get_rng_state(), "step": step,
+            "position": position, "accumulated_reward": accumulated_reward,
+            "tokens_per_batch": tokens_per_batch, "slots": sampler.slots, "sampled_tokens": sampled_tokens})
+        if bad_steps >= 5:
+            raise ValueError(f"the loss was not finite in {bad_steps} updates in a row; "
+                             f"the state is in {run.path}: lower --lr")
+
+    # ---- the end ----
+    if args.dry_run:
+        run.dry_run_report(metrics, asked.max_steps, metrics["tokens_trained"], model.config,
+                           longest + args.max_new_tokens, sampler)
+        return
+    if last:
+        run.save_final(partial(models.save_plain, model, tokenizer, merged_state_dict(model)) if args.merge
+                       else save_weights)
+        run.before_after()
+    run.finish()
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Shared blocks, word for word in every script that has them (tests/test_copies.py): LoRA, log-probs, sampler
 
 
 class LoRALinear(nn.Module):
@@ -383,6 +870,65 @@ def token_logprobs(model, input_ids, completion_mask, temperature=1.0, attention
     values = TokenLogprobs.apply(hidden, weight, input_ids[rows, columns + 1], temperature,
                                  getattr(model.config, "final_logit_softcapping", None), chunk_tokens)
     return torch.zeros(input_ids.shape, device=input_ids.device).index_put((rows, columns + 1), values)
+
+
+def make_batch(prompt_ids, completion_ids, device):
+    """Right-padded input_ids [B, T] on the device and completion_mask [B, T] on the CPU.
+
+    The mask comes from the lengths: an end token that is also the padding token stays in it.
+    """
+    T = max(len(p) + len(c) for p, c in zip(prompt_ids, completion_ids))
+    input_ids = torch.zeros(len(prompt_ids), T, dtype=torch.int64)
+    mask = torch.zeros(len(prompt_ids), T, dtype=torch.bool)
+    for i, (p, c) in enumerate(zip(prompt_ids, completion_ids)):
+        input_ids[i, :len(p) + len(c)] = torch.tensor(p + c)
+        mask[i, len(p):len(p) + len(c)] = True
+    return input_ids.to(device, non_blocking=True), mask
+
+
+def pad_logprobs(values, mask):
+    """Each row's [L] values at the places of its completion in a [B, T] tensor."""
+    padded = torch.zeros(mask.shape)
+    padded[mask] = torch.cat([torch.as_tensor(value, dtype=torch.float32) for value in values])
+    return padded
+
+
+@torch.no_grad()
+def completion_logprobs(model, prompt_ids, completion_ids, temperature, tokens_per_batch, device):
+    """Log-probs [L] of each row's completion under the model as it stands, a list in the rows' order."""
+    values = [None] * len(prompt_ids)
+    batches = pack([len(p) + len(c) for p, c in zip(prompt_ids, completion_ids)], tokens_per_batch)
+    for rows in shard.micro_batches(model, batches, partial(token_logprobs, model)):
+        input_ids, mask = make_batch([prompt_ids[i] for i in rows], [completion_ids[i] for i in rows], device)
+        logprobs = token_logprobs(model, input_ids, mask, temperature)
+        for i, row, of_row in zip(rows, logprobs.cpu(), mask):
+            values[i] = row[of_row]
+    return values
+
+
+def pack(lengths, tokens_per_batch):
+    """Split rows into micro-batches of similar length: lists of row numbers, each row once.
+
+    A micro-batch, padded to its longest row, holds at most tokens_per_batch tokens (one row may exceed it).
+    Of all ways to cut the rows, sorted by length, it is the one with the fewest padded tokens, where each
+    micro-batch counts tokens_per_batch / 8 more: a pass has a cost of its own, on a GPU launches.
+    """
+    rows = sorted(range(len(lengths)), key=lambda row: -lengths[row])
+    least, begin = [0.0], [0]  # of the first n rows: the least cost, and where their last micro-batch begins
+    for n in range(1, len(rows) + 1):
+        costs = {}
+        for start in range(n - 1, -1, -1):
+            padded = (n - start) * lengths[rows[start]]
+            if padded > tokens_per_batch and costs:
+                break
+            costs[start] = least[start] + padded + tokens_per_batch / 8
+        begin.append(min(costs, key=costs.get))
+        least.append(costs[begin[n]])
+    batches, end = [], len(rows)
+    while end:
+        batches.append(rows[begin[end]:end])
+        end = begin[end]
+    return batches[::-1]
 
 
 @dataclass
@@ -888,245 +1434,6 @@ class Sampler:
         return done
 
 
-def group_advantages(rewards, groups, scaling):
-    """How much better each sample was than the others of its prompt.
-
-    Shapes: rewards [N] (NaN: the sample is left out of its group and gets 0), groups [N] ids -> [N], float64.
-    scaling, with m and s the group's mean and standard deviation (N - 1): "std" (R - m) / (s + 1e-4), GRPO,
-    arXiv 2402.03300 sec. 4.1.2; "none" R - m, Dr. GRPO, arXiv 2503.20783; "loo" R - mean of the others, RLOO,
-    arXiv 2402.14740. A group of equal rewards gets exactly 0, whatever rounding makes of its mean.
-    """
-    advantages = torch.zeros(len(rewards), dtype=torch.float64)
-    for group in groups.unique():
-        rows = (groups == group) & ~rewards.isnan()
-        R = rewards[rows].double()
-        if len(R) and R.max() > R.min():
-            centred = R - R.mean()
-            advantages[rows] = {"std": centred / (R.std() + 1e-4), "none": centred,
-                                "loo": centred * len(R) / (len(R) - 1)}[scaling]
-    return advantages
-
-
-def policy_loss(logprobs, old_logprobs, advantages, mask, *, ratio, clip, clip_eps_low, clip_eps_high,
-                dual_clip=0.0):
-    """The clipped policy-gradient loss of each token, and where the lower and upper clip acts.
-
-    Shapes: logprobs, old_logprobs, mask [B, T], advantages [B] -> loss [B, T], low [B, T], high [B, T]; 0
-    outside the mask, whatever stands there. With rho = exp(logprob - old):
-    ratio "token": rho of each token (PPO, arXiv 1707.06347 eq. 7); "sequence": the geometric mean of the
-    row's rho at each of its tokens (GSPO, arXiv 2507.18071 eq. 7).
-    clip "min": -min(rho A, clip(rho) A), and with dual_clip c > 0 at most -c A for A < 0 (arXiv 1912.09729);
-    "detach": -sg(min(rho, 1 + high)) A logprob (CISPO, arXiv 2506.13585 eq. 4).
-    """
-    logprobs, old_logprobs = (torch.where(mask, x, 0.0) for x in (logprobs, old_logprobs))
-    log_ratio = logprobs - old_logprobs
-    if ratio == "sequence":
-        log_ratio = (log_ratio.sum(1) / mask.sum(1).clamp(min=1))[:, None].expand_as(log_ratio)
-    A, rho = advantages[:, None], log_ratio.exp()
-    low, high = mask & (A < 0) & (rho < 1 - clip_eps_low), mask & (A > 0) & (rho > 1 + clip_eps_high)
-    if clip == "detach":
-        return (-torch.where(mask, rho.detach().clamp(max=1 + clip_eps_high) * A * logprobs, 0.0),
-                torch.zeros_like(low), high)
-    objective = torch.minimum(rho * A, rho.clamp(1 - clip_eps_low, 1 + clip_eps_high) * A)
-    if dual_clip:
-        objective = torch.where(A < 0, torch.maximum(objective, dual_clip * A), objective)
-    return -torch.where(mask, objective, 0.0), low, high
-
-
-def kl_estimate(logprobs, ref_logprobs, kind):
-    """Per-token estimate of KL(policy || reference) from tokens the policy sampled, in nats; [...] -> [...].
-
-    With d = logprob - ref: k1 = d, k2 = d^2 / 2, k3 = exp(-d) - 1 + d, never negative (Schulman,
-    "Approximating KL Divergence", 2020). As a loss term they pull differently: k1 not at all (its expected
-    gradient is 0), k2 along KL(policy || ref), k3 along KL(ref || policy); k1 in the reward pulls along
-    KL(policy || ref) again.
-    """
-    d = logprobs - ref_logprobs
-    return {"k1": d, "k2": d**2 / 2, "k3": torch.exp(-d) - 1 + d}[kind]
-
-
-def row_weights(aggregation, lengths, n_sequences, n_tokens, max_new_tokens):
-    """Weight [B] of each row's sum of token losses; what the weighted sum over micro-batches and ranks is:
-
-    "sequence": the mean over rows of the mean over their tokens (GRPO); "token": the mean over all tokens
-    (DAPO, arXiv 2503.14476 eq. 8); "constant": the sum over n_sequences * max_new_tokens (Dr. GRPO).
-    n_sequences and n_tokens count the whole optimizer step, the skipped rows and the other ranks included:
-    micro-batching changes no gradient.
-    """
-    lengths = lengths.double()
-    return {"sequence": 1 / (n_sequences * lengths.clamp(min=1)),
-            "token": torch.full_like(lengths, 1 / max(1, n_tokens)),
-            "constant": torch.full_like(lengths, 1 / (max(1, n_sequences) * max_new_tokens))
-            }[aggregation].float()
-
-
-def overlong_penalty(length, max_new_tokens, buffer):
-    """0 up to max_new_tokens - buffer, falling to -1 at max_new_tokens (DAPO, arXiv 2503.14476 eq. 13)."""
-    return -min(1.0, max(0.0, (length - (max_new_tokens - buffer)) / buffer)) if buffer else 0.0
-
-
-def pass_at_k(n, c, k):
-    """Unbiased chance that k of n samples, c of them right, hold a right one (Codex, arXiv 2107.03374 eq. 1).
-
-    Errors: ValueError if k > n.
-    """
-    if k > n:
-        raise ValueError(f"pass@{k} needs {k} samples, there are {n}")
-    return 1.0 - math.comb(n - c, k) / math.comb(n, k)
-
-
-def pack(lengths, tokens_per_batch):
-    """Split rows into micro-batches of similar length: lists of row numbers, each row once.
-
-    A micro-batch, padded to its longest row, holds at most tokens_per_batch tokens (one row may exceed it).
-    Of all ways to cut the rows, sorted by length, it is the one with the fewest padded tokens, where each
-    micro-batch counts tokens_per_batch / 8 more: a pass has a cost of its own, on a GPU launches.
-    """
-    rows = sorted(range(len(lengths)), key=lambda row: -lengths[row])
-    least, begin = [0.0], [0]  # of the first n rows: the least cost, and where their last micro-batch begins
-    for n in range(1, len(rows) + 1):
-        costs = {}
-        for start in range(n - 1, -1, -1):
-            padded = (n - start) * lengths[rows[start]]
-            if padded > tokens_per_batch and costs:
-                break
-            costs[start] = least[start] + padded + tokens_per_batch / 8
-        begin.append(min(costs, key=costs.get))
-        least.append(costs[begin[n]])
-    batches, end = [], len(rows)
-    while end:
-        batches.append(rows[begin[end]:end])
-        end = begin[end]
-    return batches[::-1]
-
-
-def learning_rate(step, args):
-    """Rate of step 1, 2, ...: linear warm-up to args.lr, then constant or linear/cosine to 0 past the end."""
-    if step < args.warmup_steps:
-        return args.lr * step / args.warmup_steps
-    done = (step - args.warmup_steps) / max(1, args.max_steps - args.warmup_steps + 1)
-    return args.lr * {"constant": 1.0, "linear": 1 - done,
-                      "cosine": (1 + math.cos(math.pi * done)) / 2}[args.lr_schedule]
-
-
-@dataclass
-class Rollout:
-    """One sample of one question, and what is found out about it on the way to the loss."""
-
-    example: data.Example
-    group: int  # number of the question within the step, the same on every rank
-    sample: int  # 0 .. G - 1
-    prompt_ids: list[int]
-    completion: Completion
-    response: str = ""  # the text up to the stop token
-    rewards: dict[str, float] = field(default_factory=dict)
-    correct: float = 0.0
-    reward: float = 0.0  # weighted sum; NaN where a reward function failed
-    advantage: float = 0.0
-    old_logprobs: torch.Tensor | None = None  # [L], as ref_logprobs
-    ref_logprobs: torch.Tensor | None = None
-    kl: float = 0.0  # the estimate summed over the completion, when it was sampled
-
-    def __len__(self):
-        return len(self.prompt_ids) + len(self.completion.ids)
-
-
-def make_batch(prompt_ids, completion_ids, device):
-    """Right-padded input_ids [B, T] on the device and completion_mask [B, T] on the CPU.
-
-    The mask comes from the lengths: an end token that is also the padding token stays in it.
-    """
-    T = max(len(p) + len(c) for p, c in zip(prompt_ids, completion_ids))
-    input_ids = torch.zeros(len(prompt_ids), T, dtype=torch.int64)
-    mask = torch.zeros(len(prompt_ids), T, dtype=torch.bool)
-    for i, (p, c) in enumerate(zip(prompt_ids, completion_ids)):
-        input_ids[i, :len(p) + len(c)] = torch.tensor(p + c)
-        mask[i, len(p):len(p) + len(c)] = True
-    return input_ids.to(device, non_blocking=True), mask
-
-
-@torch.no_grad()
-def completion_logprobs(model, prompt_ids, completion_ids, temperature, tokens_per_batch, device):
-    """Log-probs [L] of each row's completion under the model as it stands, a list in the rows' order."""
-    values = [None] * len(prompt_ids)
-    batches = pack([len(p) + len(c) for p, c in zip(prompt_ids, completion_ids)], tokens_per_batch)
-    for rows in shard.micro_batches(model, batches, partial(token_logprobs, model)):
-        input_ids, mask = make_batch([prompt_ids[i] for i in rows], [completion_ids[i] for i in rows], device)
-        logprobs = token_logprobs(model, input_ids, mask, temperature)
-        for i, row, of_row in zip(rows, logprobs.cpu(), mask):
-            values[i] = row[of_row]
-    return values
-
-
-def pad_logprobs(values, mask):
-    """Each row's [L] values at the places of its completion in a [B, T] tensor."""
-    padded = torch.zeros(mask.shape)
-    padded[mask] = torch.cat([torch.as_tensor(value, dtype=torch.float32) for value in values])
-    return padded
-
-
-def accumulate_gradients(model, rollouts, args, n_sequences, n_tokens, tokens_per_batch, device):
-    """Add the gradient of the step's loss over this rank's rollouts; returns token sums for the metrics."""
-    sums = dict.fromkeys(("loss", "kl", "clip_low", "clip_high", "gap", "gap_max", "tokens"),
-                         torch.zeros((), device=device))
-    batches = pack([len(r) for r in rollouts], tokens_per_batch)
-    for rows in shard.micro_batches(model, batches, partial(token_logprobs, model)):
-        batch = [rollouts[i] for i in rows]
-        input_ids, cpu_mask = make_batch(
-            [r.prompt_ids for r in batch], [r.completion.ids for r in batch], device)
-        mask = cpu_mask.to(device)
-        old = pad_logprobs([r.old_logprobs for r in batch], cpu_mask).to(device)
-        sampled = pad_logprobs([r.completion.logprobs for r in batch], cpu_mask).to(device)
-        advantages = torch.tensor([r.advantage for r in batch], dtype=torch.float32).to(device)
-        lengths = cpu_mask.sum(1).to(device)
-        logprobs = token_logprobs(model, input_ids, cpu_mask, args.temperature)  # [B, T]
-        loss, low, high = policy_loss(
-            logprobs, old, advantages, mask, ratio=args.ratio, clip=args.clip, clip_eps_low=args.clip_eps_low,
-            clip_eps_high=args.clip_eps_high, dual_clip=args.dual_clip)
-        if args.beta and args.kl_in == "loss":
-            ref = pad_logprobs([r.ref_logprobs for r in batch], cpu_mask).to(device)
-            kl = torch.where(mask, kl_estimate(logprobs, ref, args.kl_estimator), 0.0)
-            loss, sums["kl"] = loss + args.beta * kl, sums["kl"] + kl.detach().sum()
-        if args.sampler_correction != "none":
-            loss = loss * sampler_weights(
-                old, sampled, mask, args.sampler_correction, args.sampler_correction_cap)
-        weights = row_weights(args.aggregation, lengths, n_sequences, n_tokens, args.max_new_tokens)
-        loss = (loss.sum(1) * weights).sum()
-        loss.backward()
-        gap = torch.where(mask, (logprobs.detach() - sampled).abs(), 0.0)
-        sums["gap_max"] = torch.maximum(sums["gap_max"], gap.max())
-        for name, value in (("loss", loss.detach()), ("clip_low", low.sum()), ("clip_high", high.sum()),
-                            ("gap", gap.sum()), ("tokens", mask.sum())):
-            sums[name] = sums[name] + value
-    return {name: value.item() for name, value in sums.items()}
-
-
-def sampler_weights(old_logprobs, sampled_logprobs, mask, kind, cap):
-    """Importance weight [B, T], trainer's over sampler's probability, without gradient: truncated or masked.
-
-    Source: truncated importance sampling, as in verl's rollout correction; weights are per token.
-    """
-    weight = torch.where(mask, old_logprobs - sampled_logprobs, 0.0).exp()
-    return (weight.clamp(max=cap) if kind == "truncate"
-            else ((weight <= cap) & (weight >= 1 / cap)).to(weight.dtype))
-
-
-def score_rollouts(rollouts, reward_functions, args, tokenizer):
-    """Fill in response, rewards, correct and reward. Returns a line on the first failed reward, or ""."""
-    for r in rollouts:
-        r.response = r.completion.text(tokenizer)
-    scored = rewards.score(reward_functions, [r.example for r in rollouts], [r.response for r in rollouts],
-                           timeout_s=args.reward_timeout)
-    for i, r in enumerate(rollouts):
-        r.rewards = {name: values[i] for name, values in scored["rewards"].items()}
-        r.reward, r.correct = scored["total"][i], scored["correct"][i]
-        if args.overlong_buffer:
-            r.rewards["overlong"] = overlong_penalty(
-                len(r.completion.ids), args.max_new_tokens, args.overlong_buffer)
-            r.reward += r.rewards["overlong"]
-    return scored["error"]
-
-
 def sample_all(sampler, prompt_ids, keys, max_new_tokens, temperature, run, doing):
     """`Sampler.sample` with progress shown; memory that runs out on one rank halves the slots of all."""
     most_rows = max(1, *dist.gather(sum(map(len, keys))))  # of a rank: only fewer slots save memory
@@ -1138,119 +1445,6 @@ def sample_all(sampler, prompt_ids, keys, max_new_tokens, temperature, run, doin
                               lambda done, total, _: run.progress(f"{doing}: sampled {done}/{total}"))
 
     return retry_smaller(attempt, min(sampler.slots, most_rows), run.device, 1, "slots")[0]
-
-
-def sample_rollouts(sampler, questions, prompt_ids, args, step, run):
-    """G rollouts of each (group, example), group by group."""
-    keys = [[noise_key(args.seed, step, group, g) for g in range(args.num_generations)]
-            for group, _ in questions]
-    completions = sample_all(sampler, [prompt_ids[e.id] for _, e in questions], keys, args.max_new_tokens,
-                             args.temperature, run, f"step {step}")
-    return [Rollout(example, group, g, prompt_ids[example.id], completion)
-            for (group, example), row in zip(questions, completions) for g, completion in enumerate(row)]
-
-
-def collect(sampler, questions, prompt_ids, reward_functions, args, step, position, tokenizer, run):
-    """This rank's scored rollouts, the groups (of all ranks) to train on, questions drawn, a reward's error.
-
-    With dynamic sampling further questions are drawn until enough groups hold right and wrong samples (or,
-    without the reward `correctness`, rewards that differ); the first prompts_per_step such groups are trained
-    on, in the order of the questions whatever the number of ranks.
-    """
-    rollouts, groups, drawn, error = [], [], 0, ""
-    while True:
-        rows = data.batch_indices(len(questions), position + drawn, args.prompts_per_step, args.seed)
-        mine = dist.share([(drawn + i, questions[row]) for i, row in enumerate(rows)])
-        drawn += args.prompts_per_step
-        with run.phase("sample"):
-            fresh = sample_rollouts(sampler, mine, prompt_ids, args, step, run)
-        with run.phase("reward"):
-            error = score_rollouts(fresh, reward_functions, args, tokenizer) or error
-        rollouts += fresh
-        if not args.dynamic_sampling:
-            return rollouts, set(range(drawn)), drawn, error
-        scores = {g: {r.rewards.get("correctness", r.reward) for r in fresh
-                      if r.group == g and not math.isnan(r.reward)} for g, _ in mine}
-        mixed = [g for g in scores if len(scores[g]) > 1]
-        groups += sorted(itertools.chain(*dist.gather(mixed)))
-        if len(groups) >= args.prompts_per_step or drawn > args.max_refills * args.prompts_per_step:
-            return rollouts, set(groups[:args.prompts_per_step]), drawn, error
-
-
-def csv_row(r, step):
-    return {"step": step, "group": r.group, "reward": r.reward,
-            **{f"reward/{k}": v for k, v in r.rewards.items()}, "advantage": r.advantage,
-            **rewards.answer_row(r.example, r.sample, r.completion, r.response, r.correct)}
-
-
-def evaluate(sampler, questions, prompt_ids, args, step, tokenizer, run):
-    """Metrics of held-out questions: greedy pass@1, pass@k if asked for, lengths; all answers go to eval.csv.
-
-    The questions are split over ranks, each answered once. Sampling noise is keyed apart from training's.
-    """
-    plan = [(0.0, 1)] + ([(args.eval_temperature, args.eval_samples)] if args.eval_samples else [])
-    rows, mine = [], dist.share(questions)
-    for temperature, n in plan:
-        keys = [[noise_key(args.seed, -1, e.id, g) for g in range(n)] for e in mine]
-        completions = sample_all(sampler, [prompt_ids[e.id] for e in mine], keys, args.max_new_tokens,
-                                 temperature, run, "evaluation")
-        rollouts = [Rollout(e, e.id, g, [], completion) for e, row in zip(mine, completions)
-                    for g, completion in enumerate(row)]
-        score_rollouts(rollouts, [], args, tokenizer)
-        rows += [csv_row(r, step) | {"sample": r.sample + (temperature > 0), "temperature": temperature}
-                 for r in rollouts]
-    rows, right = dist.gather_rows(rows, "id", "sample"), {}
-    for row in rows:
-        if row["sample"] > 0:
-            right.setdefault(row["id"], []).append(row["correct"])
-    run.log_evaluation(step, rows, {
-        f"eval/pass@{k} T={args.eval_temperature:g}": mean(
-            [pass_at_k(len(row), sum(row), k) for row in right.values()]) for k in args.eval_k})
-
-
-def mean(values):
-    return sum(values) / len(values) if values else 0.0
-
-
-def log_step(run, step, args, sampled, sums, accumulated_reward, sampled_tokens, more):
-    """Metrics of a step over all ranks, its rollouts to samples.csv, and now and then one to the terminal."""
-    rows = dist.gather_rows([csv_row(r, step) for r in sampled], "group", "sample")
-    run.write_rows(rows)
-
-    def column(name):
-        return [row[name] for row in rows if not math.isnan(row[name])]
-
-    known, n_tokens = column("reward"), sum(column("tokens"))
-    sums = dist.sum_dict({k: v for k, v in sums.items() if k != "gap_max"}, run.device) | {
-        "gap_max": max(dist.gather(sums["gap_max"]))}
-    live_tokens = max(1, sums["tokens"])
-    average = mean(known)
-    metrics = {
-        "reward": average, "reward/std": mean([(x - average) ** 2 for x in known]) ** 0.5,
-        "reward/min": min(known, default=0.0), "reward/max": max(known, default=0.0),
-        **{name: mean(column(name)) for name in rows[0] if name.startswith("reward/")},
-        "accumulated_reward": accumulated_reward + sum(known), "sampled_tokens": sampled_tokens + n_tokens,
-        "correct": mean(column("correct")), "tokens": n_tokens / len(rows),
-        "tokens/max": max(column("tokens")), "truncated": 1 - mean(column("finished")),
-        "entropy": -sum(row["logprob"] for row in rows) / n_tokens, "reward_failed": len(rows) - len(known),
-        "loss": sums["loss"], "kl": sums["kl"] / max(1, sums.get("kl_tokens", live_tokens)),
-        "clip_low": sums["clip_low"] / live_tokens,
-        "clip_high": sums["clip_high"] / live_tokens, "sampler_gap": sums["gap"] / live_tokens,
-        "sampler_gap/max": sums["gap_max"], "tokens_trained": sums["tokens"],
-        "rows_trained": sums["rows"], **more}
-    last_step = args.max_steps
-    if args.token_budget:  # as many more steps as this pace needs
-        last_step = min(last_step, math.ceil(step * args.token_budget / metrics["sampled_tokens"]))
-    metrics = run.log(step, metrics, max(step, last_step),
-                      show=("reward", "correct", "tokens", "kl", "sampler_gap", "grad_norm"))
-    if metrics["truncated"] > 0.5:
-        run.print(f"  {metrics['truncated']:.0%} of the answers hit --max-new-tokens {args.max_new_tokens}")
-    if step % args.show_every == 0:
-        row = rows[0]
-        parts = ", ".join(f"{key[7:]} {value:.2g}" for key, value in row.items() if key.startswith("reward/"))
-        run.print(f"  Q: {row['prompt']}\n  A: {row['completion']}\n"
-                  f"  reward {row['reward']:.3g} ({parts}), gold {row['answer']}")
-    return metrics
 
 
 @torch.no_grad()
@@ -1332,243 +1526,13 @@ def self_check(model, params, sampler, prompt_ids, args, temperature, device):
     return checks
 
 
-def resolve(args, device):
-    """Fill in the defaults that depend on others, and refuse what cannot work, before any load or write."""
-    embedded = models.is_embedded(args.model)
-    if args.num_generations < 2:
-        raise ValueError(f"--num-generations {args.num_generations}: "
-                         "a group of one has no mean to beat; use 2 or more")
-    for name in ("prompts_per_step", "max_new_tokens", "max_steps", "slots", "updates_per_batch",
-                 "save_every", "keep", "eval_questions", "eval_every", "show_every"):
-        if getattr(args, name) < 1:
-            raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be 1 or more")
-    if args.max_grad_norm <= 0:
-        raise ValueError(f"--max-grad-norm {args.max_grad_norm}: must be more than 0 (inf: no clipping)")
-    if args.temperature <= 0:
-        raise ValueError(f"--temperature {args.temperature}: training needs samples that differ; "
-                         "use more than 0")
-    if args.beta and args.kl_in == "loss" and args.kl_estimator == "k1":
-        raise ValueError("--kl-estimator k1 in the loss has an expected gradient of 0; "
-                         "use k2 or k3, or --kl-in reward")
-    if args.eval_k and max(args.eval_k) > args.eval_samples:
-        raise ValueError(f"--eval-k {max(args.eval_k)} needs --eval-samples {max(args.eval_k)} or more")
-    recompute = args.recompute_old or args.ratio == "sequence"  # whose clip is finer than bfloat16's gap
-    if args.sampler_correction != "none" and not recompute:
-        raise ValueError("--sampler-correction compares the trainer's old log-probs with the sampler's: "
-                         "add --recompute-old")
-    return replace(
-        args, recompute_old=recompute,
-        data=args.data or ("arithmetic" if embedded else "gsm8k"),
-        system=args.system or ("" if embedded else data.THINK_ANSWER_SYSTEM),
-        # a CPU's caches are small
-        tokens_per_batch=args.tokens_per_batch or {"cpu": 2048, "cuda": 0}.get(device.type, 8192),
-        lr=args.lr or (1e-3 if embedded else 1e-6 if args.full else 2e-5))
-
-
-def main(args: Args) -> None:
-    # ---- set up: whatever can be wrong is found here ----
-    device = dist.setup(args.device)
-    asked = args = resolve(args, device)
-    if args.dry_run:
-        args = replace(args, max_steps=1, wandb=False, resume=False)
-    check_args(args)
-    dtype = models.choose_dtype(args.dtype, device)
-    tokenizer = models.load_tokenizer(args.model)
-
-    def policy_logprobs(prefixes, answers):  # for the reward answer-prob, under the weights of the moment
-        nonlocal tokens_per_batch
-        values, tokens_per_batch = retry_smaller(
-            lambda size: completion_logprobs(model, prefixes, answers, 1.0, size, device),
-            tokens_per_batch, device, longest + args.max_new_tokens, "tokens per batch")
-        return values
-
-    reward_functions = rewards.parse_rewards(
-        args.rewards,
-        partial(rewards.LearnedReward, dtype=dtype, device=device,
-                tokens_per_batch=args.tokens_per_batch or 8192),
-        partial(rewards.AnswerProbability, tokenizer, lambda e: prompt_ids[e.id], policy_logprobs,
-                args.max_new_tokens))
-    train, held_out = data.train_validation(args.data, n_train=args.train_questions,
-                                            n_validation=args.eval_questions, level=args.level or None,
-                                            seed=args.seed)
-    prompt_ids = {e.id: data.encode_prompt(tokenizer, e.prompt, args.system, args.prompt_template)
-                  for e in train + held_out}
-    if args.max_prompt_tokens:
-        train, held_out = ([e for e in part if len(prompt_ids[e.id]) <= args.max_prompt_tokens]
-                           for part in (train, held_out))
-        if not train or not held_out:
-            raise ValueError(f"--max-prompt-tokens {args.max_prompt_tokens} leaves {len(train)} questions "
-                             f"to train on and {len(held_out)} held out")
-    if args.download_only:
-        return models.download(args.model)
-    longest = max(len(prompt_ids[e.id]) for e in train + held_out)
-    if args.dry_run:
-        train = sorted(train, key=lambda e: -len(prompt_ids[e.id]))[:args.prompts_per_step]
-    torch.manual_seed(args.seed)
-    load_model = partial(models.load_model, args.model, torch.float32 if args.full else dtype, device,
-                         longest + args.max_new_tokens, split=args.shard, quantize=args.quantize)
-    model = load_model()
-    models.check_token_ids(model, tokenizer)
-    reference = None  # the KL's frozen model: the base with the adapter off; with --full a copy of the start
-    if args.full:
-        params = [p.requires_grad_() for p in model.parameters()]
-        reference = load_model().requires_grad_(False) if args.beta else None
-    else:
-        params = add_lora(model, "policy", args.lora_r, args.lora_alpha, args.lora_targets,
-                          models.layer_range(args.train_layers, model))
-    adapter = None if args.full else adapter_tensors(model, "policy")
-    save_weights = partial(models.save_trained, model, tokenizer, adapter, args)
-    if args.gradient_checkpointing:
-        enable_checkpointing(model)
-    model.train()  # dropout is off (load_model); gradient checkpointing acts in this mode alone
-    optimizer = torch.optim.AdamW(params, lr=args.lr, weight_decay=args.weight_decay,
-                                  foreach=False if args.shard else None,
-                                  fused=device.type == "cuda" and not args.shard)
-    stop_ids = models.stop_ids(model, tokenizer)
-    sampler = Sampler(model, () if args.dry_run else stop_ids, args.slots, dtype,  # dry run: full length
-                      by_layer=args.reshard)
-    if not args.tokens_per_batch:
-        args = replace(args, tokens_per_batch=models.tokens_that_fit(
-            model, params, dtype, sampler.cache_bytes(longest + args.max_new_tokens)))
-    run = Run(args, __file__, device, tags=models.run_tags(args.model, args.data))
-    optimizer.register_step_pre_hook(run.weights_move)
-    compute = partial(torch.autocast, device.type, torch.bfloat16,
-                      enabled=args.full and dtype == torch.bfloat16, cache_enabled=False)
-    run.print(models.describe(args, model, params, dtype))
-    run.print(f"data: {args.data}, {len(train)} questions to train on, {len(held_out)} held out, prompts "
-              f"up to {longest} tokens; {args.prompts_per_step} x {args.num_generations} samples a step")
-
-    step, position, accumulated_reward, bad_steps, tokens_per_batch = 0, 0, 0.0, 0, args.tokens_per_batch
-    sampled_tokens = 0
-    if args.resume:
-        folder, saved = run.load()
-        if folder:
-            models.load_trained(folder, model, adapter)
-            optimizer.load_state_dict(saved["optimizer"])
-            torch.set_rng_state(saved["rng"])
-            step, position, accumulated_reward, sampled_tokens = (saved[name] for name in (
-                "step", "position", "accumulated_reward", "sampled_tokens"))
-            tokens_per_batch = min(tokens_per_batch, saved["tokens_per_batch"])
-            sampler.slots = min(sampler.slots, saved.get("slots", sampler.slots))
-    with compute():
-        run.self_check(self_check(model, params, sampler, [prompt_ids[e.id] for e in train[:3]], args,
-                                  args.temperature, device))
-        if step == 0 and not args.dry_run:
-            evaluate(sampler, held_out, prompt_ids, args, step, tokenizer, run)
-
-    stop, last = False, step == args.max_steps or 0 < args.token_budget <= sampled_tokens
-    while not (last or stop):
-        step += 1
-        with run.profile(step), compute():
-            # ---- sample and reward ----
-            sampled, groups, drawn, error = collect(sampler, train, prompt_ids, reward_functions, args, step,
-                                                    position, tokenizer, run)
-            position += drawn
-            rollouts = [r for r in sampled if r.group in groups]
-
-            # ---- old and reference log-probs, advantage ----
-            with run.phase("logprobs"):
-                def logprobs_under(network):
-                    nonlocal tokens_per_batch
-                    ids = [r.prompt_ids for r in rollouts], [r.completion.ids for r in rollouts]
-                    values, tokens_per_batch = retry_smaller(
-                        lambda size: completion_logprobs(network, *ids, args.temperature, size, device),
-                        tokens_per_batch, device, longest + args.max_new_tokens, "tokens per batch")
-                    return values
-
-                old = (logprobs_under(model) if args.recompute_old
-                       else [torch.tensor(r.completion.logprobs) for r in rollouts])
-                for r, values in zip(rollouts, old):
-                    r.old_logprobs = values
-                if args.beta:
-                    with use_adapter(model, None):
-                        ref = logprobs_under(reference or model)
-                    for r, values in zip(rollouts, ref):
-                        r.ref_logprobs = values
-                        r.kl = kl_estimate(r.old_logprobs, values, args.kl_estimator).sum().item()
-                        if args.kl_in == "reward":
-                            r.reward -= args.beta * r.kl
-            advantages = group_advantages(
-                torch.tensor([r.reward for r in rollouts], dtype=torch.float64),
-                torch.tensor([r.group for r in rollouts], dtype=torch.int64), args.group_scaling)
-            for r, advantage in zip(rollouts, advantages.tolist()):
-                r.advantage = advantage
-
-            # ---- update ----
-            # Rows that cannot move the weights are skipped but stay in the denominators: no number changes.
-            # (A dry run's rows all run to full length and earn about the same: it trains on every one.)
-            counted = [r for r in rollouts if args.dry_run or not math.isnan(r.reward)
-                       and (r.completion.finished or not args.mask_truncated)]
-            moves_all = args.dry_run or args.beta and args.kl_in == "loss"
-            live = [r for r in counted if r.advantage or moves_all]
-            counts = dist.sum_dict({"sequences": len(counted),
-                                    "tokens": sum(len(r.completion.ids) for r in counted)}, device)
-            finite = not dist.any_rank(any(math.isnan(sum(r.completion.logprobs)) for r in sampled), device)
-            with run.phase("update"):
-                for update in range(args.updates_per_batch):
-                    def attempt(size):
-                        optimizer.zero_grad()
-                        return accumulate_gradients(model, live, args, counts["sequences"], counts["tokens"],
-                                                    size, device)
-
-                    sums, tokens_per_batch = retry_smaller(
-                        attempt, tokens_per_batch, device, longest + args.max_new_tokens, "tokens per batch")
-                    dist.sum_gradients(params)
-                    norm = shard.clip_gradients(params, args.max_grad_norm)
-                    for group in optimizer.param_groups:
-                        group["lr"] = learning_rate(step, args)
-                    if math.isfinite(norm) and finite:
-                        optimizer.step()
-                        bad_steps = 0
-                    else:
-                        bad_steps += 1
-                        what = "gradient" if finite else "model"
-                        run.print(f"step {step}: the {what} is not finite; the update is skipped "
-                                  f"({bad_steps} in a row)")
-                    if update == 0:
-                        first_sums = sums
-            optimizer.zero_grad()
-
-        # ---- log ----
-        if error:
-            run.print(f"step {step}: {error}")
-        if args.kl_in == "reward":  # of rows that the loss leaves out, too
-            first_sums |= {"kl": sum(r.kl for r in rollouts),
-                           "kl_tokens": sum(len(r.completion.ids) for r in rollouts)}
-        metrics = log_step(run, step, args, sampled, first_sums | {"rows": len(live)}, accumulated_reward,
-                           sampled_tokens, {
-            "grad_norm": norm, "lr": optimizer.param_groups[0]["lr"], "questions_drawn": drawn,
-            "tokens_per_batch": tokens_per_batch})
-        accumulated_reward, sampled_tokens = metrics["accumulated_reward"], metrics["sampled_tokens"]
-        last = step == args.max_steps or 0 < args.token_budget <= sampled_tokens
-        if args.dry_run:
-            break
-
-        # ---- evaluate ----
-        if step % args.eval_every == 0 or last:
-            with compute():
-                evaluate(sampler, held_out, prompt_ids, args, step, tokenizer, run)
-
-        # ---- save ----
-        due = step % args.save_every == 0 or last or bad_steps >= 5
-        stop = run.remember(step, due, save_weights, {
-            "optimizer": optimizer.state_dict(), "rng": torch.get_rng_state(), "step": step,
-            "position": position, "accumulated_reward": accumulated_reward,
-            "tokens_per_batch": tokens_per_batch, "slots": sampler.slots, "sampled_tokens": sampled_tokens})
-        if bad_steps >= 5:
-            raise ValueError(f"the loss was not finite in {bad_steps} updates in a row; "
-                             f"the state is in {run.path}: lower --lr")
-
-    # ---- the end ----
-    if args.dry_run:
-        run.dry_run_report(metrics, asked.max_steps, metrics["tokens_trained"], model.config,
-                           longest + args.max_new_tokens, sampler)
-        return
-    if last:
-        run.save_final(partial(models.save_plain, model, tokenizer, merged_state_dict(model)) if args.merge
-                       else save_weights)
-        run.before_after()
-    run.finish()
+def learning_rate(step, args):
+    """Rate of step 1, 2, ...: linear warm-up to args.lr, then constant or linear/cosine to 0 past the end."""
+    if step < args.warmup_steps:
+        return args.lr * step / args.warmup_steps
+    done = (step - args.warmup_steps) / max(1, args.max_steps - args.warmup_steps + 1)
+    return args.lr * {"constant": 1.0, "linear": 1 - done,
+                      "cosine": (1 + math.cos(math.pi * done)) / 2}[args.lr_schedule]
 
 
 if __name__ == "__main__":

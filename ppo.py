@@ -36,157 +36,748 @@ import torch.nn.functional as F
 from torch import nn
 
 from common import data, dist, models, rewards, shard
-from common.run import Run, check_args, cli, retry_smaller
+from common.run import Run, RunArgs, check_args, cli, retry_smaller
 
 # Shapes: B rows, T tokens, V vocabulary, P prompts, G samples per prompt, D hidden size, L layers or a row's
 # completion tokens, H heads, K head size, R LoRA rank, N rows or tokens in all.
 
 
 @dataclass
-class Args:
+class Args(RunArgs):
     # ---- run ----
-    out: str = ""
-    """run directory; empty: one of its own under runs/"""
-    resume: bool = False
-    """go on with the run in --out from its newest checkpoint, with its arguments"""
-    config: str = ""
-    """YAML or JSON file of arguments (a run's config.json too); the command line overrides it"""
-    seed: int = 0
-    """seed of data order, adapter initialisation and sampling noise"""
-    max_steps: int = 40
-    """steps in all; 0, where it is the default: what the passes over the data make"""
+    max_steps: int = 40  # steps in all
+    # end with the step or iteration in which so many tokens have been sampled for training; 0: no limit
     token_budget: int = 0
-    """end with the step or iteration in which so many tokens have been sampled for training; 0: no limit"""
+    # steps between checkpoints (one is always written at the end, and on SIGTERM or Ctrl-C)
     save_every: int = 50
-    """steps between checkpoints (one is always written at the end, and on SIGTERM or Ctrl-C)"""
-    keep: int = 2
-    """newest checkpoints to keep"""
-    wandb: bool = False
-    """also log to Weights & Biases"""
-    dry_run: bool = False
-    """build all, run one step at the largest sizes, print peak memory and projected time, keep nothing"""
-    download_only: bool = False
-    """fetch model and data into the hub's cache, then end: the run itself then needs no network"""
-    profile: int = 0
-    """steps to trace with torch.profiler, from the first on"""
-    device: str = ""
-    """cuda, mps or cpu; empty: the best there is"""
-    # ---- data ----
-    data: str = ""
-    """data set name, hub id, or local .jsonl/.csv/.parquet; empty: arithmetic (embedded model), else gsm8k"""
-    level: str = ""
-    """difficulty of a generated task, such as 3 or 1-4; empty: the task's own default"""
-    train_questions: int = 0
-    """questions to train on; 0: all that are not held out"""
-    eval_questions: int = 500
-    """questions held out of the training split for evaluation (never the official test split)"""
-    system: str = ""
-    """system message, or none; empty: asks for the <think>/<answer> format (embedded model: none)"""
-    prompt_template: str = "{prompt}"
-    """text around the question, {prompt} in it"""
-    max_prompt_tokens: int = 0
-    """leave out questions with a longer prompt; 0: none"""
-    # ---- model ----
-    model: str = ""
-    """hub id, local folder or run directory; empty: the embedded model"""
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """of the frozen weights and the computation; auto: bfloat16 on CUDA, else float32"""
-    full: bool = False
-    """train all weights (kept in float32) instead of an adapter"""
-    quantize: Literal["none", "nf4"] = "none"
-    """keep the frozen decoder layers in 4 bits (bitsandbytes; QLoRA, arXiv 2305.14314)"""
-    gradient_checkpointing: bool = False
-    """recompute the layers in the backward pass: less memory, about a third more time"""
-    shard: bool = False
-    """split the weights over the ranks of torchrun (FSDP2): the frozen base, or with --full all there is"""
-    reshard: bool = False
-    """with --shard, gather them layer by layer while sampling too: slower, for what one GPU cannot hold"""
-    tokens_per_batch: int = 0
-    """padded tokens per forward and backward pass and GPU, halved if out of memory; 0: what fits, CPU 2048"""
-    # ---- LoRA ----
-    lora_r: int = 32
-    """rank"""
-    lora_alpha: float = 64
-    """the adapter's output is scaled by lora_alpha / lora_r"""
-    lora_targets: tuple[str, ...] = models.PROJECTIONS
-    """linear layers to adapt"""
-    train_layers: str = ""
-    """decoder layers to adapt, such as 20-27; empty: all"""
-    merge: bool = False
-    """write final/ as a plain model with the adapter merged in, not as an adapter"""
-    # ---- sampling ----
-    prompts_per_step: int = 128
-    """questions per step, over all ranks"""
-    num_generations: int = 1
-    """G, samples per question"""
-    max_new_tokens: int = 512
-    """longest completion; a longer one counts as truncated"""
-    temperature: float = 1.0
-    """of sampling, and of the log-probs that are trained"""
-    slots: int = 256
-    """rows sampled at a time per rank; halved when memory runs out"""
-    # ---- method ----
-    rewards: tuple[str, ...] = ("correctness=1", "format=0.2")
-    """with weights: correctness, format, digit, mark, math, answer-prob, model:RUN, or your file.py:name=1"""
-    reward_timeout: float = 30.0
-    """seconds that a call of a reward of your own may take; its row is left out and counted"""
-    gamma: float = 1.0
-    """discount per token"""
-    gae_lambda: float = 0.95
-    """GAE's lambda: 1 is the plain return less the value, 0 one step ahead (arXiv 1506.02438 eq. 16)"""
-    ppo_epochs: int = 2
-    """passes over a step's samples"""
-    minibatches: int = 2
-    """optimizer steps per pass, each on as many rows"""
-    target_kl: float = 0.0
-    """stop a step's updates once KL(old || new), k3 per token, exceeds this, such as 0.02; 0: never"""
-    clip_eps_low: float = 0.2
-    """lower clip: the ratio counts as at least 1 - this (arXiv 1707.06347 eq. 7)"""
-    clip_eps_high: float = 0.2
-    """upper clip: the ratio counts as at most 1 + this; DAPO takes 0.28"""
-    value_clip: float = 0.2
-    """the critic's loss does not reward moving a value further than this from its old one; 0: off"""
-    critic_warmup: int = 0
-    """first steps in which only the critic learns"""
-    entropy_bonus: float = 0.0
-    """times -log p of each sampled token, in its reward"""
-    beta: float = 0.0
-    """KL coefficient towards the start model; 0: no reference pass at all"""
-    kl_estimator: Literal["k1", "k2", "k3"] = "k1"
-    """estimator of the KL term"""
-    kl_in: Literal["loss", "reward"] = "reward"
-    """KL as a loss term, or subtracted from the rewards"""
-    kl_target: float = 0.0
-    """move beta until a completion's summed KL (k1) is this, in nats (arXiv 1909.08593 eq. 4); 0: fixed"""
-    recompute_old: bool = False
-    """old log-probs by a pass of the trainer, not the sampler's own"""
-    # ---- optimizer ----
-    lr: float = 0.0
-    """AdamW's peak learning rate; 0: by the kind of model and training (`resolve`), printed at the start"""
-    warmup_steps: int = 5
-    """steps of linear warm-up"""
-    lr_schedule: Literal["constant", "linear", "cosine"] = "constant"
-    """after the warm-up"""
-    weight_decay: float = 0.0
-    """AdamW's decoupled decay"""
-    max_grad_norm: float = 1.0
-    """clip the gradient's norm to this"""
-    critic_lr: float = 0.0
-    """the critic's peak learning rate; 0: twice the policy's"""
-    critic_max_grad_norm: float = 1.0
-    """clip the norm of the critic's gradient to this"""
-    # ---- evaluation ----
-    eval_every: int = 20
-    """steps between evaluations; one before the first step and one after the last are always made"""
-    eval_samples: int = 0
-    """samples per held-out question for pass@k, beside the greedy one; 0: none"""
-    eval_temperature: float = 0.5
-    """of those samples"""
-    eval_k: tuple[int, ...] = ()
-    """report pass@k for these k (each at most eval_samples)"""
-    show_every: int = 10
-    """steps between printed samples"""
+    keep: int = 2  # newest checkpoints to keep
+    profile: int = 0  # steps to trace with torch.profiler, from the first on
 
+    # ---- data ----
+
+    # data set name, hub id, or local .jsonl/.csv/.parquet; empty: arithmetic (embedded model), else gsm8k
+    data: str = ""
+    level: str = ""  # difficulty of a generated task, such as 3 or 1-4; empty: the task's own default
+    train_questions: int = 0  # questions to train on; 0: all that are not held out
+    # questions held out of the training split for evaluation (never the official test split)
+    eval_questions: int = 500
+    # system message, or none; empty: asks for the <think>/<answer> format (embedded model: none)
+    system: str = ""
+    prompt_template: str = "{prompt}"  # text around the question, {prompt} in it
+    max_prompt_tokens: int = 0  # leave out questions with a longer prompt; 0: none
+
+    # ---- model ----
+    model: str = ""  # hub id, local folder or run directory; empty: the embedded model
+    # of the frozen weights and the computation; auto: bfloat16 on CUDA, else float32
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    full: bool = False  # train all weights (kept in float32) instead of an adapter
+    # keep the frozen decoder layers in 4 bits (bitsandbytes; QLoRA, arXiv 2305.14314)
+    quantize: Literal["none", "nf4"] = "none"
+    # recompute the layers in the backward pass: less memory, about a third more time
+    gradient_checkpointing: bool = False
+    # split the weights over the ranks of torchrun (FSDP2): the frozen base, or with --full all there is
+    shard: bool = False
+    # with --shard, gather them layer by layer while sampling too: slower, for what one GPU cannot hold
+    reshard: bool = False
+    # padded tokens per forward and backward pass and GPU, halved if out of memory; 0: what fits, CPU 2048
+    tokens_per_batch: int = 0
+
+    # ---- LoRA ----
+    lora_r: int = 32  # rank
+    lora_alpha: float = 64  # the adapter's output is scaled by lora_alpha / lora_r
+    lora_targets: tuple[str, ...] = models.PROJECTIONS  # linear layers to adapt
+    train_layers: str = ""  # decoder layers to adapt, such as 20-27; empty: all
+    merge: bool = False  # write final/ as a plain model with the adapter merged in, not as an adapter
+
+    # ---- sampling ----
+    prompts_per_step: int = 128  # questions per step, over all ranks
+    num_generations: int = 1  # G, samples per question
+    max_new_tokens: int = 512  # longest completion; a longer one counts as truncated
+    temperature: float = 1.0  # of sampling, and of the log-probs that are trained
+    slots: int = 256  # rows sampled at a time per rank; halved when memory runs out
+
+    # ---- method ----
+
+    # with weights: correctness, format, digit, mark, math, answer-prob, model:RUN, or your file.py:name=1
+    rewards: tuple[str, ...] = ("correctness=1", "format=0.2")
+    # seconds that a call of a reward of your own may take; its row is left out and counted
+    reward_timeout: float = 30.0
+    gamma: float = 1.0  # discount per token
+    # GAE's lambda: 1 is the plain return less the value, 0 one step ahead (arXiv 1506.02438 eq. 16)
+    gae_lambda: float = 0.95
+    ppo_epochs: int = 2  # passes over a step's samples
+    minibatches: int = 2  # optimizer steps per pass, each on as many rows
+    # stop a step's updates once KL(old || new), k3 per token, exceeds this, such as 0.02; 0: never
+    target_kl: float = 0.0
+    clip_eps_low: float = 0.2  # lower clip: the ratio counts as at least 1 - this (arXiv 1707.06347 eq. 7)
+    clip_eps_high: float = 0.2  # upper clip: the ratio counts as at most 1 + this; DAPO takes 0.28
+    # the critic's loss does not reward moving a value further than this from its old one; 0: off
+    value_clip: float = 0.2
+    critic_warmup: int = 0  # first steps in which only the critic learns
+    entropy_bonus: float = 0.0  # times -log p of each sampled token, in its reward
+    beta: float = 0.0  # KL coefficient towards the start model; 0: no reference pass at all
+    kl_estimator: Literal["k1", "k2", "k3"] = "k1"  # estimator of the KL term
+    kl_in: Literal["loss", "reward"] = "reward"  # KL as a loss term, or subtracted from the rewards
+    # move beta until a completion's summed KL (k1) is this, in nats (arXiv 1909.08593 eq. 4); 0: fixed
+    kl_target: float = 0.0
+    recompute_old: bool = False  # old log-probs by a pass of the trainer, not the sampler's own
+
+    # ---- optimizer ----
+
+    # AdamW's peak learning rate; 0: by the kind of model and training (`resolve`), printed at the start
+    lr: float = 0.0
+    warmup_steps: int = 5  # steps of linear warm-up
+    lr_schedule: Literal["constant", "linear", "cosine"] = "constant"  # after the warm-up
+    weight_decay: float = 0.0  # AdamW's decoupled decay
+    max_grad_norm: float = 1.0  # clip the gradient's norm to this
+    critic_lr: float = 0.0  # the critic's peak learning rate; 0: twice the policy's
+    critic_max_grad_norm: float = 1.0  # clip the norm of the critic's gradient to this
+
+    # ---- evaluation ----
+
+    # steps between evaluations; one before the first step and one after the last are always made
+    eval_every: int = 20
+    eval_samples: int = 0  # samples per held-out question for pass@k, beside the greedy one; 0: none
+    eval_temperature: float = 0.5  # of those samples
+    eval_k: tuple[int, ...] = ()  # report pass@k for these k (each at most eval_samples)
+    show_every: int = 10  # steps between printed samples
+
+
+def clipped_loss(logprobs, old_logprobs, advantages, mask, clip_eps_low, clip_eps_high):
+    """The clipped policy loss of each token (arXiv 1707.06347 eq. 7), and where lower and upper clip act.
+
+    Shapes: all [B, T]; 0 outside the mask, whatever stands there.
+    """
+    logprobs, old_logprobs, A = (torch.where(mask, x, 0.0) for x in (logprobs, old_logprobs, advantages))
+    rho = (logprobs - old_logprobs).exp()
+    low, high = mask & (A < 0) & (rho < 1 - clip_eps_low), mask & (A > 0) & (rho > 1 + clip_eps_high)
+    return -torch.minimum(rho * A, rho.clamp(1 - clip_eps_low, 1 + clip_eps_high) * A), low, high
+
+
+def value_loss(values, old_values, returns, mask, clip):
+    """Half the squared error of each token's value, clipped around the old value; where the clip acts.
+
+    Shapes: all [B, T]; 0 outside the mask, whatever stands there. clip 0: none.
+    """
+    values, old_values, returns = (torch.where(mask, x, 0.0) for x in (values, old_values, returns))
+    plain = (values - returns) ** 2
+    if not clip:
+        return plain / 2, torch.zeros_like(mask)
+    moved = values - old_values
+    clipped = (old_values + moved.clamp(-clip, clip) - returns) ** 2
+    # the sum above rounds: the second condition leaves out values that did not move
+    return torch.maximum(plain, clipped) / 2, mask & (clipped > plain) & (moved.abs() > clip)
+
+
+def generalized_advantages(rewards, values, bootstrap, lengths, gamma, gae_lambda):
+    """GAE of each token, and the returns that the critic is to learn.
+
+    Shapes: rewards, values [N, L], whatever stands beyond a row's length; bootstrap [N], the value of what
+    follows the last token (0 where the answer ended); lengths [N] -> advantages, returns [N, L], 0 beyond.
+    delta_t = r_t + gamma V_{t+1} - V_t; A_t = delta_t + gamma lambda A_{t+1} (arXiv 1506.02438 eq. 16);
+    returns A + V, before any whitening.
+    """
+    mask = torch.arange(rewards.shape[1]) < lengths[:, None]
+    rewards, values = (torch.where(mask, x, 0.0) for x in (rewards, values))
+    advantages, ahead = torch.zeros_like(rewards), torch.zeros(len(rewards), dtype=rewards.dtype)
+    following = torch.cat([values[:, 1:], torch.zeros(len(values), 1, dtype=values.dtype)], 1)
+    following = following.scatter(1, (lengths - 1)[:, None], bootstrap[:, None].to(values.dtype))
+    delta = torch.where(mask, rewards + gamma * following - values, 0.0)
+    for t in reversed(range(rewards.shape[1])):
+        ahead = delta[:, t] + gamma * gae_lambda * ahead
+        advantages[:, t] = ahead
+    return advantages, torch.where(mask, advantages + values, 0.0)
+
+
+# Copied from grpo.py::kl_estimate
+def kl_estimate(logprobs, ref_logprobs, kind):
+    """Per-token estimate of KL(policy || reference) from tokens the policy sampled, in nats; [...] -> [...].
+
+    With d = logprob - ref: k1 = d, k2 = d^2 / 2, k3 = exp(-d) - 1 + d, never negative (Schulman,
+    "Approximating KL Divergence", 2020). As a loss term they pull differently: k1 not at all (its expected
+    gradient is 0), k2 along KL(policy || ref), k3 along KL(ref || policy); k1 in the reward pulls along
+    KL(policy || ref) again.
+    """
+    d = logprobs - ref_logprobs
+    return {"k1": d, "k2": d**2 / 2, "k3": torch.exp(-d) - 1 + d}[kind]
+
+
+def adapted_beta(beta, kl, target):
+    """The next KL coefficient: up where KL is above its target, by a tenth of the relative error, at most 2%.
+
+    Source: arXiv 1909.08593 eq. 4, K_beta = 0.1.
+    """
+    return beta * (1 + 0.1 * min(0.2, max(-0.2, kl / target - 1)))
+
+
+def moments(values, device):
+    """(mean, variance over N) of this rank's values [N] and those of all others."""
+    values = values.double()
+    sums = dist.sum_dict({"n": len(values), "sum": values.sum().item()}, device)
+    n = max(1, sums["n"])
+    mean = sums["sum"] / n
+    return mean, dist.sum_dict({"squares": ((values - mean) ** 2).sum().item()}, device)["squares"] / n
+
+
+def explained_variance(values, returns, device):
+    """1 - Var(returns - values) / Var(returns), over tokens [N] of all ranks; 0 where returns are equal."""
+    _, left = moments(returns - values, device)
+    _, whole = moments(returns, device)
+    return 1 - left / whole if whole > 1e-12 else 0.0
+
+
+# Adapted from grpo.py::Rollout: values, and an advantage for each token
+@dataclass
+class Rollout:
+    """One sample of one question, and what is found out about it on the way to the loss."""
+
+    example: data.Example
+    group: int  # number of the question within the step, the same on every rank
+    sample: int  # 0 .. G - 1
+    prompt_ids: list[int]
+    completion: "Completion"
+    response: str = ""  # the text up to the stop token
+    rewards: dict[str, float] = field(default_factory=dict)
+    correct: float = 0.0
+    reward: float = 0.0  # weighted sum; NaN where a reward function failed
+    old_logprobs: torch.Tensor | None = None  # [L], as ref_logprobs, advantages and returns
+    ref_logprobs: torch.Tensor | None = None
+    values: torch.Tensor | None = None  # [L + 1]: before each token, and after the last
+    advantages: torch.Tensor | None = None
+    returns: torch.Tensor | None = None
+    kl: float = 0.0  # k1 summed over the completion, when it was sampled
+
+    def __len__(self):
+        return len(self.prompt_ids) + len(self.completion.ids)
+
+
+# Copied from grpo.py::sample_rollouts
+def sample_rollouts(sampler, questions, prompt_ids, args, step, run):
+    """G rollouts of each (group, example), group by group."""
+    keys = [[noise_key(args.seed, step, group, g) for g in range(args.num_generations)]
+            for group, _ in questions]
+    completions = sample_all(sampler, [prompt_ids[e.id] for _, e in questions], keys, args.max_new_tokens,
+                             args.temperature, run, f"step {step}")
+    return [Rollout(example, group, g, prompt_ids[example.id], completion)
+            for (group, example), row in zip(questions, completions) for g, completion in enumerate(row)]
+
+
+# Adapted from grpo.py::score_rollouts: no penalty for overlong answers, whose value goes on
+def score_rollouts(rollouts, reward_functions, args, tokenizer):
+    """Fill in response, rewards, correct and reward. Returns a line on the first failed reward, or ""."""
+    for r in rollouts:
+        r.response = r.completion.text(tokenizer)
+    scored = rewards.score(reward_functions, [r.example for r in rollouts], [r.response for r in rollouts],
+                           timeout_s=args.reward_timeout)
+    for i, r in enumerate(rollouts):
+        r.rewards = {name: values[i] for name, values in scored["rewards"].items()}
+        r.reward, r.correct = scored["total"][i], scored["correct"][i]
+    return scored["error"]
+
+
+def shared_reward(path, name, args, model, device):
+    """The LearnedReward of a reward_model.py run: on the policy's own base where it is an adapter on it.
+
+    The adapter is then called `name`. With --shard it holds a base of its own: ranks score at their own pace.
+    """
+    make = partial(rewards.LearnedReward, path, models.choose_dtype(args.dtype, device), device,
+                   args.tokens_per_batch or 8192)
+    settings = models.adapter_settings(path)
+    base = settings.get("base_model_name_or_path")
+    if args.full or args.shard or models.absolute(args.model) != base:
+        return make()
+    add_lora(model, name, settings["r"], settings["lora_alpha"], settings["target_modules"],
+             settings["layers_to_transform"])
+    models.load_adapter(models.resolve(path), adapter_tensors(model, name))
+    return make(body=model, switched_on=partial(use_adapter, model, name))
+
+
+def token_values(model, head, input_ids, completion_mask):
+    """The critic's value before each completion token, and after each row's last one.
+
+    Shapes: input_ids, completion_mask [B, T] (right-padded) -> [B, T], 0 outside the mask, and [B]; float32.
+    The value that goes with token t is read where token t is predicted, one place before it.
+    """
+    hidden = model.base_model(input_ids=input_ids, use_cache=False).last_hidden_state
+    after_each = (hidden.float() * head[0]).sum(-1)  # [B, T]; a matrix product would be rounded by autocast
+    before_each = torch.cat([torch.zeros_like(after_each[:, :1]), after_each[:, :-1]], 1)
+    last = completion_mask.shape[1] - 1 - completion_mask.flip(1).int().argmax(1)
+    mask = completion_mask.to(input_ids.device)
+    return (torch.where(mask, before_each, 0.0),
+            after_each.gather(1, last[:, None].to(input_ids.device))[:, 0])
+
+
+@torch.no_grad()
+def completion_values(model, head, prompt_ids, completion_ids, tokens_per_batch, device):
+    """Values [L + 1] of each row: before each token and after the last; a list in the rows' order."""
+    found = [None] * len(prompt_ids)
+    batches = pack([len(p) + len(c) for p, c in zip(prompt_ids, completion_ids)], tokens_per_batch)
+    for rows in shard.micro_batches(model, batches, lambda *none: token_values(model, head, *none)[0]):
+        input_ids, mask = make_batch([prompt_ids[i] for i in rows], [completion_ids[i] for i in rows], device)
+        values, after = (x.cpu() for x in token_values(model, head, input_ids, mask))
+        for i, row, of_row, end in zip(rows, values, mask, after):
+            found[i] = torch.cat([row[of_row], end[None]])
+    return found
+
+
+def set_advantages(rollouts, args, beta, device):
+    """Fill in the rollouts' advantages, whitened over the tokens of all ranks, and returns.
+
+    The last token of a finished answer is paid its reward; a cut-off one goes on with the critic's value.
+    """
+    per_token = []
+    for r in rollouts:
+        each = -args.entropy_bonus * r.old_logprobs
+        if beta and args.kl_in == "reward":
+            each = each - beta * kl_estimate(r.old_logprobs, r.ref_logprobs, args.kl_estimator)
+        if r.completion.finished:
+            each[-1] += r.reward
+        per_token.append(each)
+    if not rollouts:
+        moments(torch.zeros(0), device)  # the other ranks wait for this one
+        return
+    lengths = torch.tensor([len(each) for each in per_token])
+    pad = partial(nn.utils.rnn.pad_sequence, batch_first=True)
+    bootstrap = torch.tensor([0.0 if r.completion.finished else r.values[-1].item() for r in rollouts])
+    advantages, returns = generalized_advantages(
+        pad(per_token), pad([r.values[:-1] for r in rollouts]), bootstrap, lengths, args.gamma,
+        args.gae_lambda)
+    mean, variance = moments(torch.cat([row[:n] for row, n in zip(advantages, lengths)]), device)
+    for r, A, ret, n in zip(rollouts, (advantages - mean) / (variance + 1e-8) ** 0.5, returns, lengths):
+        r.advantages, r.returns = A[:n].float(), ret[:n]
+
+
+def draw_minibatches(rows, args, step):
+    """The rows in --minibatches shuffled parts, for each of --ppo-epochs anew."""
+    for epoch in range(args.ppo_epochs):
+        order = random.Random(noise_key(args.seed, step, epoch)).sample(rows, len(rows))
+        yield from filter(None, (order[part::args.minibatches] for part in range(args.minibatches)))
+
+
+def accumulate_gradients(model, critic, critic_on, head, rollouts, args, beta, n_tokens, tokens_per_batch,
+                         device, train_policy=True):
+    """Add both losses' gradients over this rank's rollouts, over n_tokens; token sums for the metrics.
+
+    critic: the policy's own model, on which critic_on() switches the critic's adapter on, or another one.
+    """
+    names = ("loss", "value_loss", "approx_kl", "clip_low", "clip_high", "value_clip", "gap")
+    sums = dict.fromkeys(names, torch.zeros((), device=device))
+
+    def policy_logprobs(input_ids, mask):  # [B, T]
+        with nullcontext() if train_policy else torch.no_grad():
+            return token_logprobs(model, input_ids, mask, args.temperature)
+
+    def critic_values(input_ids, mask):  # [B, T]
+        with critic_on():
+            return token_values(critic, head, input_ids, mask)[0]
+
+    batches = pack([len(r) for r in rollouts], tokens_per_batch)
+    for rows in shard.micro_batches(model, batches, policy_logprobs, critic_values):
+        batch = [rollouts[i] for i in rows]
+        input_ids, cpu_mask = make_batch(
+            [r.prompt_ids for r in batch], [r.completion.ids for r in batch], device)
+        mask = cpu_mask.to(device)
+
+        def padded(name):
+            return pad_logprobs([getattr(r, name) for r in batch], cpu_mask).to(device)
+
+        logprobs = policy_logprobs(input_ids, cpu_mask)
+        old, advantages = padded("old_logprobs"), padded("advantages")
+        loss, low, high = clipped_loss(
+            logprobs, old, advantages, mask, args.clip_eps_low, args.clip_eps_high)
+        if beta and args.kl_in == "loss":
+            loss = loss + beta * torch.where(
+                mask, kl_estimate(logprobs, padded("ref_logprobs"), args.kl_estimator), 0.0)
+        if train_policy:
+            (loss.sum() / n_tokens).backward()
+        with critic_on():
+            values = critic_values(input_ids, cpu_mask)
+            old_values = pad_logprobs([r.values[:-1] for r in batch], cpu_mask).to(device)
+            critic_loss, clipped = value_loss(
+                values, old_values, padded("returns"), mask, args.value_clip)
+            (critic_loss.sum() / n_tokens).backward()
+        sampled = pad_logprobs([r.completion.logprobs for r in batch], cpu_mask).to(device)
+        gap = torch.where(mask, (logprobs.detach() - sampled).abs(), 0.0)
+        moved = torch.where(mask, kl_estimate(old, logprobs.detach(), "k3"), 0.0)
+        for name, value in (("loss", loss), ("value_loss", critic_loss), ("approx_kl", moved),
+                            ("clip_low", low), ("clip_high", high), ("value_clip", clipped), ("gap", gap)):
+            sums[name] = sums[name] + value.detach().sum()
+    return {name: value.item() for name, value in sums.items()}
+
+
+# Adapted from grpo.py::csv_row: mean advantage, first value
+def csv_row(r, step):
+    return {"step": step, "group": r.group, "reward": r.reward,
+            **{f"reward/{k}": v for k, v in r.rewards.items()},
+            "advantage": mean(r.advantages.tolist()) if r.advantages is not None else 0.0,
+            "value": r.values[0].item() if r.values is not None else 0.0,
+            **rewards.answer_row(r.example, r.sample, r.completion, r.response, r.correct)}
+
+
+# Adapted from grpo.py::log_step: the critic's metrics
+def log_step(run, step, args, sampled, accumulated_reward, sampled_tokens, more):
+    """Metrics of a step over all ranks, its rollouts to samples.csv, and now and then one to the terminal."""
+    rows = dist.gather_rows([csv_row(r, step) for r in sampled], "group", "sample")
+    run.write_rows(rows)
+
+    def column(name):
+        return [row[name] for row in rows if not math.isnan(row[name])]
+
+    known, n_tokens = column("reward"), sum(column("tokens"))
+    average = mean(known)
+    metrics = {
+        "reward": average, "reward/std": mean([(x - average) ** 2 for x in known]) ** 0.5,
+        "reward/min": min(known, default=0.0), "reward/max": max(known, default=0.0),
+        **{name: mean(column(name)) for name in rows[0] if name.startswith("reward/")},
+        "accumulated_reward": accumulated_reward + sum(known), "sampled_tokens": sampled_tokens + n_tokens,
+        "correct": mean(column("correct")), "tokens": n_tokens / len(rows),
+        "tokens/max": max(column("tokens")), "truncated": 1 - mean(column("finished")),
+        "entropy": -sum(row["logprob"] for row in rows) / n_tokens, "reward_failed": len(rows) - len(known),
+        **more}
+    last_step = args.max_steps
+    if args.token_budget:  # as many more steps as this pace needs
+        last_step = min(last_step, math.ceil(step * args.token_budget / metrics["sampled_tokens"]))
+    metrics = run.log(step, metrics, max(step, last_step),
+                      show=("reward", "correct", "tokens", "kl", "approx_kl", "explained_variance",
+                            "grad_norm"))
+    if metrics["truncated"] > 0.5:
+        run.print(f"  {metrics['truncated']:.0%} of the answers hit --max-new-tokens {args.max_new_tokens}")
+    if step % args.show_every == 0:
+        row = rows[0]
+        parts = ", ".join(f"{key[7:]} {value:.2g}" for key, value in row.items() if key.startswith("reward/"))
+        run.print(f"  Q: {row['prompt']}\n  A: {row['completion']}\n"
+                  f"  reward {row['reward']:.3g} ({parts}), gold {row['answer']}")
+    return metrics
+
+
+# Copied from grpo.py::evaluate
+def evaluate(sampler, questions, prompt_ids, args, step, tokenizer, run):
+    """Metrics of held-out questions: greedy pass@1, pass@k if asked for, lengths; all answers go to eval.csv.
+
+    The questions are split over ranks, each answered once. Sampling noise is keyed apart from training's.
+    """
+    plan = [(0.0, 1)] + ([(args.eval_temperature, args.eval_samples)] if args.eval_samples else [])
+    rows, mine = [], dist.share(questions)
+    for temperature, n in plan:
+        keys = [[noise_key(args.seed, -1, e.id, g) for g in range(n)] for e in mine]
+        completions = sample_all(sampler, [prompt_ids[e.id] for e in mine], keys, args.max_new_tokens,
+                                 temperature, run, "evaluation")
+        rollouts = [Rollout(e, e.id, g, [], completion) for e, row in zip(mine, completions)
+                    for g, completion in enumerate(row)]
+        score_rollouts(rollouts, [], args, tokenizer)
+        rows += [csv_row(r, step) | {"sample": r.sample + (temperature > 0), "temperature": temperature}
+                 for r in rollouts]
+    rows, right = dist.gather_rows(rows, "id", "sample"), {}
+    for row in rows:
+        if row["sample"] > 0:
+            right.setdefault(row["id"], []).append(row["correct"])
+    run.log_evaluation(step, rows, {
+        f"eval/pass@{k} T={args.eval_temperature:g}": mean(
+            [pass_at_k(len(row), sum(row), k) for row in right.values()]) for k in args.eval_k})
+
+
+# Copied from grpo.py::pass_at_k
+def pass_at_k(n, c, k):
+    """Unbiased chance that k of n samples, c of them right, hold a right one (Codex, arXiv 2107.03374 eq. 1).
+
+    Errors: ValueError if k > n.
+    """
+    if k > n:
+        raise ValueError(f"pass@{k} needs {k} samples, there are {n}")
+    return 1.0 - math.comb(n - c, k) / math.comb(n, k)
+
+
+# Copied from grpo.py::mean
+def mean(values):
+    return sum(values) / len(values) if values else 0.0
+
+
+def resolve(args, device):
+    """Fill in the defaults that depend on others, and refuse what cannot work, before any load or write."""
+    embedded = models.is_embedded(args.model)
+    for name in ("prompts_per_step", "num_generations", "max_new_tokens", "max_steps", "slots", "ppo_epochs",
+                 "minibatches", "save_every", "keep", "eval_questions", "eval_every", "show_every"):
+        if getattr(args, name) < 1:
+            raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be 1 or more")
+    for name in ("max_grad_norm", "critic_max_grad_norm", "temperature"):
+        if not getattr(args, name) > 0:
+            raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be more than 0")
+    for name in ("gamma", "gae_lambda"):
+        if not 0 <= getattr(args, name) <= 1:
+            raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be from 0 to 1")
+    if args.minibatches > args.prompts_per_step * args.num_generations:
+        raise ValueError(f"--minibatches {args.minibatches}: a step has only "
+                         f"{args.prompts_per_step * args.num_generations} samples")
+    if args.kl_target and not (args.beta and args.kl_in == "reward"):
+        raise ValueError(f"--kl-target {args.kl_target} adapts beta from its start: give --beta, "
+                         "with --kl-in reward")
+    if args.beta and args.kl_in == "loss" and args.kl_estimator == "k1":
+        raise ValueError("--kl-estimator k1 in the loss has an expected gradient of 0; "
+                         "use k2 or k3, or --kl-in reward")
+    if args.eval_k and max(args.eval_k) > args.eval_samples:
+        raise ValueError(f"--eval-k {max(args.eval_k)} needs --eval-samples {max(args.eval_k)} or more")
+    lr = args.lr or (5e-4 if embedded else 1e-6 if args.full else 2e-5)
+    return replace(
+        args, data=args.data or ("arithmetic" if embedded else "gsm8k"),
+        system=args.system or ("" if embedded else data.THINK_ANSWER_SYSTEM),
+        # a CPU's caches are small
+        tokens_per_batch=args.tokens_per_batch or {"cpu": 2048, "cuda": 0}.get(device.type, 8192),
+        lr=lr, critic_lr=args.critic_lr or 2 * lr)
+
+
+def main(args: Args) -> None:
+    # ---- set up: whatever can be wrong is found here ----
+    device = dist.setup(args.device)
+    asked = args = resolve(args, device)
+    if args.dry_run:
+        args = replace(args, max_steps=1, wandb=False, resume=False, critic_warmup=0, target_kl=0.0)
+    check_args(args)
+    tokenizer = models.load_tokenizer(args.model)
+
+    def policy_logprobs(prefixes, answers):  # for the reward answer-prob, under the weights of the moment
+        nonlocal tokens_per_batch
+        values, tokens_per_batch = retry_smaller(
+            lambda size: completion_logprobs(model, prefixes, answers, 1.0, size, device),
+            tokens_per_batch, device, longest + args.max_new_tokens, "tokens per batch")
+        return values
+
+    reward_functions = rewards.parse_rewards(
+        args.rewards, models.check_reward_model,
+        partial(rewards.AnswerProbability, tokenizer, lambda e: prompt_ids[e.id], policy_logprobs,
+                args.max_new_tokens))
+    train, held_out = data.train_validation(args.data, n_train=args.train_questions,
+                                            n_validation=args.eval_questions, level=args.level or None,
+                                            seed=args.seed)
+    prompt_ids = {e.id: data.encode_prompt(tokenizer, e.prompt, args.system, args.prompt_template)
+                  for e in train + held_out}
+    if args.max_prompt_tokens:
+        train, held_out = ([e for e in part if len(prompt_ids[e.id]) <= args.max_prompt_tokens]
+                           for part in (train, held_out))
+        if not train or not held_out:
+            raise ValueError(f"--max-prompt-tokens {args.max_prompt_tokens} leaves {len(train)} questions "
+                             f"to train on and {len(held_out)} held out")
+    if args.download_only:
+        return models.download(args.model)
+    longest = max(len(prompt_ids[e.id]) for e in train + held_out)
+    if args.dry_run:
+        train = sorted(train, key=lambda e: -len(prompt_ids[e.id]))[:args.prompts_per_step]
+    torch.manual_seed(args.seed)
+    dtype = models.choose_dtype(args.dtype, device)
+    load_model = partial(models.load_model, args.model, torch.float32 if args.full else dtype, device,
+                         longest + args.max_new_tokens, split=args.shard, quantize=args.quantize)
+    model = load_model()
+    models.check_token_ids(model, tokenizer)
+    reward_functions = [replace(f, function=shared_reward(f.function, f"reward{i}", args, model, device))
+                        if isinstance(f.function, str) else f for i, f in enumerate(reward_functions)]
+    head = nn.Parameter(torch.zeros(1, model.config.hidden_size, device=device))  # every value starts at 0
+    reference = None  # the KL's frozen model: the base with no adapter; with --full a copy of the start
+    if args.full:
+        params = [p.requires_grad_() for p in model.parameters()]
+        reference = load_model().requires_grad_(False) if args.beta else None
+        critic, critic_on = load_model(), nullcontext
+        critic_params = [*critic.base_model.parameters(), head]
+    else:
+        lora = args.lora_r, args.lora_alpha, args.lora_targets, models.layer_range(args.train_layers, model)
+        critic_params = [*add_lora(model, "critic", *lora), head]
+        params = add_lora(model, "policy", *lora)
+        critic, critic_on = model, partial(use_adapter, model, "critic")
+        for p in critic_params:  # which adding the next adapter has frozen
+            p.requires_grad_()
+        for module in lora_modules(model).values():  # a reward's adapter may stand on more layers
+            module.active = "policy" if "policy" in module.A else None
+    adapter = None if args.full else adapter_tensors(model, "policy")
+    save_weights = partial(models.save_trained, model, tokenizer, adapter, args)
+    for body in dict.fromkeys([model, critic]):
+        if args.gradient_checkpointing:
+            enable_checkpointing(body)
+        body.train()  # dropout is off (load_model); gradient checkpointing acts in this mode alone
+    optimizer = torch.optim.AdamW(params, lr=args.lr, weight_decay=args.weight_decay,
+                                  foreach=False if args.shard else None,
+                                  fused=device.type == "cuda" and not args.shard)
+    critic_optimizer = torch.optim.AdamW(critic_params, lr=args.critic_lr, weight_decay=args.weight_decay,
+                                         foreach=False if args.shard else None,
+                                         fused=device.type == "cuda" and not args.shard)
+    stop_ids = models.stop_ids(model, tokenizer)
+    sampler = Sampler(model, () if args.dry_run else stop_ids, args.slots, dtype,  # dry run: full length
+                      by_layer=args.reshard)
+    if not args.tokens_per_batch:
+        args = replace(args, tokens_per_batch=models.tokens_that_fit(
+            model, [*params, *critic_params], dtype, sampler.cache_bytes(longest + args.max_new_tokens)))
+    run = Run(args, __file__, device, tags=models.run_tags(args.model, args.data))
+    for each in (optimizer, critic_optimizer):
+        each.register_step_pre_hook(run.weights_move)
+    compute = partial(torch.autocast, device.type, torch.bfloat16,
+                      enabled=args.full and dtype == torch.bfloat16, cache_enabled=False)
+    run.print(models.describe(args, model, params + critic_params, dtype))
+    run.print(f"data: {args.data}, {len(train)} questions to train on, {len(held_out)} held out, prompts "
+              f"up to {longest} tokens; {args.prompts_per_step} x {args.num_generations} samples a step")
+
+    step, position, accumulated_reward, bad_steps, tokens_per_batch = 0, 0, 0.0, 0, args.tokens_per_batch
+    beta, sampled_tokens = args.beta, 0
+    if args.resume:
+        folder, saved = run.load()
+        if folder:
+            models.load_trained(folder, model, adapter)
+            optimizer.load_state_dict(saved["optimizer"])
+            critic_optimizer.load_state_dict(saved["critic_optimizer"])
+            with torch.no_grad():
+                for p, value in zip(critic_params, saved["critic"], strict=True):
+                    p.copy_(value)
+            torch.set_rng_state(saved["rng"])
+            step, position, accumulated_reward, sampled_tokens, beta = (
+                saved[name] for name in ("step", "position", "accumulated_reward", "sampled_tokens", "beta"))
+            tokens_per_batch = min(tokens_per_batch, saved["tokens_per_batch"])
+            sampler.slots = min(sampler.slots, saved.get("slots", sampler.slots))
+    with compute():
+        run.self_check(self_check(model, params, sampler, [prompt_ids[e.id] for e in train[:3]], args,
+                                  args.temperature, device))
+        if step == 0 and not args.dry_run:
+            evaluate(sampler, held_out, prompt_ids, args, step, tokenizer, run)
+
+    stop, last = False, step == args.max_steps or 0 < args.token_budget <= sampled_tokens
+    while not (last or stop):
+        step += 1
+        with run.profile(step), compute():
+            # ---- sample and reward ----
+            rows = data.batch_indices(len(train), position, args.prompts_per_step, args.seed)
+            position += args.prompts_per_step
+            questions = dist.share([(i, train[row]) for i, row in enumerate(rows)])
+            with run.phase("sample"):
+                sampled = sample_rollouts(sampler, questions, prompt_ids, args, step, run)
+            with run.phase("reward"):
+                error = score_rollouts(sampled, reward_functions, args, tokenizer)
+            rollouts = [r for r in sampled if not math.isnan(r.reward)]
+
+            # ---- old and reference log-probs, values, advantages ----
+            with run.phase("logprobs"):
+                ids = [r.prompt_ids for r in rollouts], [r.completion.ids for r in rollouts]
+
+                def of_rows(attempt):
+                    nonlocal tokens_per_batch
+                    values, tokens_per_batch = retry_smaller(
+                        attempt, tokens_per_batch, device, longest + args.max_new_tokens, "tokens per batch")
+                    return values
+
+                def logprobs_under(network):
+                    return of_rows(lambda size: completion_logprobs(
+                        network, *ids, args.temperature, size, device))
+
+                old = (logprobs_under(model) if args.recompute_old
+                       else [torch.tensor(r.completion.logprobs) for r in rollouts])
+                with critic_on():
+                    values = of_rows(lambda size: completion_values(critic, head, *ids, size, device))
+                ref = [None] * len(rollouts)
+                if args.beta:
+                    with use_adapter(model, None):
+                        ref = logprobs_under(reference or model)
+                for i, r in enumerate(rollouts):
+                    r.old_logprobs, r.values, r.ref_logprobs = old[i], values[i], ref[i]
+                    r.kl = (r.old_logprobs - r.ref_logprobs).sum().item() if args.beta else 0.0
+            set_advantages(rollouts, args, beta, device)
+
+            # ---- update ----
+            # Minibatches are drawn from all ranks' rows: the number of ranks changes no update.
+            mine = {(r.group, r.sample): r for r in rollouts}
+            everyone = sorted(itertools.chain(*dist.gather(
+                [(*key, len(r.completion.ids)) for key, r in mine.items()])))
+            finite = not dist.any_rank(any(math.isnan(sum(r.completion.logprobs)) for r in sampled), device)
+            train_policy, updates, approx_kl = step > args.critic_warmup, [], 0.0
+            with run.phase("update"):
+                for part in draw_minibatches(everyone, args, step):
+                    batch = [mine[g, s] for g, s, _ in part if (g, s) in mine]
+                    n_tokens = sum(n for *_, n in part)
+
+                    def attempt(size):
+                        optimizer.zero_grad()
+                        critic_optimizer.zero_grad()
+                        return accumulate_gradients(model, critic, critic_on, head, batch, args, beta,
+                                                    n_tokens, size, device, train_policy)
+
+                    sums, tokens_per_batch = retry_smaller(
+                        attempt, tokens_per_batch, device, longest + args.max_new_tokens, "tokens per batch")
+                    sums = {name: value / n_tokens for name, value in dist.sum_dict(sums, device).items()}
+                    approx_kl = sums["approx_kl"]
+                    if updates and 0 < args.target_kl < approx_kl:
+                        break
+                    dist.sum_gradients(params)
+                    dist.sum_gradients(critic_params)
+                    norm = shard.clip_gradients(params, args.max_grad_norm)
+                    critic_norm = shard.clip_gradients(critic_params, args.critic_max_grad_norm)
+                    optimizer.param_groups[0]["lr"] = learning_rate(max(1, step - args.critic_warmup), args)
+                    critic_optimizer.param_groups[0]["lr"] = learning_rate(
+                        step, replace(args, lr=args.critic_lr))
+                    if math.isfinite(norm) and math.isfinite(critic_norm) and finite:
+                        if train_policy:
+                            optimizer.step()
+                        critic_optimizer.step()
+                        bad_steps = 0
+                    else:
+                        bad_steps += 1
+                        what = "gradient" if finite else "model"
+                        run.print(f"step {step}: the {what} is not finite; the update is skipped "
+                                  f"({bad_steps} in a row)")
+                    updates.append(sums | {"grad_norm": norm, "critic_grad_norm": critic_norm})
+            optimizer.zero_grad()
+            critic_optimizer.zero_grad()
+
+        # ---- log ----
+        if error:
+            run.print(f"step {step}: {error}")
+        first = updates[0] if updates else dict.fromkeys(("clip_low", "clip_high", "gap"), 0.0)  # no rewards
+        explained = explained_variance(torch.cat([r.values[:-1] for r in rollouts] or [torch.zeros(0)]),
+                                       torch.cat([r.returns for r in rollouts] or [torch.zeros(0)]), device)
+        totals = dist.sum_dict({"kl": sum(r.kl for r in rollouts), "rows": len(rollouts),
+                                "tokens": sum(len(r.completion.ids) for r in rollouts),
+                                "value": sum(r.values[:-1].sum().item() for r in rollouts),
+                                "return": sum(r.returns.sum().item() for r in rollouts)}, device)
+        n_tokens = max(1, totals["tokens"])
+        metrics = log_step(run, step, args, sampled, accumulated_reward, sampled_tokens, {
+            **{name: mean([u[name] for u in updates]) for name in (
+                "loss", "value_loss", "clip_low", "clip_high", "value_clip", "grad_norm",
+                "critic_grad_norm")},
+            "clip_first": first["clip_low"] + first["clip_high"], "sampler_gap": first["gap"],
+            "approx_kl": approx_kl, "updates": len(updates), "explained_variance": explained,
+            "value": totals["value"] / n_tokens, "return": totals["return"] / n_tokens,
+            "kl": totals["kl"] / n_tokens, "beta": beta, "lr": optimizer.param_groups[0]["lr"],
+            "critic_lr": critic_optimizer.param_groups[0]["lr"], "tokens_per_batch": tokens_per_batch})
+        accumulated_reward, sampled_tokens = metrics["accumulated_reward"], metrics["sampled_tokens"]
+        last = step == args.max_steps or 0 < args.token_budget <= sampled_tokens
+        if args.kl_target:
+            beta = adapted_beta(beta, totals["kl"] / max(1, totals["rows"]), args.kl_target)
+        if args.dry_run:
+            break
+
+        # ---- evaluate ----
+        if step % args.eval_every == 0 or last:
+            with compute():
+                evaluate(sampler, held_out, prompt_ids, args, step, tokenizer, run)
+
+        # ---- save ----
+        due = step % args.save_every == 0 or last or bad_steps >= 5
+        stop = run.remember(step, due, save_weights, {
+            "optimizer": optimizer.state_dict(), "critic_optimizer": critic_optimizer.state_dict(),
+            "critic": [p.detach() for p in critic_params], "rng": torch.get_rng_state(), "step": step,
+            "position": position, "accumulated_reward": accumulated_reward,
+            "tokens_per_batch": tokens_per_batch, "slots": sampler.slots, "sampled_tokens": sampled_tokens,
+            "beta": beta})
+        if bad_steps >= 5:
+            raise ValueError(f"the loss was not finite in {bad_steps} updates in a row; "
+                             f"the state is in {run.path}: lower --lr")
+
+    # ---- the end ----
+    if args.dry_run:
+        run.dry_run_report(metrics, asked.max_steps, totals["tokens"] * args.ppo_epochs, model.config,
+                           longest + args.max_new_tokens, sampler)
+        return
+    if last:
+        run.save_final(partial(models.save_plain, model, tokenizer, merged_state_dict(model)) if args.merge
+                       else save_weights)
+        run.before_after()
+    run.finish()
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Shared blocks, word for word in every script that has them (tests/test_copies.py): LoRA, log-probs, sampler
 
 
 # Copied from grpo.py::LoRALinear
@@ -396,6 +987,69 @@ def token_logprobs(model, input_ids, completion_mask, temperature=1.0, attention
     values = TokenLogprobs.apply(hidden, weight, input_ids[rows, columns + 1], temperature,
                                  getattr(model.config, "final_logit_softcapping", None), chunk_tokens)
     return torch.zeros(input_ids.shape, device=input_ids.device).index_put((rows, columns + 1), values)
+
+
+# Copied from grpo.py::make_batch
+def make_batch(prompt_ids, completion_ids, device):
+    """Right-padded input_ids [B, T] on the device and completion_mask [B, T] on the CPU.
+
+    The mask comes from the lengths: an end token that is also the padding token stays in it.
+    """
+    T = max(len(p) + len(c) for p, c in zip(prompt_ids, completion_ids))
+    input_ids = torch.zeros(len(prompt_ids), T, dtype=torch.int64)
+    mask = torch.zeros(len(prompt_ids), T, dtype=torch.bool)
+    for i, (p, c) in enumerate(zip(prompt_ids, completion_ids)):
+        input_ids[i, :len(p) + len(c)] = torch.tensor(p + c)
+        mask[i, len(p):len(p) + len(c)] = True
+    return input_ids.to(device, non_blocking=True), mask
+
+
+# Copied from grpo.py::pad_logprobs
+def pad_logprobs(values, mask):
+    """Each row's [L] values at the places of its completion in a [B, T] tensor."""
+    padded = torch.zeros(mask.shape)
+    padded[mask] = torch.cat([torch.as_tensor(value, dtype=torch.float32) for value in values])
+    return padded
+
+
+# Copied from grpo.py::completion_logprobs
+@torch.no_grad()
+def completion_logprobs(model, prompt_ids, completion_ids, temperature, tokens_per_batch, device):
+    """Log-probs [L] of each row's completion under the model as it stands, a list in the rows' order."""
+    values = [None] * len(prompt_ids)
+    batches = pack([len(p) + len(c) for p, c in zip(prompt_ids, completion_ids)], tokens_per_batch)
+    for rows in shard.micro_batches(model, batches, partial(token_logprobs, model)):
+        input_ids, mask = make_batch([prompt_ids[i] for i in rows], [completion_ids[i] for i in rows], device)
+        logprobs = token_logprobs(model, input_ids, mask, temperature)
+        for i, row, of_row in zip(rows, logprobs.cpu(), mask):
+            values[i] = row[of_row]
+    return values
+
+
+# Copied from grpo.py::pack
+def pack(lengths, tokens_per_batch):
+    """Split rows into micro-batches of similar length: lists of row numbers, each row once.
+
+    A micro-batch, padded to its longest row, holds at most tokens_per_batch tokens (one row may exceed it).
+    Of all ways to cut the rows, sorted by length, it is the one with the fewest padded tokens, where each
+    micro-batch counts tokens_per_batch / 8 more: a pass has a cost of its own, on a GPU launches.
+    """
+    rows = sorted(range(len(lengths)), key=lambda row: -lengths[row])
+    least, begin = [0.0], [0]  # of the first n rows: the least cost, and where their last micro-batch begins
+    for n in range(1, len(rows) + 1):
+        costs = {}
+        for start in range(n - 1, -1, -1):
+            padded = (n - start) * lengths[rows[start]]
+            if padded > tokens_per_batch and costs:
+                break
+            costs[start] = least[start] + padded + tokens_per_batch / 8
+        begin.append(min(costs, key=costs.get))
+        least.append(costs[begin[n]])
+    batches, end = [], len(rows)
+    while end:
+        batches.append(rows[begin[end]:end])
+        end = begin[end]
+    return batches[::-1]
 
 
 # Copied from grpo.py::Completion
@@ -911,341 +1565,6 @@ class Sampler:
         return done
 
 
-def generalized_advantages(rewards, values, bootstrap, lengths, gamma, gae_lambda):
-    """GAE of each token, and the returns that the critic is to learn.
-
-    Shapes: rewards, values [N, L], whatever stands beyond a row's length; bootstrap [N], the value of what
-    follows the last token (0 where the answer ended); lengths [N] -> advantages, returns [N, L], 0 beyond.
-    delta_t = r_t + gamma V_{t+1} - V_t; A_t = delta_t + gamma lambda A_{t+1} (arXiv 1506.02438 eq. 16);
-    returns A + V, before any whitening.
-    """
-    mask = torch.arange(rewards.shape[1]) < lengths[:, None]
-    rewards, values = (torch.where(mask, x, 0.0) for x in (rewards, values))
-    advantages, ahead = torch.zeros_like(rewards), torch.zeros(len(rewards), dtype=rewards.dtype)
-    following = torch.cat([values[:, 1:], torch.zeros(len(values), 1, dtype=values.dtype)], 1)
-    following = following.scatter(1, (lengths - 1)[:, None], bootstrap[:, None].to(values.dtype))
-    delta = torch.where(mask, rewards + gamma * following - values, 0.0)
-    for t in reversed(range(rewards.shape[1])):
-        ahead = delta[:, t] + gamma * gae_lambda * ahead
-        advantages[:, t] = ahead
-    return advantages, torch.where(mask, advantages + values, 0.0)
-
-
-def clipped_loss(logprobs, old_logprobs, advantages, mask, clip_eps_low, clip_eps_high):
-    """The clipped policy loss of each token (arXiv 1707.06347 eq. 7), and where lower and upper clip act.
-
-    Shapes: all [B, T]; 0 outside the mask, whatever stands there.
-    """
-    logprobs, old_logprobs, A = (torch.where(mask, x, 0.0) for x in (logprobs, old_logprobs, advantages))
-    rho = (logprobs - old_logprobs).exp()
-    low, high = mask & (A < 0) & (rho < 1 - clip_eps_low), mask & (A > 0) & (rho > 1 + clip_eps_high)
-    return -torch.minimum(rho * A, rho.clamp(1 - clip_eps_low, 1 + clip_eps_high) * A), low, high
-
-
-def value_loss(values, old_values, returns, mask, clip):
-    """Half the squared error of each token's value, clipped around the old value; where the clip acts.
-
-    Shapes: all [B, T]; 0 outside the mask, whatever stands there. clip 0: none.
-    """
-    values, old_values, returns = (torch.where(mask, x, 0.0) for x in (values, old_values, returns))
-    plain = (values - returns) ** 2
-    if not clip:
-        return plain / 2, torch.zeros_like(mask)
-    moved = values - old_values
-    clipped = (old_values + moved.clamp(-clip, clip) - returns) ** 2
-    # the sum above rounds: the second condition leaves out values that did not move
-    return torch.maximum(plain, clipped) / 2, mask & (clipped > plain) & (moved.abs() > clip)
-
-
-def moments(values, device):
-    """(mean, variance over N) of this rank's values [N] and those of all others."""
-    values = values.double()
-    sums = dist.sum_dict({"n": len(values), "sum": values.sum().item()}, device)
-    n = max(1, sums["n"])
-    mean = sums["sum"] / n
-    return mean, dist.sum_dict({"squares": ((values - mean) ** 2).sum().item()}, device)["squares"] / n
-
-
-def explained_variance(values, returns, device):
-    """1 - Var(returns - values) / Var(returns), over tokens [N] of all ranks; 0 where returns are equal."""
-    _, left = moments(returns - values, device)
-    _, whole = moments(returns, device)
-    return 1 - left / whole if whole > 1e-12 else 0.0
-
-
-def adapted_beta(beta, kl, target):
-    """The next KL coefficient: up where KL is above its target, by a tenth of the relative error, at most 2%.
-
-    Source: arXiv 1909.08593 eq. 4, K_beta = 0.1.
-    """
-    return beta * (1 + 0.1 * min(0.2, max(-0.2, kl / target - 1)))
-
-
-# Copied from grpo.py::kl_estimate
-def kl_estimate(logprobs, ref_logprobs, kind):
-    """Per-token estimate of KL(policy || reference) from tokens the policy sampled, in nats; [...] -> [...].
-
-    With d = logprob - ref: k1 = d, k2 = d^2 / 2, k3 = exp(-d) - 1 + d, never negative (Schulman,
-    "Approximating KL Divergence", 2020). As a loss term they pull differently: k1 not at all (its expected
-    gradient is 0), k2 along KL(policy || ref), k3 along KL(ref || policy); k1 in the reward pulls along
-    KL(policy || ref) again.
-    """
-    d = logprobs - ref_logprobs
-    return {"k1": d, "k2": d**2 / 2, "k3": torch.exp(-d) - 1 + d}[kind]
-
-
-# Copied from grpo.py::pass_at_k
-def pass_at_k(n, c, k):
-    """Unbiased chance that k of n samples, c of them right, hold a right one (Codex, arXiv 2107.03374 eq. 1).
-
-    Errors: ValueError if k > n.
-    """
-    if k > n:
-        raise ValueError(f"pass@{k} needs {k} samples, there are {n}")
-    return 1.0 - math.comb(n - c, k) / math.comb(n, k)
-
-
-# Copied from grpo.py::pack
-def pack(lengths, tokens_per_batch):
-    """Split rows into micro-batches of similar length: lists of row numbers, each row once.
-
-    A micro-batch, padded to its longest row, holds at most tokens_per_batch tokens (one row may exceed it).
-    Of all ways to cut the rows, sorted by length, it is the one with the fewest padded tokens, where each
-    micro-batch counts tokens_per_batch / 8 more: a pass has a cost of its own, on a GPU launches.
-    """
-    rows = sorted(range(len(lengths)), key=lambda row: -lengths[row])
-    least, begin = [0.0], [0]  # of the first n rows: the least cost, and where their last micro-batch begins
-    for n in range(1, len(rows) + 1):
-        costs = {}
-        for start in range(n - 1, -1, -1):
-            padded = (n - start) * lengths[rows[start]]
-            if padded > tokens_per_batch and costs:
-                break
-            costs[start] = least[start] + padded + tokens_per_batch / 8
-        begin.append(min(costs, key=costs.get))
-        least.append(costs[begin[n]])
-    batches, end = [], len(rows)
-    while end:
-        batches.append(rows[begin[end]:end])
-        end = begin[end]
-    return batches[::-1]
-
-
-# Copied from grpo.py::learning_rate
-def learning_rate(step, args):
-    """Rate of step 1, 2, ...: linear warm-up to args.lr, then constant or linear/cosine to 0 past the end."""
-    if step < args.warmup_steps:
-        return args.lr * step / args.warmup_steps
-    done = (step - args.warmup_steps) / max(1, args.max_steps - args.warmup_steps + 1)
-    return args.lr * {"constant": 1.0, "linear": 1 - done,
-                      "cosine": (1 + math.cos(math.pi * done)) / 2}[args.lr_schedule]
-
-
-# Adapted from grpo.py::Rollout: values, and an advantage for each token
-@dataclass
-class Rollout:
-    """One sample of one question, and what is found out about it on the way to the loss."""
-
-    example: data.Example
-    group: int  # number of the question within the step, the same on every rank
-    sample: int  # 0 .. G - 1
-    prompt_ids: list[int]
-    completion: Completion
-    response: str = ""  # the text up to the stop token
-    rewards: dict[str, float] = field(default_factory=dict)
-    correct: float = 0.0
-    reward: float = 0.0  # weighted sum; NaN where a reward function failed
-    old_logprobs: torch.Tensor | None = None  # [L], as ref_logprobs, advantages and returns
-    ref_logprobs: torch.Tensor | None = None
-    values: torch.Tensor | None = None  # [L + 1]: before each token, and after the last
-    advantages: torch.Tensor | None = None
-    returns: torch.Tensor | None = None
-    kl: float = 0.0  # k1 summed over the completion, when it was sampled
-
-    def __len__(self):
-        return len(self.prompt_ids) + len(self.completion.ids)
-
-
-# Copied from grpo.py::make_batch
-def make_batch(prompt_ids, completion_ids, device):
-    """Right-padded input_ids [B, T] on the device and completion_mask [B, T] on the CPU.
-
-    The mask comes from the lengths: an end token that is also the padding token stays in it.
-    """
-    T = max(len(p) + len(c) for p, c in zip(prompt_ids, completion_ids))
-    input_ids = torch.zeros(len(prompt_ids), T, dtype=torch.int64)
-    mask = torch.zeros(len(prompt_ids), T, dtype=torch.bool)
-    for i, (p, c) in enumerate(zip(prompt_ids, completion_ids)):
-        input_ids[i, :len(p) + len(c)] = torch.tensor(p + c)
-        mask[i, len(p):len(p) + len(c)] = True
-    return input_ids.to(device, non_blocking=True), mask
-
-
-# Copied from grpo.py::completion_logprobs
-@torch.no_grad()
-def completion_logprobs(model, prompt_ids, completion_ids, temperature, tokens_per_batch, device):
-    """Log-probs [L] of each row's completion under the model as it stands, a list in the rows' order."""
-    values = [None] * len(prompt_ids)
-    batches = pack([len(p) + len(c) for p, c in zip(prompt_ids, completion_ids)], tokens_per_batch)
-    for rows in shard.micro_batches(model, batches, partial(token_logprobs, model)):
-        input_ids, mask = make_batch([prompt_ids[i] for i in rows], [completion_ids[i] for i in rows], device)
-        logprobs = token_logprobs(model, input_ids, mask, temperature)
-        for i, row, of_row in zip(rows, logprobs.cpu(), mask):
-            values[i] = row[of_row]
-    return values
-
-
-# Copied from grpo.py::pad_logprobs
-def pad_logprobs(values, mask):
-    """Each row's [L] values at the places of its completion in a [B, T] tensor."""
-    padded = torch.zeros(mask.shape)
-    padded[mask] = torch.cat([torch.as_tensor(value, dtype=torch.float32) for value in values])
-    return padded
-
-
-def token_values(model, head, input_ids, completion_mask):
-    """The critic's value before each completion token, and after each row's last one.
-
-    Shapes: input_ids, completion_mask [B, T] (right-padded) -> [B, T], 0 outside the mask, and [B]; float32.
-    The value that goes with token t is read where token t is predicted, one place before it.
-    """
-    hidden = model.base_model(input_ids=input_ids, use_cache=False).last_hidden_state
-    after_each = (hidden.float() * head[0]).sum(-1)  # [B, T]; a matrix product would be rounded by autocast
-    before_each = torch.cat([torch.zeros_like(after_each[:, :1]), after_each[:, :-1]], 1)
-    last = completion_mask.shape[1] - 1 - completion_mask.flip(1).int().argmax(1)
-    mask = completion_mask.to(input_ids.device)
-    return (torch.where(mask, before_each, 0.0),
-            after_each.gather(1, last[:, None].to(input_ids.device))[:, 0])
-
-
-@torch.no_grad()
-def completion_values(model, head, prompt_ids, completion_ids, tokens_per_batch, device):
-    """Values [L + 1] of each row: before each token and after the last; a list in the rows' order."""
-    found = [None] * len(prompt_ids)
-    batches = pack([len(p) + len(c) for p, c in zip(prompt_ids, completion_ids)], tokens_per_batch)
-    for rows in shard.micro_batches(model, batches, lambda *none: token_values(model, head, *none)[0]):
-        input_ids, mask = make_batch([prompt_ids[i] for i in rows], [completion_ids[i] for i in rows], device)
-        values, after = (x.cpu() for x in token_values(model, head, input_ids, mask))
-        for i, row, of_row, end in zip(rows, values, mask, after):
-            found[i] = torch.cat([row[of_row], end[None]])
-    return found
-
-
-def set_advantages(rollouts, args, beta, device):
-    """Fill in the rollouts' advantages, whitened over the tokens of all ranks, and returns.
-
-    The last token of a finished answer is paid its reward; a cut-off one goes on with the critic's value.
-    """
-    per_token = []
-    for r in rollouts:
-        each = -args.entropy_bonus * r.old_logprobs
-        if beta and args.kl_in == "reward":
-            each = each - beta * kl_estimate(r.old_logprobs, r.ref_logprobs, args.kl_estimator)
-        if r.completion.finished:
-            each[-1] += r.reward
-        per_token.append(each)
-    if not rollouts:
-        moments(torch.zeros(0), device)  # the other ranks wait for this one
-        return
-    lengths = torch.tensor([len(each) for each in per_token])
-    pad = partial(nn.utils.rnn.pad_sequence, batch_first=True)
-    bootstrap = torch.tensor([0.0 if r.completion.finished else r.values[-1].item() for r in rollouts])
-    advantages, returns = generalized_advantages(
-        pad(per_token), pad([r.values[:-1] for r in rollouts]), bootstrap, lengths, args.gamma,
-        args.gae_lambda)
-    mean, variance = moments(torch.cat([row[:n] for row, n in zip(advantages, lengths)]), device)
-    for r, A, ret, n in zip(rollouts, (advantages - mean) / (variance + 1e-8) ** 0.5, returns, lengths):
-        r.advantages, r.returns = A[:n].float(), ret[:n]
-
-
-def accumulate_gradients(model, critic, critic_on, head, rollouts, args, beta, n_tokens, tokens_per_batch,
-                         device, train_policy=True):
-    """Add both losses' gradients over this rank's rollouts, over n_tokens; token sums for the metrics.
-
-    critic: the policy's own model, on which critic_on() switches the critic's adapter on, or another one.
-    """
-    names = ("loss", "value_loss", "approx_kl", "clip_low", "clip_high", "value_clip", "gap")
-    sums = dict.fromkeys(names, torch.zeros((), device=device))
-
-    def policy_logprobs(input_ids, mask):  # [B, T]
-        with nullcontext() if train_policy else torch.no_grad():
-            return token_logprobs(model, input_ids, mask, args.temperature)
-
-    def critic_values(input_ids, mask):  # [B, T]
-        with critic_on():
-            return token_values(critic, head, input_ids, mask)[0]
-
-    batches = pack([len(r) for r in rollouts], tokens_per_batch)
-    for rows in shard.micro_batches(model, batches, policy_logprobs, critic_values):
-        batch = [rollouts[i] for i in rows]
-        input_ids, cpu_mask = make_batch(
-            [r.prompt_ids for r in batch], [r.completion.ids for r in batch], device)
-        mask = cpu_mask.to(device)
-
-        def padded(name):
-            return pad_logprobs([getattr(r, name) for r in batch], cpu_mask).to(device)
-
-        logprobs = policy_logprobs(input_ids, cpu_mask)
-        old, advantages = padded("old_logprobs"), padded("advantages")
-        loss, low, high = clipped_loss(
-            logprobs, old, advantages, mask, args.clip_eps_low, args.clip_eps_high)
-        if beta and args.kl_in == "loss":
-            loss = loss + beta * torch.where(
-                mask, kl_estimate(logprobs, padded("ref_logprobs"), args.kl_estimator), 0.0)
-        if train_policy:
-            (loss.sum() / n_tokens).backward()
-        with critic_on():
-            values = critic_values(input_ids, cpu_mask)
-            old_values = pad_logprobs([r.values[:-1] for r in batch], cpu_mask).to(device)
-            critic_loss, clipped = value_loss(
-                values, old_values, padded("returns"), mask, args.value_clip)
-            (critic_loss.sum() / n_tokens).backward()
-        sampled = pad_logprobs([r.completion.logprobs for r in batch], cpu_mask).to(device)
-        gap = torch.where(mask, (logprobs.detach() - sampled).abs(), 0.0)
-        moved = torch.where(mask, kl_estimate(old, logprobs.detach(), "k3"), 0.0)
-        for name, value in (("loss", loss), ("value_loss", critic_loss), ("approx_kl", moved),
-                            ("clip_low", low), ("clip_high", high), ("value_clip", clipped), ("gap", gap)):
-            sums[name] = sums[name] + value.detach().sum()
-    return {name: value.item() for name, value in sums.items()}
-
-
-def draw_minibatches(rows, args, step):
-    """The rows in --minibatches shuffled parts, for each of --ppo-epochs anew."""
-    for epoch in range(args.ppo_epochs):
-        order = random.Random(noise_key(args.seed, step, epoch)).sample(rows, len(rows))
-        yield from filter(None, (order[part::args.minibatches] for part in range(args.minibatches)))
-
-
-def shared_reward(path, name, args, model, device):
-    """The LearnedReward of a reward_model.py run: on the policy's own base where it is an adapter on it.
-
-    The adapter is then called `name`. With --shard it holds a base of its own: ranks score at their own pace.
-    """
-    make = partial(rewards.LearnedReward, path, models.choose_dtype(args.dtype, device), device,
-                   args.tokens_per_batch or 8192)
-    settings = models.adapter_settings(path)
-    base = settings.get("base_model_name_or_path")
-    if args.full or args.shard or models.absolute(args.model) != base:
-        return make()
-    add_lora(model, name, settings["r"], settings["lora_alpha"], settings["target_modules"],
-             settings["layers_to_transform"])
-    models.load_adapter(models.resolve(path), adapter_tensors(model, name))
-    return make(body=model, switched_on=partial(use_adapter, model, name))
-
-
-# Adapted from grpo.py::score_rollouts: no penalty for overlong answers, whose value goes on
-def score_rollouts(rollouts, reward_functions, args, tokenizer):
-    """Fill in response, rewards, correct and reward. Returns a line on the first failed reward, or ""."""
-    for r in rollouts:
-        r.response = r.completion.text(tokenizer)
-    scored = rewards.score(reward_functions, [r.example for r in rollouts], [r.response for r in rollouts],
-                           timeout_s=args.reward_timeout)
-    for i, r in enumerate(rollouts):
-        r.rewards = {name: values[i] for name, values in scored["rewards"].items()}
-        r.reward, r.correct = scored["total"][i], scored["correct"][i]
-    return scored["error"]
-
-
 # Copied from grpo.py::sample_all
 def sample_all(sampler, prompt_ids, keys, max_new_tokens, temperature, run, doing):
     """`Sampler.sample` with progress shown; memory that runs out on one rank halves the slots of all."""
@@ -1258,93 +1577,6 @@ def sample_all(sampler, prompt_ids, keys, max_new_tokens, temperature, run, doin
                               lambda done, total, _: run.progress(f"{doing}: sampled {done}/{total}"))
 
     return retry_smaller(attempt, min(sampler.slots, most_rows), run.device, 1, "slots")[0]
-
-
-# Copied from grpo.py::sample_rollouts
-def sample_rollouts(sampler, questions, prompt_ids, args, step, run):
-    """G rollouts of each (group, example), group by group."""
-    keys = [[noise_key(args.seed, step, group, g) for g in range(args.num_generations)]
-            for group, _ in questions]
-    completions = sample_all(sampler, [prompt_ids[e.id] for _, e in questions], keys, args.max_new_tokens,
-                             args.temperature, run, f"step {step}")
-    return [Rollout(example, group, g, prompt_ids[example.id], completion)
-            for (group, example), row in zip(questions, completions) for g, completion in enumerate(row)]
-
-
-# Copied from grpo.py::mean
-def mean(values):
-    return sum(values) / len(values) if values else 0.0
-
-
-# Adapted from grpo.py::csv_row: mean advantage, first value
-def csv_row(r, step):
-    return {"step": step, "group": r.group, "reward": r.reward,
-            **{f"reward/{k}": v for k, v in r.rewards.items()},
-            "advantage": mean(r.advantages.tolist()) if r.advantages is not None else 0.0,
-            "value": r.values[0].item() if r.values is not None else 0.0,
-            **rewards.answer_row(r.example, r.sample, r.completion, r.response, r.correct)}
-
-
-# Copied from grpo.py::evaluate
-def evaluate(sampler, questions, prompt_ids, args, step, tokenizer, run):
-    """Metrics of held-out questions: greedy pass@1, pass@k if asked for, lengths; all answers go to eval.csv.
-
-    The questions are split over ranks, each answered once. Sampling noise is keyed apart from training's.
-    """
-    plan = [(0.0, 1)] + ([(args.eval_temperature, args.eval_samples)] if args.eval_samples else [])
-    rows, mine = [], dist.share(questions)
-    for temperature, n in plan:
-        keys = [[noise_key(args.seed, -1, e.id, g) for g in range(n)] for e in mine]
-        completions = sample_all(sampler, [prompt_ids[e.id] for e in mine], keys, args.max_new_tokens,
-                                 temperature, run, "evaluation")
-        rollouts = [Rollout(e, e.id, g, [], completion) for e, row in zip(mine, completions)
-                    for g, completion in enumerate(row)]
-        score_rollouts(rollouts, [], args, tokenizer)
-        rows += [csv_row(r, step) | {"sample": r.sample + (temperature > 0), "temperature": temperature}
-                 for r in rollouts]
-    rows, right = dist.gather_rows(rows, "id", "sample"), {}
-    for row in rows:
-        if row["sample"] > 0:
-            right.setdefault(row["id"], []).append(row["correct"])
-    run.log_evaluation(step, rows, {
-        f"eval/pass@{k} T={args.eval_temperature:g}": mean(
-            [pass_at_k(len(row), sum(row), k) for row in right.values()]) for k in args.eval_k})
-
-
-# Adapted from grpo.py::log_step: the critic's metrics
-def log_step(run, step, args, sampled, accumulated_reward, sampled_tokens, more):
-    """Metrics of a step over all ranks, its rollouts to samples.csv, and now and then one to the terminal."""
-    rows = dist.gather_rows([csv_row(r, step) for r in sampled], "group", "sample")
-    run.write_rows(rows)
-
-    def column(name):
-        return [row[name] for row in rows if not math.isnan(row[name])]
-
-    known, n_tokens = column("reward"), sum(column("tokens"))
-    average = mean(known)
-    metrics = {
-        "reward": average, "reward/std": mean([(x - average) ** 2 for x in known]) ** 0.5,
-        "reward/min": min(known, default=0.0), "reward/max": max(known, default=0.0),
-        **{name: mean(column(name)) for name in rows[0] if name.startswith("reward/")},
-        "accumulated_reward": accumulated_reward + sum(known), "sampled_tokens": sampled_tokens + n_tokens,
-        "correct": mean(column("correct")), "tokens": n_tokens / len(rows),
-        "tokens/max": max(column("tokens")), "truncated": 1 - mean(column("finished")),
-        "entropy": -sum(row["logprob"] for row in rows) / n_tokens, "reward_failed": len(rows) - len(known),
-        **more}
-    last_step = args.max_steps
-    if args.token_budget:  # as many more steps as this pace needs
-        last_step = min(last_step, math.ceil(step * args.token_budget / metrics["sampled_tokens"]))
-    metrics = run.log(step, metrics, max(step, last_step),
-                      show=("reward", "correct", "tokens", "kl", "approx_kl", "explained_variance",
-                            "grad_norm"))
-    if metrics["truncated"] > 0.5:
-        run.print(f"  {metrics['truncated']:.0%} of the answers hit --max-new-tokens {args.max_new_tokens}")
-    if step % args.show_every == 0:
-        row = rows[0]
-        parts = ", ".join(f"{key[7:]} {value:.2g}" for key, value in row.items() if key.startswith("reward/"))
-        run.print(f"  Q: {row['prompt']}\n  A: {row['completion']}\n"
-                  f"  reward {row['reward']:.3g} ({parts}), gold {row['answer']}")
-    return metrics
 
 
 # Copied from grpo.py::gap_in_float64
@@ -1428,288 +1660,14 @@ def self_check(model, params, sampler, prompt_ids, args, temperature, device):
     return checks
 
 
-def resolve(args, device):
-    """Fill in the defaults that depend on others, and refuse what cannot work, before any load or write."""
-    embedded = models.is_embedded(args.model)
-    for name in ("prompts_per_step", "num_generations", "max_new_tokens", "max_steps", "slots", "ppo_epochs",
-                 "minibatches", "save_every", "keep", "eval_questions", "eval_every", "show_every"):
-        if getattr(args, name) < 1:
-            raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be 1 or more")
-    for name in ("max_grad_norm", "critic_max_grad_norm", "temperature"):
-        if not getattr(args, name) > 0:
-            raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be more than 0")
-    for name in ("gamma", "gae_lambda"):
-        if not 0 <= getattr(args, name) <= 1:
-            raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be from 0 to 1")
-    if args.minibatches > args.prompts_per_step * args.num_generations:
-        raise ValueError(f"--minibatches {args.minibatches}: a step has only "
-                         f"{args.prompts_per_step * args.num_generations} samples")
-    if args.kl_target and not (args.beta and args.kl_in == "reward"):
-        raise ValueError(f"--kl-target {args.kl_target} adapts beta from its start: give --beta, "
-                         "with --kl-in reward")
-    if args.beta and args.kl_in == "loss" and args.kl_estimator == "k1":
-        raise ValueError("--kl-estimator k1 in the loss has an expected gradient of 0; "
-                         "use k2 or k3, or --kl-in reward")
-    if args.eval_k and max(args.eval_k) > args.eval_samples:
-        raise ValueError(f"--eval-k {max(args.eval_k)} needs --eval-samples {max(args.eval_k)} or more")
-    lr = args.lr or (5e-4 if embedded else 1e-6 if args.full else 2e-5)
-    return replace(
-        args, data=args.data or ("arithmetic" if embedded else "gsm8k"),
-        system=args.system or ("" if embedded else data.THINK_ANSWER_SYSTEM),
-        # a CPU's caches are small
-        tokens_per_batch=args.tokens_per_batch or {"cpu": 2048, "cuda": 0}.get(device.type, 8192),
-        lr=lr, critic_lr=args.critic_lr or 2 * lr)
-
-
-def main(args: Args) -> None:
-    # ---- set up: whatever can be wrong is found here ----
-    device = dist.setup(args.device)
-    asked = args = resolve(args, device)
-    if args.dry_run:
-        args = replace(args, max_steps=1, wandb=False, resume=False, critic_warmup=0, target_kl=0.0)
-    check_args(args)
-    tokenizer = models.load_tokenizer(args.model)
-
-    def policy_logprobs(prefixes, answers):  # for the reward answer-prob, under the weights of the moment
-        nonlocal tokens_per_batch
-        values, tokens_per_batch = retry_smaller(
-            lambda size: completion_logprobs(model, prefixes, answers, 1.0, size, device),
-            tokens_per_batch, device, longest + args.max_new_tokens, "tokens per batch")
-        return values
-
-    reward_functions = rewards.parse_rewards(
-        args.rewards, models.check_reward_model,
-        partial(rewards.AnswerProbability, tokenizer, lambda e: prompt_ids[e.id], policy_logprobs,
-                args.max_new_tokens))
-    train, held_out = data.train_validation(args.data, n_train=args.train_questions,
-                                            n_validation=args.eval_questions, level=args.level or None,
-                                            seed=args.seed)
-    prompt_ids = {e.id: data.encode_prompt(tokenizer, e.prompt, args.system, args.prompt_template)
-                  for e in train + held_out}
-    if args.max_prompt_tokens:
-        train, held_out = ([e for e in part if len(prompt_ids[e.id]) <= args.max_prompt_tokens]
-                           for part in (train, held_out))
-        if not train or not held_out:
-            raise ValueError(f"--max-prompt-tokens {args.max_prompt_tokens} leaves {len(train)} questions "
-                             f"to train on and {len(held_out)} held out")
-    if args.download_only:
-        return models.download(args.model)
-    longest = max(len(prompt_ids[e.id]) for e in train + held_out)
-    if args.dry_run:
-        train = sorted(train, key=lambda e: -len(prompt_ids[e.id]))[:args.prompts_per_step]
-    torch.manual_seed(args.seed)
-    dtype = models.choose_dtype(args.dtype, device)
-    load_model = partial(models.load_model, args.model, torch.float32 if args.full else dtype, device,
-                         longest + args.max_new_tokens, split=args.shard, quantize=args.quantize)
-    model = load_model()
-    models.check_token_ids(model, tokenizer)
-    reward_functions = [replace(f, function=shared_reward(f.function, f"reward{i}", args, model, device))
-                        if isinstance(f.function, str) else f for i, f in enumerate(reward_functions)]
-    head = nn.Parameter(torch.zeros(1, model.config.hidden_size, device=device))  # every value starts at 0
-    reference = None  # the KL's frozen model: the base with no adapter; with --full a copy of the start
-    if args.full:
-        params = [p.requires_grad_() for p in model.parameters()]
-        reference = load_model().requires_grad_(False) if args.beta else None
-        critic, critic_on = load_model(), nullcontext
-        critic_params = [*critic.base_model.parameters(), head]
-    else:
-        lora = args.lora_r, args.lora_alpha, args.lora_targets, models.layer_range(args.train_layers, model)
-        critic_params = [*add_lora(model, "critic", *lora), head]
-        params = add_lora(model, "policy", *lora)
-        critic, critic_on = model, partial(use_adapter, model, "critic")
-        for p in critic_params:  # which adding the next adapter has frozen
-            p.requires_grad_()
-        for module in lora_modules(model).values():  # a reward's adapter may stand on more layers
-            module.active = "policy" if "policy" in module.A else None
-    adapter = None if args.full else adapter_tensors(model, "policy")
-    save_weights = partial(models.save_trained, model, tokenizer, adapter, args)
-    for body in dict.fromkeys([model, critic]):
-        if args.gradient_checkpointing:
-            enable_checkpointing(body)
-        body.train()  # dropout is off (load_model); gradient checkpointing acts in this mode alone
-    optimizer = torch.optim.AdamW(params, lr=args.lr, weight_decay=args.weight_decay,
-                                  foreach=False if args.shard else None,
-                                  fused=device.type == "cuda" and not args.shard)
-    critic_optimizer = torch.optim.AdamW(critic_params, lr=args.critic_lr, weight_decay=args.weight_decay,
-                                         foreach=False if args.shard else None,
-                                         fused=device.type == "cuda" and not args.shard)
-    stop_ids = models.stop_ids(model, tokenizer)
-    sampler = Sampler(model, () if args.dry_run else stop_ids, args.slots, dtype,  # dry run: full length
-                      by_layer=args.reshard)
-    if not args.tokens_per_batch:
-        args = replace(args, tokens_per_batch=models.tokens_that_fit(
-            model, [*params, *critic_params], dtype, sampler.cache_bytes(longest + args.max_new_tokens)))
-    run = Run(args, __file__, device, tags=models.run_tags(args.model, args.data))
-    for each in (optimizer, critic_optimizer):
-        each.register_step_pre_hook(run.weights_move)
-    compute = partial(torch.autocast, device.type, torch.bfloat16,
-                      enabled=args.full and dtype == torch.bfloat16, cache_enabled=False)
-    run.print(models.describe(args, model, params + critic_params, dtype))
-    run.print(f"data: {args.data}, {len(train)} questions to train on, {len(held_out)} held out, prompts "
-              f"up to {longest} tokens; {args.prompts_per_step} x {args.num_generations} samples a step")
-
-    step, position, accumulated_reward, bad_steps, tokens_per_batch = 0, 0, 0.0, 0, args.tokens_per_batch
-    beta, sampled_tokens = args.beta, 0
-    if args.resume:
-        folder, saved = run.load()
-        if folder:
-            models.load_trained(folder, model, adapter)
-            optimizer.load_state_dict(saved["optimizer"])
-            critic_optimizer.load_state_dict(saved["critic_optimizer"])
-            with torch.no_grad():
-                for p, value in zip(critic_params, saved["critic"], strict=True):
-                    p.copy_(value)
-            torch.set_rng_state(saved["rng"])
-            step, position, accumulated_reward, sampled_tokens, beta = (
-                saved[name] for name in ("step", "position", "accumulated_reward", "sampled_tokens", "beta"))
-            tokens_per_batch = min(tokens_per_batch, saved["tokens_per_batch"])
-            sampler.slots = min(sampler.slots, saved.get("slots", sampler.slots))
-    with compute():
-        run.self_check(self_check(model, params, sampler, [prompt_ids[e.id] for e in train[:3]], args,
-                                  args.temperature, device))
-        if step == 0 and not args.dry_run:
-            evaluate(sampler, held_out, prompt_ids, args, step, tokenizer, run)
-
-    stop, last = False, step == args.max_steps or 0 < args.token_budget <= sampled_tokens
-    while not (last or stop):
-        step += 1
-        with run.profile(step), compute():
-            # ---- sample and reward ----
-            rows = data.batch_indices(len(train), position, args.prompts_per_step, args.seed)
-            position += args.prompts_per_step
-            questions = dist.share([(i, train[row]) for i, row in enumerate(rows)])
-            with run.phase("sample"):
-                sampled = sample_rollouts(sampler, questions, prompt_ids, args, step, run)
-            with run.phase("reward"):
-                error = score_rollouts(sampled, reward_functions, args, tokenizer)
-            rollouts = [r for r in sampled if not math.isnan(r.reward)]
-
-            # ---- old and reference log-probs, values, advantages ----
-            with run.phase("logprobs"):
-                ids = [r.prompt_ids for r in rollouts], [r.completion.ids for r in rollouts]
-
-                def of_rows(attempt):
-                    nonlocal tokens_per_batch
-                    values, tokens_per_batch = retry_smaller(
-                        attempt, tokens_per_batch, device, longest + args.max_new_tokens, "tokens per batch")
-                    return values
-
-                def logprobs_under(network):
-                    return of_rows(lambda size: completion_logprobs(
-                        network, *ids, args.temperature, size, device))
-
-                old = (logprobs_under(model) if args.recompute_old
-                       else [torch.tensor(r.completion.logprobs) for r in rollouts])
-                with critic_on():
-                    values = of_rows(lambda size: completion_values(critic, head, *ids, size, device))
-                ref = [None] * len(rollouts)
-                if args.beta:
-                    with use_adapter(model, None):
-                        ref = logprobs_under(reference or model)
-                for i, r in enumerate(rollouts):
-                    r.old_logprobs, r.values, r.ref_logprobs = old[i], values[i], ref[i]
-                    r.kl = (r.old_logprobs - r.ref_logprobs).sum().item() if args.beta else 0.0
-            set_advantages(rollouts, args, beta, device)
-
-            # ---- update ----
-            # Minibatches are drawn from all ranks' rows: the number of ranks changes no update.
-            mine = {(r.group, r.sample): r for r in rollouts}
-            everyone = sorted(itertools.chain(*dist.gather(
-                [(*key, len(r.completion.ids)) for key, r in mine.items()])))
-            finite = not dist.any_rank(any(math.isnan(sum(r.completion.logprobs)) for r in sampled), device)
-            train_policy, updates, approx_kl = step > args.critic_warmup, [], 0.0
-            with run.phase("update"):
-                for part in draw_minibatches(everyone, args, step):
-                    batch = [mine[g, s] for g, s, _ in part if (g, s) in mine]
-                    n_tokens = sum(n for *_, n in part)
-
-                    def attempt(size):
-                        optimizer.zero_grad()
-                        critic_optimizer.zero_grad()
-                        return accumulate_gradients(model, critic, critic_on, head, batch, args, beta,
-                                                    n_tokens, size, device, train_policy)
-
-                    sums, tokens_per_batch = retry_smaller(
-                        attempt, tokens_per_batch, device, longest + args.max_new_tokens, "tokens per batch")
-                    sums = {name: value / n_tokens for name, value in dist.sum_dict(sums, device).items()}
-                    approx_kl = sums["approx_kl"]
-                    if updates and 0 < args.target_kl < approx_kl:
-                        break
-                    dist.sum_gradients(params)
-                    dist.sum_gradients(critic_params)
-                    norm = shard.clip_gradients(params, args.max_grad_norm)
-                    critic_norm = shard.clip_gradients(critic_params, args.critic_max_grad_norm)
-                    optimizer.param_groups[0]["lr"] = learning_rate(max(1, step - args.critic_warmup), args)
-                    critic_optimizer.param_groups[0]["lr"] = learning_rate(
-                        step, replace(args, lr=args.critic_lr))
-                    if math.isfinite(norm) and math.isfinite(critic_norm) and finite:
-                        if train_policy:
-                            optimizer.step()
-                        critic_optimizer.step()
-                        bad_steps = 0
-                    else:
-                        bad_steps += 1
-                        what = "gradient" if finite else "model"
-                        run.print(f"step {step}: the {what} is not finite; the update is skipped "
-                                  f"({bad_steps} in a row)")
-                    updates.append(sums | {"grad_norm": norm, "critic_grad_norm": critic_norm})
-            optimizer.zero_grad()
-            critic_optimizer.zero_grad()
-
-        # ---- log ----
-        if error:
-            run.print(f"step {step}: {error}")
-        first = updates[0] if updates else dict.fromkeys(("clip_low", "clip_high", "gap"), 0.0)  # no rewards
-        explained = explained_variance(torch.cat([r.values[:-1] for r in rollouts] or [torch.zeros(0)]),
-                                       torch.cat([r.returns for r in rollouts] or [torch.zeros(0)]), device)
-        totals = dist.sum_dict({"kl": sum(r.kl for r in rollouts), "rows": len(rollouts),
-                                "tokens": sum(len(r.completion.ids) for r in rollouts),
-                                "value": sum(r.values[:-1].sum().item() for r in rollouts),
-                                "return": sum(r.returns.sum().item() for r in rollouts)}, device)
-        n_tokens = max(1, totals["tokens"])
-        metrics = log_step(run, step, args, sampled, accumulated_reward, sampled_tokens, {
-            **{name: mean([u[name] for u in updates]) for name in (
-                "loss", "value_loss", "clip_low", "clip_high", "value_clip", "grad_norm",
-                "critic_grad_norm")},
-            "clip_first": first["clip_low"] + first["clip_high"], "sampler_gap": first["gap"],
-            "approx_kl": approx_kl, "updates": len(updates), "explained_variance": explained,
-            "value": totals["value"] / n_tokens, "return": totals["return"] / n_tokens,
-            "kl": totals["kl"] / n_tokens, "beta": beta, "lr": optimizer.param_groups[0]["lr"],
-            "critic_lr": critic_optimizer.param_groups[0]["lr"], "tokens_per_batch": tokens_per_batch})
-        accumulated_reward, sampled_tokens = metrics["accumulated_reward"], metrics["sampled_tokens"]
-        last = step == args.max_steps or 0 < args.token_budget <= sampled_tokens
-        if args.kl_target:
-            beta = adapted_beta(beta, totals["kl"] / max(1, totals["rows"]), args.kl_target)
-        if args.dry_run:
-            break
-
-        # ---- evaluate ----
-        if step % args.eval_every == 0 or last:
-            with compute():
-                evaluate(sampler, held_out, prompt_ids, args, step, tokenizer, run)
-
-        # ---- save ----
-        due = step % args.save_every == 0 or last or bad_steps >= 5
-        stop = run.remember(step, due, save_weights, {
-            "optimizer": optimizer.state_dict(), "critic_optimizer": critic_optimizer.state_dict(),
-            "critic": [p.detach() for p in critic_params], "rng": torch.get_rng_state(), "step": step,
-            "position": position, "accumulated_reward": accumulated_reward,
-            "tokens_per_batch": tokens_per_batch, "slots": sampler.slots, "sampled_tokens": sampled_tokens,
-            "beta": beta})
-        if bad_steps >= 5:
-            raise ValueError(f"the loss was not finite in {bad_steps} updates in a row; "
-                             f"the state is in {run.path}: lower --lr")
-
-    # ---- the end ----
-    if args.dry_run:
-        run.dry_run_report(metrics, asked.max_steps, totals["tokens"] * args.ppo_epochs, model.config,
-                           longest + args.max_new_tokens, sampler)
-        return
-    if last:
-        run.save_final(partial(models.save_plain, model, tokenizer, merged_state_dict(model)) if args.merge
-                       else save_weights)
-        run.before_after()
-    run.finish()
+# Copied from grpo.py::learning_rate
+def learning_rate(step, args):
+    """Rate of step 1, 2, ...: linear warm-up to args.lr, then constant or linear/cosine to 0 past the end."""
+    if step < args.warmup_steps:
+        return args.lr * step / args.warmup_steps
+    done = (step - args.warmup_steps) / max(1, args.max_steps - args.warmup_steps + 1)
+    return args.lr * {"constant": 1.0, "linear": 1 - done,
+                      "cosine": (1 + math.cos(math.pi * done)) / 2}[args.lr_schedule]
 
 
 if __name__ == "__main__":

@@ -32,237 +32,77 @@ import torch.nn.functional as F
 from torch import nn
 
 from common import curves, data, dist, models, shard
-from common.run import Run, check_args, cli, retry_smaller
+from common.run import Run, RunArgs, check_args, cli, retry_smaller
 
 # Shapes: B questions of a micro-batch, N replies to a question, T tokens, D hidden size, R LoRA rank.
 
 
 @dataclass
-class Args:
+class Args(RunArgs):
     # ---- run ----
-    out: str = ""
-    """run directory; empty: one of its own under runs/"""
-    resume: bool = False
-    """go on with the run in --out from its newest checkpoint, with its arguments"""
-    config: str = ""
-    """YAML or JSON file of arguments (a run's config.json too); the command line overrides it"""
-    seed: int = 0
-    """seed of data order, adapter initialisation and sampling noise"""
-    max_steps: int = 0
-    """steps in all; 0, where it is the default: what the passes over the data make"""
+    max_steps: int = 0  # steps in all; 0: what the passes over the data make
+    # steps between checkpoints (one is always written at the end, and on SIGTERM or Ctrl-C)
     save_every: int = 200
-    """steps between checkpoints (one is always written at the end, and on SIGTERM or Ctrl-C)"""
-    keep: int = 2
-    """newest checkpoints to keep"""
-    wandb: bool = False
-    """also log to Weights & Biases"""
-    dry_run: bool = False
-    """build all, run one step at the largest sizes, print peak memory and projected time, keep nothing"""
-    download_only: bool = False
-    """fetch model and data into the hub's cache, then end: the run itself then needs no network"""
-    profile: int = 0
-    """steps to trace with torch.profiler, from the first on"""
-    device: str = ""
-    """cuda, mps or cpu; empty: the best there is"""
+    keep: int = 2  # newest checkpoints to keep
+    profile: int = 0  # steps to trace with torch.profiler, from the first on
+
     # ---- data ----
+
+    # preferences: name, hub id, URL, file, a run's samples.csv, joined by commas; empty: by the model
     pairs: str = ""
-    """preferences: name, hub id, URL, file, a run's samples.csv, joined by commas; empty: by the model"""
+    # tokenizer of preference data that is token ids (lm-human-preferences): hub id or folder
     label_tokenizer: str = "openai-community/gpt2"
-    """tokenizer of preference data that is token ids (lm-human-preferences): hub id or folder"""
-    level: str = ""
-    """difficulty of a generated task, such as 3 or 1-4; empty: the task's own default"""
-    train_pairs: int = 0
-    """pairs to train on; 0: all that are not held out"""
+    level: str = ""  # difficulty of a generated task, such as 3 or 1-4; empty: the task's own default
+    train_pairs: int = 0  # pairs to train on; 0: all that are not held out
+    # pairs held out for evaluation, at most a tenth of all; no prompt of theirs is trained on
     eval_pairs: int = 500
-    """pairs held out for evaluation, at most a tenth of all; no prompt of theirs is trained on"""
-    system: str = ""
-    """system message, or none; empty: none"""
-    prompt_template: str = "{prompt}"
-    """text around the question, {prompt} in it"""
-    max_tokens: int = 0
-    """leave out rows whose prompt and completion are longer; 0: none"""
+    system: str = ""  # system message, or none; empty: none
+    prompt_template: str = "{prompt}"  # text around the question, {prompt} in it
+    max_tokens: int = 0  # leave out rows whose prompt and completion are longer; 0: none
+
     # ---- model ----
-    model: str = ""
-    """hub id, local folder or run directory; empty: the embedded model"""
+    model: str = ""  # hub id, local folder or run directory; empty: the embedded model
+    # of the frozen weights and the computation; auto: bfloat16 on CUDA, else float32
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """of the frozen weights and the computation; auto: bfloat16 on CUDA, else float32"""
-    full: bool = False
-    """train all weights (kept in float32) instead of an adapter"""
+    full: bool = False  # train all weights (kept in float32) instead of an adapter
+    # keep the frozen decoder layers in 4 bits (bitsandbytes; QLoRA, arXiv 2305.14314)
     quantize: Literal["none", "nf4"] = "none"
-    """keep the frozen decoder layers in 4 bits (bitsandbytes; QLoRA, arXiv 2305.14314)"""
+    # recompute the layers in the backward pass: less memory, about a third more time
     gradient_checkpointing: bool = False
-    """recompute the layers in the backward pass: less memory, about a third more time"""
+    # split the weights over the ranks of torchrun (FSDP2): the frozen base, or with --full all there is
     shard: bool = False
-    """split the weights over the ranks of torchrun (FSDP2): the frozen base, or with --full all there is"""
+    # padded tokens per forward and backward pass and GPU, halved if out of memory; 0: what fits, CPU 2048
     tokens_per_batch: int = 0
-    """padded tokens per forward and backward pass and GPU, halved if out of memory; 0: what fits, CPU 2048"""
+
     # ---- LoRA ----
-    lora_r: int = 32
-    """rank"""
-    lora_alpha: float = 64
-    """the adapter's output is scaled by lora_alpha / lora_r"""
-    lora_targets: tuple[str, ...] = models.PROJECTIONS
-    """linear layers to adapt"""
-    train_layers: str = ""
-    """decoder layers to adapt, such as 20-27; empty: all"""
-    merge: bool = False
-    """write final/ as a plain model with the adapter merged in, not as an adapter"""
+    lora_r: int = 32  # rank
+    lora_alpha: float = 64  # the adapter's output is scaled by lora_alpha / lora_r
+    lora_targets: tuple[str, ...] = models.PROJECTIONS  # linear layers to adapt
+    train_layers: str = ""  # decoder layers to adapt, such as 20-27; empty: all
+    merge: bool = False  # write final/ as a plain model with the adapter merged in, not as an adapter
+
     # ---- method ----
-    pairs_per_step: int = 16
-    """pairs per optimizer step, over all ranks"""
-    pairs_per_question: int = 4
-    """most pairs that one question's samples give"""
-    passes: int = 0
-    """passes over the pairs, where --max-steps is 0; 0: one, and two over generated pairs"""
+    pairs_per_step: int = 16  # pairs per optimizer step, over all ranks
+    pairs_per_question: int = 4  # most pairs that one question's samples give
+    passes: int = 0  # passes over the pairs, where --max-steps is 0; 0: one, and two over generated pairs
+    # Bradley-Terry of chosen against rejected, or softmax of the best against all other candidates
     loss: Literal["pair", "best-of-n"] = "pair"
-    """Bradley-Terry of chosen against rejected, or softmax of the best against all other candidates"""
-    margin: float = 0.0
-    """m: this times the difference of a pair's scores in the data, where it has scores"""
-    centre: float = 0.0
-    """c: pulls the scores of a question's replies to a mean of 0, such as 0.01"""
+    margin: float = 0.0  # m: this times the difference of a pair's scores in the data, where it has scores
+    centre: float = 0.0  # c: pulls the scores of a question's replies to a mean of 0, such as 0.01
+
     # ---- optimizer ----
+
+    # AdamW's peak learning rate; 0: by the kind of model and training (`resolve`), printed at the start
     lr: float = 0.0
-    """AdamW's peak learning rate; 0: by the kind of model and training (`resolve`), printed at the start"""
-    warmup_steps: int = 10
-    """steps of linear warm-up"""
-    lr_schedule: Literal["constant", "linear", "cosine"] = "linear"
-    """after the warm-up"""
-    weight_decay: float = 0.0
-    """AdamW's decoupled decay"""
-    max_grad_norm: float = 1.0
-    """clip the gradient's norm to this"""
+    warmup_steps: int = 10  # steps of linear warm-up
+    lr_schedule: Literal["constant", "linear", "cosine"] = "linear"  # after the warm-up
+    weight_decay: float = 0.0  # AdamW's decoupled decay
+    max_grad_norm: float = 1.0  # clip the gradient's norm to this
+
     # ---- evaluation ----
+
+    # steps between evaluations; one before the first step and one after the last are always made
     eval_every: int = 100
-    """steps between evaluations; one before the first step and one after the last are always made"""
-
-
-# Copied from grpo.py::LoRALinear
-class LoRALinear(nn.Module):
-    """A frozen nn.Linear with low-rank adapters, one or none of them active: y = W x + b + (alpha / r) B A x.
-
-    State: `A[name]` [R, in] and `B[name]` [out, R], float32 whatever the base's dtype (in bfloat16 AdamW's
-    small steps would round to nothing); B starts at zero, so that a fresh adapter changes no output. `active`
-    is the name of the adapter in use or None for the bare base; only `use_adapter` changes it.
-    Source: LoRA, arXiv 2106.09685 eq. 3.
-    """
-
-    def __init__(self, base: nn.Linear):
-        super().__init__()
-        self.base = base.requires_grad_(False)
-        self.A, self.B, self.scale = nn.ParameterDict(), nn.ParameterDict(), {}
-        self.in_features, self.out_features = base.in_features, base.out_features
-        self.active: str | None = None
-
-    def add(self, name: str, r: int, alpha: float) -> None:
-        device = self.base.weight.device
-        A = torch.empty(r, self.base.in_features)  # drawn on the CPU: the same start on every device
-        nn.init.kaiming_uniform_(A, a=5**0.5)
-        self.A[name] = nn.Parameter(A.to(device))
-        self.B[name] = nn.Parameter(torch.zeros(self.base.out_features, r, device=device))
-        self.scale[name] = alpha / r
-
-    def forward(self, x):
-        if self.active is None:
-            return self.base(x)
-        rows = x.reshape(-1, self.in_features)
-        y = self.base(rows)
-        A, B = self.A[self.active].to(y.dtype), (self.scale[self.active] * self.B[self.active]).to(y.dtype)
-        y.addmm_(rows.to(y.dtype) @ A.T, B.T)  # into the base's output: no copy of it
-        return y.view(*x.shape[:-1], self.out_features)
-
-
-# Copied from grpo.py::add_lora
-def add_lora(model, name: str, r: int, alpha: float, targets, layers=None) -> list[nn.Parameter]:
-    """Put adapter `name` on the projections `targets` of the decoder layers (all, or those in `layers`).
-
-    Freezes every other parameter, activates the adapter, and returns its parameters in layer order.
-    Errors: ValueError if a target does not exist or r < 1.
-    """
-    if r < 1:
-        raise ValueError(f"--lora-r {r}: the rank must be 1 or more (or train all weights with --full)")
-    model.requires_grad_(False)
-    params, found = [], set()
-    for i, layer in enumerate(model.base_model.layers):
-        for path, module in list(layer.named_modules()):
-            leaf = path.rpartition(".")[2]
-            if leaf not in targets or not isinstance(module, nn.Linear | LoRALinear):
-                continue
-            found.add(leaf)
-            if layers is not None and i not in layers:
-                continue
-            if isinstance(module, nn.Linear):
-                module = LoRALinear(module)
-                layer.set_submodule(path, module)
-            module.add(name, r, alpha)
-            module.active = name
-            params += [module.A[name], module.B[name]]
-    if missing := set(targets) - found:
-        raise ValueError(f"--lora-targets {' '.join(sorted(missing))}: no such linear layer in this model "
-                         f"(it has {' '.join(sorted(found)) or 'none of those asked for'})")
-    return params
-
-
-# Copied from grpo.py::lora_modules
-def lora_modules(model) -> dict[str, LoRALinear]:
-    return {path: module for path, module in model.named_modules() if isinstance(module, LoRALinear)}
-
-
-# Copied from grpo.py::use_adapter
-@contextmanager
-def use_adapter(model, name: str | None):
-    """Within the block the model runs with adapter `name` (None: the bare base); afterwards as it was."""
-    modules = lora_modules(model).values()
-    before = [module.active for module in modules]
-    for module in modules:
-        module.active = name if name in module.A else None
-    try:
-        yield
-    finally:
-        for module, active in zip(modules, before):
-            module.active = active
-
-
-# Copied from grpo.py::enable_checkpointing
-def enable_checkpointing(model) -> None:
-    """Recompute each layer in the backward pass, with the adapter of its forward, not one active by then."""
-
-    def contexts():
-        active = next((module.active for module in lora_modules(model).values() if module.active), None)
-        return nullcontext(), use_adapter(model, active)
-
-    model.gradient_checkpointing_enable({"use_reentrant": False, "context_fn": contexts})
-
-
-# Copied from grpo.py::adapter_tensors
-def adapter_tensors(model, name: str) -> dict[str, tuple[nn.Parameter, nn.Parameter]]:
-    """(A, B) of adapter `name` by its layer's path: what `models.save_adapter` and `load_adapter` take."""
-    return {path: (module.A[name], module.B[name])
-            for path, module in lora_modules(model).items() if name in module.A}
-
-
-# Copied from grpo.py::merged_state_dict
-@torch.no_grad()
-def merged_state_dict(model) -> dict[str, torch.Tensor]:
-    """The weights of a plain model, the active adapter added in float32; the base itself is untouched."""
-    state = {key.replace(".base.", "."): shard.gather(value) for key, value in model.state_dict().items()
-             if ".A." not in key and ".B." not in key}
-    for path, module in lora_modules(model).items():
-        weight = state[f"{path}.weight"]
-        if module.active is not None and weight is not None:
-            delta = module.scale[module.active] * module.B[module.active] @ module.A[module.active]
-            state[f"{path}.weight"] = (weight.float() + delta.to(weight.device)).to(weight.dtype)
-    return state
-
-
-@dataclass
-class Comparison:
-    """A prompt's replies, the best one first, each as one row of token ids, prompt included."""
-
-    preference: data.Preference
-    rows: list[list[int]]
-
-    def __len__(self):
-        return max(map(len, self.rows))
 
 
 def ranking_loss(scores, margins, *, loss, centre=0.0):
@@ -294,45 +134,30 @@ def calibration(margins, bins=10):
             for b in which.unique().tolist()]
 
 
-# Copied from grpo.py::pack
-def pack(lengths, tokens_per_batch):
-    """Split rows into micro-batches of similar length: lists of row numbers, each row once.
+@dataclass
+class Comparison:
+    """A prompt's replies, the best one first, each as one row of token ids, prompt included."""
 
-    A micro-batch, padded to its longest row, holds at most tokens_per_batch tokens (one row may exceed it).
-    Of all ways to cut the rows, sorted by length, it is the one with the fewest padded tokens, where each
-    micro-batch counts tokens_per_batch / 8 more: a pass has a cost of its own, on a GPU launches.
-    """
-    rows = sorted(range(len(lengths)), key=lambda row: -lengths[row])
-    least, begin = [0.0], [0]  # of the first n rows: the least cost, and where their last micro-batch begins
-    for n in range(1, len(rows) + 1):
-        costs = {}
-        for start in range(n - 1, -1, -1):
-            padded = (n - start) * lengths[rows[start]]
-            if padded > tokens_per_batch and costs:
-                break
-            costs[start] = least[start] + padded + tokens_per_batch / 8
-        begin.append(min(costs, key=costs.get))
-        least.append(costs[begin[n]])
-    batches, end = [], len(rows)
-    while end:
-        batches.append(rows[begin[end]:end])
-        end = begin[end]
-    return batches[::-1]
+    preference: data.Preference
+    rows: list[list[int]]
+
+    def __len__(self):
+        return max(map(len, self.rows))
 
 
-# Copied from grpo.py::learning_rate
-def learning_rate(step, args):
-    """Rate of step 1, 2, ...: linear warm-up to args.lr, then constant or linear/cosine to 0 past the end."""
-    if step < args.warmup_steps:
-        return args.lr * step / args.warmup_steps
-    done = (step - args.warmup_steps) / max(1, args.max_steps - args.warmup_steps + 1)
-    return args.lr * {"constant": 1.0, "linear": 1 - done,
-                      "cosine": (1 + math.cos(math.pi * done)) / 2}[args.lr_schedule]
-
-
-def no_scores(model, head, input_ids, _):
-    """A pass over nothing, for `shard.micro_batches`."""
-    return models.last_token_scores(model, head, input_ids.tolist())
+def encode(tokenizer, preferences, args, dropped):
+    """Comparisons of token ids, those longer than --max-tokens left out and counted in `dropped`."""
+    found = []
+    for p in preferences:
+        prompt = data.encode_prompt(tokenizer, p.prompt, args.system, args.prompt_template)
+        replies = (p.chosen, p.rejected, *(p.others if args.loss == "best-of-n" else ()))
+        comparison = Comparison(p, [prompt + data.encode_completion(tokenizer, reply, tokenizer.eos_token_id)
+                                    for reply in replies])
+        if args.max_tokens and len(comparison) > args.max_tokens:
+            dropped["too long"] += 1
+        else:
+            found.append(comparison)
+    return found
 
 
 def accumulate_gradients(model, head, comparisons, args, n_questions, tokens_per_batch, device):
@@ -426,6 +251,11 @@ def draw_calibration(run, step):
         run.print(str(error))
 
 
+def no_scores(model, head, input_ids, _):
+    """A pass over nothing, for `shard.micro_batches`."""
+    return models.last_token_scores(model, head, input_ids.tolist())
+
+
 def check_scores(model, head, comparisons, args, device):
     """Measure what must hold before training: name -> (value, largest right value).
 
@@ -444,21 +274,6 @@ def check_scores(model, head, comparisons, args, device):
     for p in [head, *model.parameters()]:
         p.grad = None
     return checks
-
-
-def encode(tokenizer, preferences, args, dropped):
-    """Comparisons of token ids, those longer than --max-tokens left out and counted in `dropped`."""
-    found = []
-    for p in preferences:
-        prompt = data.encode_prompt(tokenizer, p.prompt, args.system, args.prompt_template)
-        replies = (p.chosen, p.rejected, *(p.others if args.loss == "best-of-n" else ()))
-        comparison = Comparison(p, [prompt + data.encode_completion(tokenizer, reply, tokenizer.eos_token_id)
-                                    for reply in replies])
-        if args.max_tokens and len(comparison) > args.max_tokens:
-            dropped["too long"] += 1
-        else:
-            found.append(comparison)
-    return found
 
 
 def resolve(args, device):
@@ -627,6 +442,164 @@ def main(args: Args) -> None:
         run.before_after("ranking accuracy")
         draw_calibration(run, step)
     run.finish()
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Shared blocks, word for word in every script that has them (tests/test_copies.py): LoRA, log-probs, sampler
+
+
+# Copied from grpo.py::LoRALinear
+class LoRALinear(nn.Module):
+    """A frozen nn.Linear with low-rank adapters, one or none of them active: y = W x + b + (alpha / r) B A x.
+
+    State: `A[name]` [R, in] and `B[name]` [out, R], float32 whatever the base's dtype (in bfloat16 AdamW's
+    small steps would round to nothing); B starts at zero, so that a fresh adapter changes no output. `active`
+    is the name of the adapter in use or None for the bare base; only `use_adapter` changes it.
+    Source: LoRA, arXiv 2106.09685 eq. 3.
+    """
+
+    def __init__(self, base: nn.Linear):
+        super().__init__()
+        self.base = base.requires_grad_(False)
+        self.A, self.B, self.scale = nn.ParameterDict(), nn.ParameterDict(), {}
+        self.in_features, self.out_features = base.in_features, base.out_features
+        self.active: str | None = None
+
+    def add(self, name: str, r: int, alpha: float) -> None:
+        device = self.base.weight.device
+        A = torch.empty(r, self.base.in_features)  # drawn on the CPU: the same start on every device
+        nn.init.kaiming_uniform_(A, a=5**0.5)
+        self.A[name] = nn.Parameter(A.to(device))
+        self.B[name] = nn.Parameter(torch.zeros(self.base.out_features, r, device=device))
+        self.scale[name] = alpha / r
+
+    def forward(self, x):
+        if self.active is None:
+            return self.base(x)
+        rows = x.reshape(-1, self.in_features)
+        y = self.base(rows)
+        A, B = self.A[self.active].to(y.dtype), (self.scale[self.active] * self.B[self.active]).to(y.dtype)
+        y.addmm_(rows.to(y.dtype) @ A.T, B.T)  # into the base's output: no copy of it
+        return y.view(*x.shape[:-1], self.out_features)
+
+
+# Copied from grpo.py::add_lora
+def add_lora(model, name: str, r: int, alpha: float, targets, layers=None) -> list[nn.Parameter]:
+    """Put adapter `name` on the projections `targets` of the decoder layers (all, or those in `layers`).
+
+    Freezes every other parameter, activates the adapter, and returns its parameters in layer order.
+    Errors: ValueError if a target does not exist or r < 1.
+    """
+    if r < 1:
+        raise ValueError(f"--lora-r {r}: the rank must be 1 or more (or train all weights with --full)")
+    model.requires_grad_(False)
+    params, found = [], set()
+    for i, layer in enumerate(model.base_model.layers):
+        for path, module in list(layer.named_modules()):
+            leaf = path.rpartition(".")[2]
+            if leaf not in targets or not isinstance(module, nn.Linear | LoRALinear):
+                continue
+            found.add(leaf)
+            if layers is not None and i not in layers:
+                continue
+            if isinstance(module, nn.Linear):
+                module = LoRALinear(module)
+                layer.set_submodule(path, module)
+            module.add(name, r, alpha)
+            module.active = name
+            params += [module.A[name], module.B[name]]
+    if missing := set(targets) - found:
+        raise ValueError(f"--lora-targets {' '.join(sorted(missing))}: no such linear layer in this model "
+                         f"(it has {' '.join(sorted(found)) or 'none of those asked for'})")
+    return params
+
+
+# Copied from grpo.py::lora_modules
+def lora_modules(model) -> dict[str, LoRALinear]:
+    return {path: module for path, module in model.named_modules() if isinstance(module, LoRALinear)}
+
+
+# Copied from grpo.py::use_adapter
+@contextmanager
+def use_adapter(model, name: str | None):
+    """Within the block the model runs with adapter `name` (None: the bare base); afterwards as it was."""
+    modules = lora_modules(model).values()
+    before = [module.active for module in modules]
+    for module in modules:
+        module.active = name if name in module.A else None
+    try:
+        yield
+    finally:
+        for module, active in zip(modules, before):
+            module.active = active
+
+
+# Copied from grpo.py::enable_checkpointing
+def enable_checkpointing(model) -> None:
+    """Recompute each layer in the backward pass, with the adapter of its forward, not one active by then."""
+
+    def contexts():
+        active = next((module.active for module in lora_modules(model).values() if module.active), None)
+        return nullcontext(), use_adapter(model, active)
+
+    model.gradient_checkpointing_enable({"use_reentrant": False, "context_fn": contexts})
+
+
+# Copied from grpo.py::adapter_tensors
+def adapter_tensors(model, name: str) -> dict[str, tuple[nn.Parameter, nn.Parameter]]:
+    """(A, B) of adapter `name` by its layer's path: what `models.save_adapter` and `load_adapter` take."""
+    return {path: (module.A[name], module.B[name])
+            for path, module in lora_modules(model).items() if name in module.A}
+
+
+# Copied from grpo.py::merged_state_dict
+@torch.no_grad()
+def merged_state_dict(model) -> dict[str, torch.Tensor]:
+    """The weights of a plain model, the active adapter added in float32; the base itself is untouched."""
+    state = {key.replace(".base.", "."): shard.gather(value) for key, value in model.state_dict().items()
+             if ".A." not in key and ".B." not in key}
+    for path, module in lora_modules(model).items():
+        weight = state[f"{path}.weight"]
+        if module.active is not None and weight is not None:
+            delta = module.scale[module.active] * module.B[module.active] @ module.A[module.active]
+            state[f"{path}.weight"] = (weight.float() + delta.to(weight.device)).to(weight.dtype)
+    return state
+
+
+# Copied from grpo.py::pack
+def pack(lengths, tokens_per_batch):
+    """Split rows into micro-batches of similar length: lists of row numbers, each row once.
+
+    A micro-batch, padded to its longest row, holds at most tokens_per_batch tokens (one row may exceed it).
+    Of all ways to cut the rows, sorted by length, it is the one with the fewest padded tokens, where each
+    micro-batch counts tokens_per_batch / 8 more: a pass has a cost of its own, on a GPU launches.
+    """
+    rows = sorted(range(len(lengths)), key=lambda row: -lengths[row])
+    least, begin = [0.0], [0]  # of the first n rows: the least cost, and where their last micro-batch begins
+    for n in range(1, len(rows) + 1):
+        costs = {}
+        for start in range(n - 1, -1, -1):
+            padded = (n - start) * lengths[rows[start]]
+            if padded > tokens_per_batch and costs:
+                break
+            costs[start] = least[start] + padded + tokens_per_batch / 8
+        begin.append(min(costs, key=costs.get))
+        least.append(costs[begin[n]])
+    batches, end = [], len(rows)
+    while end:
+        batches.append(rows[begin[end]:end])
+        end = begin[end]
+    return batches[::-1]
+
+
+# Copied from grpo.py::learning_rate
+def learning_rate(step, args):
+    """Rate of step 1, 2, ...: linear warm-up to args.lr, then constant or linear/cosine to 0 past the end."""
+    if step < args.warmup_steps:
+        return args.lr * step / args.warmup_steps
+    done = (step - args.warmup_steps) / max(1, args.max_steps - args.warmup_steps + 1)
+    return args.lr * {"constant": 1.0, "linear": 1 - done,
+                      "cosine": (1 + math.cos(math.pi * done)) / 2}[args.lr_schedule]
 
 
 if __name__ == "__main__":

@@ -26,112 +26,277 @@ import torch.nn.functional as F
 from torch import nn
 
 from common import data, dist, models, rewards, shard
-from common.run import Run, check_args, cli, retry_smaller
+from common.run import Run, RunArgs, check_args, cli, retry_smaller
 
 # Shapes: B rows, T tokens, V vocabulary, P prompts, D hidden size, H heads, K head size, R LoRA rank, N rows
 # or tokens in all.
 
 
 @dataclass
-class Args:
+class Args(RunArgs):
     # ---- run ----
-    out: str = ""
-    """run directory; empty: one of its own under runs/"""
-    resume: bool = False
-    """go on with the run in --out from its newest checkpoint, with its arguments"""
-    config: str = ""
-    """YAML or JSON file of arguments (a run's config.json too); the command line overrides it"""
-    seed: int = 0
-    """seed of data order, adapter initialisation and sampling noise"""
-    max_steps: int = 0
-    """steps in all; 0, where it is the default: what the passes over the data make"""
+    max_steps: int = 0  # steps in all; 0: what the passes over the data make
+    # steps between checkpoints (one is always written at the end, and on SIGTERM or Ctrl-C)
     save_every: int = 200
-    """steps between checkpoints (one is always written at the end, and on SIGTERM or Ctrl-C)"""
-    keep: int = 2
-    """newest checkpoints to keep"""
-    wandb: bool = False
-    """also log to Weights & Biases"""
-    dry_run: bool = False
-    """build all, run one step at the largest sizes, print peak memory and projected time, keep nothing"""
-    download_only: bool = False
-    """fetch model and data into the hub's cache, then end: the run itself then needs no network"""
-    profile: int = 0
-    """steps to trace with torch.profiler, from the first on"""
-    device: str = ""
-    """cuda, mps or cpu; empty: the best there is"""
+    keep: int = 2  # newest checkpoints to keep
+    profile: int = 0  # steps to trace with torch.profiler, from the first on
+
     # ---- data ----
+
+    # data set name, hub id, or local .jsonl/.csv/.parquet; empty: arithmetic (embedded model), else gsm8k
     data: str = ""
-    """data set name, hub id, or local .jsonl/.csv/.parquet; empty: arithmetic (embedded model), else gsm8k"""
-    filter: str = ""
-    """correct: of a run's samples.csv only the answers that were right"""
-    level: str = ""
-    """difficulty of a generated task, such as 3 or 1-4; empty: the task's own default"""
-    train_questions: int = 0
-    """questions to train on; 0: all that are not held out"""
+    filter: str = ""  # correct: of a run's samples.csv only the answers that were right
+    level: str = ""  # difficulty of a generated task, such as 3 or 1-4; empty: the task's own default
+    train_questions: int = 0  # questions to train on; 0: all that are not held out
+    # questions held out of the training split for evaluation (never the official test split)
     eval_questions: int = 500
-    """questions held out of the training split for evaluation (never the official test split)"""
+    # system message, or none; empty: asks for the <think>/<answer> format (embedded model: none)
     system: str = ""
-    """system message, or none; empty: asks for the <think>/<answer> format (embedded model: none)"""
-    prompt_template: str = "{prompt}"
-    """text around the question, {prompt} in it"""
-    max_tokens: int = 0
-    """leave out rows whose prompt and completion are longer; 0: none"""
+    prompt_template: str = "{prompt}"  # text around the question, {prompt} in it
+    max_tokens: int = 0  # leave out rows whose prompt and completion are longer; 0: none
+    # train on the first batch alone, again and again: a model that cannot learn it by heart has a bug
     single_batch: bool = False
-    """train on the first batch alone, again and again: a model that cannot learn it by heart has a bug"""
+
     # ---- model ----
-    model: str = ""
-    """hub id, local folder or run directory; empty: the embedded model"""
-    from_scratch: bool = False
-    """random weights of the shape in --model's config.json; trains all of them"""
+    model: str = ""  # hub id, local folder or run directory; empty: the embedded model
+    from_scratch: bool = False  # random weights of the shape in --model's config.json; trains all of them
+    # of the frozen weights and the computation; auto: bfloat16 on CUDA, else float32
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """of the frozen weights and the computation; auto: bfloat16 on CUDA, else float32"""
-    full: bool = False
-    """train all weights (kept in float32) instead of an adapter"""
+    full: bool = False  # train all weights (kept in float32) instead of an adapter
+    # keep the frozen decoder layers in 4 bits (bitsandbytes; QLoRA, arXiv 2305.14314)
     quantize: Literal["none", "nf4"] = "none"
-    """keep the frozen decoder layers in 4 bits (bitsandbytes; QLoRA, arXiv 2305.14314)"""
+    # recompute the layers in the backward pass: less memory, about a third more time
     gradient_checkpointing: bool = False
-    """recompute the layers in the backward pass: less memory, about a third more time"""
+    # split the weights over the ranks of torchrun (FSDP2): the frozen base, or with --full all there is
     shard: bool = False
-    """split the weights over the ranks of torchrun (FSDP2): the frozen base, or with --full all there is"""
+    # with --shard, gather them layer by layer while sampling too: slower, for what one GPU cannot hold
     reshard: bool = False
-    """with --shard, gather them layer by layer while sampling too: slower, for what one GPU cannot hold"""
+    # padded tokens per forward and backward pass and GPU, halved if out of memory; 0: what fits, CPU 2048
     tokens_per_batch: int = 0
-    """padded tokens per forward and backward pass and GPU, halved if out of memory; 0: what fits, CPU 2048"""
+
     # ---- LoRA ----
-    lora_r: int = 32
-    """rank"""
-    lora_alpha: float = 64
-    """the adapter's output is scaled by lora_alpha / lora_r"""
-    lora_targets: tuple[str, ...] = models.PROJECTIONS
-    """linear layers to adapt"""
-    train_layers: str = ""
-    """decoder layers to adapt, such as 20-27; empty: all"""
-    merge: bool = False
-    """write final/ as a plain model with the adapter merged in, not as an adapter"""
+    lora_r: int = 32  # rank
+    lora_alpha: float = 64  # the adapter's output is scaled by lora_alpha / lora_r
+    lora_targets: tuple[str, ...] = models.PROJECTIONS  # linear layers to adapt
+    train_layers: str = ""  # decoder layers to adapt, such as 20-27; empty: all
+    merge: bool = False  # write final/ as a plain model with the adapter merged in, not as an adapter
+
     # ---- sampling ----
-    max_new_tokens: int = 512
-    """longest completion; a longer one counts as truncated"""
-    slots: int = 256
-    """rows sampled at a time per rank; halved when memory runs out"""
+    max_new_tokens: int = 512  # longest completion; a longer one counts as truncated
+    slots: int = 256  # rows sampled at a time per rank; halved when memory runs out
+
     # ---- method ----
-    batch_size: int = 64
-    """rows per step, over all ranks"""
-    epochs: float = 1.0
-    """passes over the data, where --max-steps is 0"""
+    batch_size: int = 64  # rows per step, over all ranks
+    epochs: float = 1.0  # passes over the data, where --max-steps is 0
+
     # ---- optimizer ----
+
+    # AdamW's peak learning rate; 0: by the kind of model and training (`resolve`), printed at the start
     lr: float = 0.0
-    """AdamW's peak learning rate; 0: by the kind of model and training (`resolve`), printed at the start"""
-    warmup_steps: int = 20
-    """steps of linear warm-up"""
-    lr_schedule: Literal["constant", "linear", "cosine"] = "cosine"
-    """after the warm-up"""
-    weight_decay: float = 0.0
-    """AdamW's decoupled decay"""
-    max_grad_norm: float = 1.0
-    """clip the gradient's norm to this"""
+    warmup_steps: int = 20  # steps of linear warm-up
+    lr_schedule: Literal["constant", "linear", "cosine"] = "cosine"  # after the warm-up
+    weight_decay: float = 0.0  # AdamW's decoupled decay
+    max_grad_norm: float = 1.0  # clip the gradient's norm to this
+
     # ---- evaluation ----
+
+    # steps between evaluations; one before the first step and one after the last are always made
     eval_every: int = 100
-    """steps between evaluations; one before the first step and one after the last are always made"""
+
+
+def accumulate_gradients(model, rows, n_tokens, tokens_per_batch, device):
+    """Add the gradient of -sum(log-probs) / n_tokens, returned, over this rank's (prompt, completion) ids."""
+    loss_sum = torch.zeros((), device=device)
+    batches = pack([len(p) + len(c) for p, c in rows], tokens_per_batch)
+    for picked in shard.micro_batches(model, batches, partial(token_logprobs, model)):
+        input_ids, mask = make_batch([rows[i][0] for i in picked], [rows[i][1] for i in picked], device)
+        loss = -token_logprobs(model, input_ids, mask).sum() / n_tokens
+        loss.backward()
+        loss_sum += loss.detach()
+    return loss_sum.item()
+
+
+def evaluate(model, sampler, questions, encoded, args, step, tokens_per_batch, tokenizer, run):
+    """Held-out loss per token, and greedy pass@1 where questions have an answer; all go to eval.csv."""
+    mine = dist.share(questions)
+    targets = [encoded[e.id] for e in mine]
+    ids = [p for p, _ in targets], [c for _, c in targets]
+    logprobs, _ = retry_smaller(lambda size: completion_logprobs(model, *ids, 1.0, size, run.device),
+                                tokens_per_batch, run.device, 1, "tokens per batch")
+    sums = dist.sum_dict({"nll": -sum(row.sum().item() for row in logprobs),
+                          "tokens": sum(len(c) for _, c in targets)}, run.device)
+    asked = [e for e in mine if e.answer]
+    completions = sample_all(sampler, [encoded[e.id][0] for e in asked], [[0]] * len(asked),
+                             args.max_new_tokens, 0.0, run, "evaluation")
+    texts = [c.text(tokenizer) for (c,) in completions]
+    rows = [rewards.answer_row(e, 0, c, text, right)
+            for e, text, right, (c,) in zip(asked, texts, rewards.judge(asked, texts), completions)]
+    run.log_evaluation(step, dist.gather_rows(rows, "id"),
+                       {"eval/loss": sums["nll"] / max(1, sums["tokens"])})
+
+
+def resolve(args, device):
+    """Fill in the defaults that depend on others, and refuse what cannot work, before any load or write."""
+    embedded = models.is_embedded(args.model)
+    for name in ("batch_size", "max_new_tokens", "slots", "save_every", "keep", "eval_questions",
+                 "eval_every"):
+        if getattr(args, name) < 1:
+            raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be 1 or more")
+    if args.max_grad_norm <= 0:
+        raise ValueError(f"--max-grad-norm {args.max_grad_norm}: must be more than 0 (inf: no clipping)")
+    if args.epochs <= 0 and not args.max_steps:
+        raise ValueError(f"--epochs {args.epochs}: must be more than 0")
+    full = args.full or args.from_scratch
+    return replace(
+        args, full=full, data=args.data or ("arithmetic" if embedded else "gsm8k"),
+        system=args.system or ("" if embedded else data.THINK_ANSWER_SYSTEM),
+        # a CPU's caches are small
+        tokens_per_batch=args.tokens_per_batch or {"cpu": 2048, "cuda": 0}.get(device.type, 8192),
+        lr=args.lr or (1e-3 if embedded else 1e-5 if full else 2e-4))
+
+
+def main(args: Args) -> None:
+    # ---- set up: whatever can be wrong is found here ----
+    device = dist.setup(args.device)
+    args = resolve(args, device)
+    check_args(args)
+    tokenizer = models.load_tokenizer(args.model)
+    dropped = Counter()
+    train, held_out = data.train_validation(args.data, n_train=args.train_questions,
+                                            n_validation=args.eval_questions, level=args.level or None,
+                                            seed=args.seed, filter=args.filter, dropped=dropped)
+    encoded = {e.id: (data.encode_prompt(tokenizer, e.prompt, args.system, args.prompt_template),
+                      data.encode_completion(tokenizer, e.completion, tokenizer.eos_token_id))
+               for e in train + held_out if e.completion}
+    lengths = {id: len(p) + len(c) for id, (p, c) in encoded.items()}
+    fits = {id for id, length in lengths.items() if not args.max_tokens or length <= args.max_tokens}
+    dropped["no completion, or too long"] = sum(e.id not in fits for e in train)
+    train, held_out = ([e for e in part if e.id in fits] for part in (train, held_out))
+    if not train:
+        raise ValueError(f"--data {args.data}: no row has a completion to imitate"
+                         + (f" of at most --max-tokens {args.max_tokens}" if args.max_tokens else ""))
+    if args.download_only:
+        return models.download(args.model)
+    if not args.max_steps:
+        args = replace(args, max_steps=math.ceil(args.epochs * len(train) / args.batch_size))
+    asked = args
+    if args.dry_run:
+        args = replace(args, max_steps=1, wandb=False, resume=False)
+        train = sorted(train, key=lambda e: -lengths[e.id])[:args.batch_size]
+    torch.manual_seed(args.seed)
+    dtype = models.choose_dtype(args.dtype, device)
+    longest = max(lengths[e.id] for e in train + held_out)
+    needed = max(longest, max(len(encoded[e.id][0]) for e in train + held_out) + args.max_new_tokens)
+    model = models.load_model(args.model, torch.float32 if args.full else dtype, device, needed,
+                              args.from_scratch, split=args.shard, quantize=args.quantize)
+    models.check_token_ids(model, tokenizer)
+    if args.full:
+        params = [p.requires_grad_() for p in model.parameters()]
+    else:
+        params = add_lora(model, "policy", args.lora_r, args.lora_alpha, args.lora_targets,
+                          models.layer_range(args.train_layers, model))
+    adapter = None if args.full else adapter_tensors(model, "policy")
+    save_weights = partial(models.save_trained, model, tokenizer, adapter, args)
+    if args.gradient_checkpointing:
+        enable_checkpointing(model)
+    model.train()  # dropout is off (load_model); gradient checkpointing acts in this mode alone
+    optimizer = torch.optim.AdamW(params, lr=args.lr, weight_decay=args.weight_decay, betas=(0.9, 0.95),
+                                  foreach=False if args.shard else None,
+                                  fused=device.type == "cuda" and not args.shard)
+    sampler = Sampler(model, models.stop_ids(model, tokenizer), args.slots, dtype, by_layer=args.reshard)
+    if not args.tokens_per_batch:
+        args = replace(args, tokens_per_batch=models.tokens_that_fit(
+            model, params, dtype, sampler.cache_bytes(needed)))
+    run = Run(args, __file__, device, tags=models.run_tags(args.model, args.data))
+    optimizer.register_step_pre_hook(run.weights_move)
+    compute = partial(torch.autocast, device.type, torch.bfloat16,
+                      enabled=args.full and dtype == torch.bfloat16, cache_enabled=False)
+    run.print(models.describe(args, model, params, dtype))
+    run.print(f"data: {args.data}, {len(train)} rows to train on, {len(held_out)} held out, "
+              f"up to {longest} tokens; {args.batch_size} rows a step; left out: "
+              f"{', '.join(f'{name} {n}' for name, n in dropped.items() if n) or 'none'}")
+
+    step, bad_steps, tokens_per_batch = 0, 0, args.tokens_per_batch
+    if args.resume:
+        folder, saved = run.load()
+        if folder:
+            models.load_trained(folder, model, adapter)
+            optimizer.load_state_dict(saved["optimizer"])
+            torch.set_rng_state(saved["rng"])
+            step, tokens_per_batch = saved["step"], min(tokens_per_batch, saved["tokens_per_batch"])
+            sampler.slots = min(sampler.slots, saved.get("slots", sampler.slots))
+    with compute():
+        run.self_check(self_check(model, params, sampler, [encoded[e.id][0] for e in train[:3]], args, 1.0,
+                                  device))
+        if step == 0 and not args.dry_run:
+            evaluate(model, sampler, held_out, encoded, args, step, tokens_per_batch, tokenizer, run)
+
+    stop = False
+    while step < args.max_steps and not stop:
+        step += 1
+        position = 0 if args.single_batch else (step - 1) * args.batch_size
+        rows = [encoded[train[i].id]
+                for i in data.batch_indices(len(train), position, args.batch_size, args.seed)]
+        n_tokens = sum(len(c) for _, c in rows)  # of all ranks: every rank knows the whole batch
+
+        # ---- update ----
+        with run.profile(step), compute(), run.phase("update"):
+            def attempt(size):
+                optimizer.zero_grad()
+                return accumulate_gradients(model, dist.share(rows), n_tokens, size, device)
+
+            loss, tokens_per_batch = retry_smaller(
+                attempt, tokens_per_batch, device, longest, "tokens per batch")
+            dist.sum_gradients(params)
+            norm = shard.clip_gradients(params, args.max_grad_norm)
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(step, args)
+            if math.isfinite(norm):
+                optimizer.step()
+                bad_steps = 0
+            else:
+                bad_steps += 1
+                run.print(f"step {step}: the gradient is not finite; the update is skipped "
+                          f"({bad_steps} in a row)")
+            optimizer.zero_grad()
+
+        # ---- log ----
+        metrics = dist.sum_dict({"loss": loss}, device) | {
+            "grad_norm": norm, "lr": optimizer.param_groups[0]["lr"],
+            "epoch": step * args.batch_size / len(train), "tokens": n_tokens,
+            "tokens_per_batch": tokens_per_batch}
+        metrics = run.log(step, metrics, args.max_steps, show=("loss", "grad_norm", "lr", "epoch"))
+        if args.dry_run:
+            break
+
+        # ---- evaluate ----
+        if step % args.eval_every == 0 or step == args.max_steps:
+            with compute():
+                evaluate(model, sampler, held_out, encoded, args, step, tokens_per_batch, tokenizer, run)
+
+        # ---- save ----
+        due = step % args.save_every == 0 or step == args.max_steps or bad_steps >= 5
+        stop = run.remember(step, due, save_weights, {
+            "optimizer": optimizer.state_dict(), "rng": torch.get_rng_state(), "step": step,
+            "tokens_per_batch": tokens_per_batch, "slots": sampler.slots})
+        if bad_steps >= 5:
+            raise ValueError(f"the gradient was not finite in {bad_steps} updates in a row; "
+                             f"the state is in {run.path}: lower --lr")
+
+    # ---- the end ----
+    if args.dry_run:
+        run.dry_run_report(metrics, asked.max_steps, metrics["tokens"], model.config, longest, sampler,
+                           needed)
+        return
+    if step == args.max_steps:
+        run.save_final(partial(models.save_plain, model, tokenizer, merged_state_dict(model)) if args.merge
+                       else save_weights)
+        run.before_after()
+    run.finish()
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Shared blocks, word for word in every script that has them (tests/test_copies.py): LoRA, log-probs, sampler
 
 
 # Copied from grpo.py::LoRALinear
@@ -358,6 +523,20 @@ def make_batch(prompt_ids, completion_ids, device):
     return input_ids.to(device, non_blocking=True), mask
 
 
+# Copied from grpo.py::completion_logprobs
+@torch.no_grad()
+def completion_logprobs(model, prompt_ids, completion_ids, temperature, tokens_per_batch, device):
+    """Log-probs [L] of each row's completion under the model as it stands, a list in the rows' order."""
+    values = [None] * len(prompt_ids)
+    batches = pack([len(p) + len(c) for p, c in zip(prompt_ids, completion_ids)], tokens_per_batch)
+    for rows in shard.micro_batches(model, batches, partial(token_logprobs, model)):
+        input_ids, mask = make_batch([prompt_ids[i] for i in rows], [completion_ids[i] for i in rows], device)
+        logprobs = token_logprobs(model, input_ids, mask, temperature)
+        for i, row, of_row in zip(rows, logprobs.cpu(), mask):
+            values[i] = row[of_row]
+    return values
+
+
 # Copied from grpo.py::pack
 def pack(lengths, tokens_per_batch):
     """Split rows into micro-batches of similar length: lists of row numbers, each row once.
@@ -382,20 +561,6 @@ def pack(lengths, tokens_per_batch):
         batches.append(rows[begin[end]:end])
         end = begin[end]
     return batches[::-1]
-
-
-# Copied from grpo.py::completion_logprobs
-@torch.no_grad()
-def completion_logprobs(model, prompt_ids, completion_ids, temperature, tokens_per_batch, device):
-    """Log-probs [L] of each row's completion under the model as it stands, a list in the rows' order."""
-    values = [None] * len(prompt_ids)
-    batches = pack([len(p) + len(c) for p, c in zip(prompt_ids, completion_ids)], tokens_per_batch)
-    for rows in shard.micro_batches(model, batches, partial(token_logprobs, model)):
-        input_ids, mask = make_batch([prompt_ids[i] for i in rows], [completion_ids[i] for i in rows], device)
-        logprobs = token_logprobs(model, input_ids, mask, temperature)
-        for i, row, of_row in zip(rows, logprobs.cpu(), mask):
-            values[i] = row[of_row]
-    return values
 
 
 # Copied from grpo.py::Completion
@@ -911,14 +1076,18 @@ class Sampler:
         return done
 
 
-# Copied from grpo.py::learning_rate
-def learning_rate(step, args):
-    """Rate of step 1, 2, ...: linear warm-up to args.lr, then constant or linear/cosine to 0 past the end."""
-    if step < args.warmup_steps:
-        return args.lr * step / args.warmup_steps
-    done = (step - args.warmup_steps) / max(1, args.max_steps - args.warmup_steps + 1)
-    return args.lr * {"constant": 1.0, "linear": 1 - done,
-                      "cosine": (1 + math.cos(math.pi * done)) / 2}[args.lr_schedule]
+# Copied from grpo.py::sample_all
+def sample_all(sampler, prompt_ids, keys, max_new_tokens, temperature, run, doing):
+    """`Sampler.sample` with progress shown; memory that runs out on one rank halves the slots of all."""
+    most_rows = max(1, *dist.gather(sum(map(len, keys))))  # of a rank: only fewer slots save memory
+
+    def attempt(slots):
+        if slots < min(sampler.slots, most_rows):
+            sampler.slots, sampler.cache, sampler.graphs = slots, None, {}
+        return sampler.sample(prompt_ids, keys, max_new_tokens, temperature,
+                              lambda done, total, _: run.progress(f"{doing}: sampled {done}/{total}"))
+
+    return retry_smaller(attempt, min(sampler.slots, most_rows), run.device, 1, "slots")[0]
 
 
 # Copied from grpo.py::gap_in_float64
@@ -1002,209 +1171,14 @@ def self_check(model, params, sampler, prompt_ids, args, temperature, device):
     return checks
 
 
-# Copied from grpo.py::sample_all
-def sample_all(sampler, prompt_ids, keys, max_new_tokens, temperature, run, doing):
-    """`Sampler.sample` with progress shown; memory that runs out on one rank halves the slots of all."""
-    most_rows = max(1, *dist.gather(sum(map(len, keys))))  # of a rank: only fewer slots save memory
-
-    def attempt(slots):
-        if slots < min(sampler.slots, most_rows):
-            sampler.slots, sampler.cache, sampler.graphs = slots, None, {}
-        return sampler.sample(prompt_ids, keys, max_new_tokens, temperature,
-                              lambda done, total, _: run.progress(f"{doing}: sampled {done}/{total}"))
-
-    return retry_smaller(attempt, min(sampler.slots, most_rows), run.device, 1, "slots")[0]
-
-
-def accumulate_gradients(model, rows, n_tokens, tokens_per_batch, device):
-    """Add the gradient of -sum(log-probs) / n_tokens, returned, over this rank's (prompt, completion) ids."""
-    loss_sum = torch.zeros((), device=device)
-    batches = pack([len(p) + len(c) for p, c in rows], tokens_per_batch)
-    for picked in shard.micro_batches(model, batches, partial(token_logprobs, model)):
-        input_ids, mask = make_batch([rows[i][0] for i in picked], [rows[i][1] for i in picked], device)
-        loss = -token_logprobs(model, input_ids, mask).sum() / n_tokens
-        loss.backward()
-        loss_sum += loss.detach()
-    return loss_sum.item()
-
-
-def evaluate(model, sampler, questions, encoded, args, step, tokens_per_batch, tokenizer, run):
-    """Held-out loss per token, and greedy pass@1 where questions have an answer; all go to eval.csv."""
-    mine = dist.share(questions)
-    targets = [encoded[e.id] for e in mine]
-    ids = [p for p, _ in targets], [c for _, c in targets]
-    logprobs, _ = retry_smaller(lambda size: completion_logprobs(model, *ids, 1.0, size, run.device),
-                                tokens_per_batch, run.device, 1, "tokens per batch")
-    sums = dist.sum_dict({"nll": -sum(row.sum().item() for row in logprobs),
-                          "tokens": sum(len(c) for _, c in targets)}, run.device)
-    asked = [e for e in mine if e.answer]
-    completions = sample_all(sampler, [encoded[e.id][0] for e in asked], [[0]] * len(asked),
-                             args.max_new_tokens, 0.0, run, "evaluation")
-    texts = [c.text(tokenizer) for (c,) in completions]
-    rows = [rewards.answer_row(e, 0, c, text, right)
-            for e, text, right, (c,) in zip(asked, texts, rewards.judge(asked, texts), completions)]
-    run.log_evaluation(step, dist.gather_rows(rows, "id"),
-                       {"eval/loss": sums["nll"] / max(1, sums["tokens"])})
-
-
-def resolve(args, device):
-    """Fill in the defaults that depend on others, and refuse what cannot work, before any load or write."""
-    embedded = models.is_embedded(args.model)
-    for name in ("batch_size", "max_new_tokens", "slots", "save_every", "keep", "eval_questions",
-                 "eval_every"):
-        if getattr(args, name) < 1:
-            raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be 1 or more")
-    if args.max_grad_norm <= 0:
-        raise ValueError(f"--max-grad-norm {args.max_grad_norm}: must be more than 0 (inf: no clipping)")
-    if args.epochs <= 0 and not args.max_steps:
-        raise ValueError(f"--epochs {args.epochs}: must be more than 0")
-    full = args.full or args.from_scratch
-    return replace(
-        args, full=full, data=args.data or ("arithmetic" if embedded else "gsm8k"),
-        system=args.system or ("" if embedded else data.THINK_ANSWER_SYSTEM),
-        # a CPU's caches are small
-        tokens_per_batch=args.tokens_per_batch or {"cpu": 2048, "cuda": 0}.get(device.type, 8192),
-        lr=args.lr or (1e-3 if embedded else 1e-5 if full else 2e-4))
-
-
-def main(args: Args) -> None:
-    # ---- set up: whatever can be wrong is found here ----
-    device = dist.setup(args.device)
-    args = resolve(args, device)
-    check_args(args)
-    tokenizer = models.load_tokenizer(args.model)
-    dropped = Counter()
-    train, held_out = data.train_validation(args.data, n_train=args.train_questions,
-                                            n_validation=args.eval_questions, level=args.level or None,
-                                            seed=args.seed, filter=args.filter, dropped=dropped)
-    encoded = {e.id: (data.encode_prompt(tokenizer, e.prompt, args.system, args.prompt_template),
-                      data.encode_completion(tokenizer, e.completion, tokenizer.eos_token_id))
-               for e in train + held_out if e.completion}
-    lengths = {id: len(p) + len(c) for id, (p, c) in encoded.items()}
-    fits = {id for id, length in lengths.items() if not args.max_tokens or length <= args.max_tokens}
-    dropped["no completion, or too long"] = sum(e.id not in fits for e in train)
-    train, held_out = ([e for e in part if e.id in fits] for part in (train, held_out))
-    if not train:
-        raise ValueError(f"--data {args.data}: no row has a completion to imitate"
-                         + (f" of at most --max-tokens {args.max_tokens}" if args.max_tokens else ""))
-    if args.download_only:
-        return models.download(args.model)
-    if not args.max_steps:
-        args = replace(args, max_steps=math.ceil(args.epochs * len(train) / args.batch_size))
-    asked = args
-    if args.dry_run:
-        args = replace(args, max_steps=1, wandb=False, resume=False)
-        train = sorted(train, key=lambda e: -lengths[e.id])[:args.batch_size]
-    torch.manual_seed(args.seed)
-    dtype = models.choose_dtype(args.dtype, device)
-    longest = max(lengths[e.id] for e in train + held_out)
-    needed = max(longest, max(len(encoded[e.id][0]) for e in train + held_out) + args.max_new_tokens)
-    model = models.load_model(args.model, torch.float32 if args.full else dtype, device, needed,
-                              args.from_scratch, split=args.shard, quantize=args.quantize)
-    models.check_token_ids(model, tokenizer)
-    if args.full:
-        params = [p.requires_grad_() for p in model.parameters()]
-    else:
-        params = add_lora(model, "policy", args.lora_r, args.lora_alpha, args.lora_targets,
-                          models.layer_range(args.train_layers, model))
-    adapter = None if args.full else adapter_tensors(model, "policy")
-    save_weights = partial(models.save_trained, model, tokenizer, adapter, args)
-    if args.gradient_checkpointing:
-        enable_checkpointing(model)
-    model.train()  # dropout is off (load_model); gradient checkpointing acts in this mode alone
-    optimizer = torch.optim.AdamW(params, lr=args.lr, weight_decay=args.weight_decay, betas=(0.9, 0.95),
-                                  foreach=False if args.shard else None,
-                                  fused=device.type == "cuda" and not args.shard)
-    sampler = Sampler(model, models.stop_ids(model, tokenizer), args.slots, dtype, by_layer=args.reshard)
-    if not args.tokens_per_batch:
-        args = replace(args, tokens_per_batch=models.tokens_that_fit(
-            model, params, dtype, sampler.cache_bytes(needed)))
-    run = Run(args, __file__, device, tags=models.run_tags(args.model, args.data))
-    optimizer.register_step_pre_hook(run.weights_move)
-    compute = partial(torch.autocast, device.type, torch.bfloat16,
-                      enabled=args.full and dtype == torch.bfloat16, cache_enabled=False)
-    run.print(models.describe(args, model, params, dtype))
-    run.print(f"data: {args.data}, {len(train)} rows to train on, {len(held_out)} held out, "
-              f"up to {longest} tokens; {args.batch_size} rows a step; left out: "
-              f"{', '.join(f'{name} {n}' for name, n in dropped.items() if n) or 'none'}")
-
-    step, bad_steps, tokens_per_batch = 0, 0, args.tokens_per_batch
-    if args.resume:
-        folder, saved = run.load()
-        if folder:
-            models.load_trained(folder, model, adapter)
-            optimizer.load_state_dict(saved["optimizer"])
-            torch.set_rng_state(saved["rng"])
-            step, tokens_per_batch = saved["step"], min(tokens_per_batch, saved["tokens_per_batch"])
-            sampler.slots = min(sampler.slots, saved.get("slots", sampler.slots))
-    with compute():
-        run.self_check(self_check(model, params, sampler, [encoded[e.id][0] for e in train[:3]], args, 1.0,
-                                  device))
-        if step == 0 and not args.dry_run:
-            evaluate(model, sampler, held_out, encoded, args, step, tokens_per_batch, tokenizer, run)
-
-    stop = False
-    while step < args.max_steps and not stop:
-        step += 1
-        position = 0 if args.single_batch else (step - 1) * args.batch_size
-        rows = [encoded[train[i].id]
-                for i in data.batch_indices(len(train), position, args.batch_size, args.seed)]
-        n_tokens = sum(len(c) for _, c in rows)  # of all ranks: every rank knows the whole batch
-
-        # ---- update ----
-        with run.profile(step), compute(), run.phase("update"):
-            def attempt(size):
-                optimizer.zero_grad()
-                return accumulate_gradients(model, dist.share(rows), n_tokens, size, device)
-
-            loss, tokens_per_batch = retry_smaller(
-                attempt, tokens_per_batch, device, longest, "tokens per batch")
-            dist.sum_gradients(params)
-            norm = shard.clip_gradients(params, args.max_grad_norm)
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate(step, args)
-            if math.isfinite(norm):
-                optimizer.step()
-                bad_steps = 0
-            else:
-                bad_steps += 1
-                run.print(f"step {step}: the gradient is not finite; the update is skipped "
-                          f"({bad_steps} in a row)")
-            optimizer.zero_grad()
-
-        # ---- log ----
-        metrics = dist.sum_dict({"loss": loss}, device) | {
-            "grad_norm": norm, "lr": optimizer.param_groups[0]["lr"],
-            "epoch": step * args.batch_size / len(train), "tokens": n_tokens,
-            "tokens_per_batch": tokens_per_batch}
-        metrics = run.log(step, metrics, args.max_steps, show=("loss", "grad_norm", "lr", "epoch"))
-        if args.dry_run:
-            break
-
-        # ---- evaluate ----
-        if step % args.eval_every == 0 or step == args.max_steps:
-            with compute():
-                evaluate(model, sampler, held_out, encoded, args, step, tokens_per_batch, tokenizer, run)
-
-        # ---- save ----
-        due = step % args.save_every == 0 or step == args.max_steps or bad_steps >= 5
-        stop = run.remember(step, due, save_weights, {
-            "optimizer": optimizer.state_dict(), "rng": torch.get_rng_state(), "step": step,
-            "tokens_per_batch": tokens_per_batch, "slots": sampler.slots})
-        if bad_steps >= 5:
-            raise ValueError(f"the gradient was not finite in {bad_steps} updates in a row; "
-                             f"the state is in {run.path}: lower --lr")
-
-    # ---- the end ----
-    if args.dry_run:
-        run.dry_run_report(metrics, asked.max_steps, metrics["tokens"], model.config, longest, sampler,
-                           needed)
-        return
-    if step == args.max_steps:
-        run.save_final(partial(models.save_plain, model, tokenizer, merged_state_dict(model)) if args.merge
-                       else save_weights)
-        run.before_after()
-    run.finish()
+# Copied from grpo.py::learning_rate
+def learning_rate(step, args):
+    """Rate of step 1, 2, ...: linear warm-up to args.lr, then constant or linear/cosine to 0 past the end."""
+    if step < args.warmup_steps:
+        return args.lr * step / args.warmup_steps
+    done = (step - args.warmup_steps) / max(1, args.max_steps - args.warmup_steps + 1)
+    return args.lr * {"constant": 1.0, "linear": 1 - done,
+                      "cosine": (1 + math.cos(math.pi * done)) / 2}[args.lr_schedule]
 
 
 if __name__ == "__main__":

@@ -36,1012 +36,108 @@ from torch import nn
 
 from common import data, dist, models, rewards, shard
 from common.data import HINT
-from common.run import Run, check_args, cli, retry_smaller
+from common.run import Run, RunArgs, check_args, cli, retry_smaller
 
 # Shapes: B rows, T tokens, V vocabulary, P prompts, G samples per prompt, D hidden size, H heads, K head
 # size, R LoRA rank, N rows or tokens in all.
 
 
 @dataclass
-class Args:
+class Args(RunArgs):
     # ---- run ----
-    out: str = ""
-    """run directory; empty: one of its own under runs/"""
-    resume: bool = False
-    """go on with the run in --out from its newest checkpoint, with its arguments"""
-    config: str = ""
-    """YAML or JSON file of arguments (a run's config.json too); the command line overrides it"""
-    seed: int = 0
-    """seed of data order, adapter initialisation and sampling noise"""
-    max_steps: int = 0
-    """steps in all; 0, where it is the default: what the passes over the data make"""
+    max_steps: int = 0  # steps in all; 0: what the passes over the data make
+    # end with the step or iteration in which so many tokens have been sampled for training; 0: no limit
     token_budget: int = 0
-    """end with the step or iteration in which so many tokens have been sampled for training; 0: no limit"""
+    # steps between checkpoints (one is always written at the end, and on SIGTERM or Ctrl-C)
     save_every: int = 50
-    """steps between checkpoints (one is always written at the end, and on SIGTERM or Ctrl-C)"""
-    keep: int = 2
-    """newest checkpoints to keep"""
-    wandb: bool = False
-    """also log to Weights & Biases"""
-    dry_run: bool = False
-    """build all, run one step at the largest sizes, print peak memory and projected time, keep nothing"""
-    download_only: bool = False
-    """fetch model and data into the hub's cache, then end: the run itself then needs no network"""
-    profile: int = 0
-    """steps to trace with torch.profiler, from the first on"""
-    device: str = ""
-    """cuda, mps or cpu; empty: the best there is"""
+    keep: int = 2  # newest checkpoints to keep
+    profile: int = 0  # steps to trace with torch.profiler, from the first on
+
     # ---- data ----
+
+    # data set name, hub id, or local .jsonl/.csv/.parquet; empty: arithmetic (embedded model), else gsm8k
     data: str = ""
-    """data set name, hub id, or local .jsonl/.csv/.parquet; empty: arithmetic (embedded model), else gsm8k"""
+    # runs' samples.csv, united: the first iteration's answers, in place of sampling
     generations: tuple[str, ...] = ()
-    """runs' samples.csv, united: the first iteration's answers, in place of sampling"""
+    # runs' samples.csv, united: evaluate by loss and ranking of these, in place of held-out questions
     eval_generations: tuple[str, ...] = ()
-    """runs' samples.csv, united: evaluate by loss and ranking of these, in place of held-out questions"""
-    level: str = ""
-    """difficulty of a generated task, such as 3 or 1-4; empty: the task's own default"""
-    train_questions: int = 0
-    """questions to train on; 0: all that are not held out"""
+    level: str = ""  # difficulty of a generated task, such as 3 or 1-4; empty: the task's own default
+    train_questions: int = 0  # questions to train on; 0: all that are not held out
+    # questions held out of the training split for evaluation (never the official test split)
     eval_questions: int = 500
-    """questions held out of the training split for evaluation (never the official test split)"""
+    # worked examples before each question while the first iteration samples; never trained, nor evaluated
     few_shot: int = 0
-    """worked examples before each question while the first iteration samples; never trained, nor evaluated"""
+    # system message, or none; empty: asks for the <think>/<answer> format (embedded model: none)
     system: str = ""
-    """system message, or none; empty: asks for the <think>/<answer> format (embedded model: none)"""
-    prompt_template: str = "{prompt}"
-    """text around the question, {prompt} in it"""
-    max_prompt_tokens: int = 0
-    """leave out questions with a longer prompt; 0: none"""
+    prompt_template: str = "{prompt}"  # text around the question, {prompt} in it
+    max_prompt_tokens: int = 0  # leave out questions with a longer prompt; 0: none
+
     # ---- model ----
-    model: str = ""
-    """hub id, local folder or run directory; empty: the embedded model"""
+    model: str = ""  # hub id, local folder or run directory; empty: the embedded model
+    # of the frozen weights and the computation; auto: bfloat16 on CUDA, else float32
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """of the frozen weights and the computation; auto: bfloat16 on CUDA, else float32"""
-    full: bool = False
-    """train all weights (kept in float32) instead of an adapter"""
+    full: bool = False  # train all weights (kept in float32) instead of an adapter
+    # keep the frozen decoder layers in 4 bits (bitsandbytes; QLoRA, arXiv 2305.14314)
     quantize: Literal["none", "nf4"] = "none"
-    """keep the frozen decoder layers in 4 bits (bitsandbytes; QLoRA, arXiv 2305.14314)"""
+    # recompute the layers in the backward pass: less memory, about a third more time
     gradient_checkpointing: bool = False
-    """recompute the layers in the backward pass: less memory, about a third more time"""
+    # split the weights over the ranks of torchrun (FSDP2): the frozen base, or with --full all there is
     shard: bool = False
-    """split the weights over the ranks of torchrun (FSDP2): the frozen base, or with --full all there is"""
+    # with --shard, gather them layer by layer while sampling too: slower, for what one GPU cannot hold
     reshard: bool = False
-    """with --shard, gather them layer by layer while sampling too: slower, for what one GPU cannot hold"""
+    # padded tokens per forward and backward pass and GPU, halved if out of memory; 0: what fits, CPU 2048
     tokens_per_batch: int = 0
-    """padded tokens per forward and backward pass and GPU, halved if out of memory; 0: what fits, CPU 2048"""
+
     # ---- LoRA ----
-    lora_r: int = 32
-    """rank"""
-    lora_alpha: float = 64
-    """the adapter's output is scaled by lora_alpha / lora_r"""
-    lora_targets: tuple[str, ...] = models.PROJECTIONS
-    """linear layers to adapt"""
-    train_layers: str = ""
-    """decoder layers to adapt, such as 20-27; empty: all"""
-    merge: bool = False
-    """write final/ as a plain model with the adapter merged in, not as an adapter"""
+    lora_r: int = 32  # rank
+    lora_alpha: float = 64  # the adapter's output is scaled by lora_alpha / lora_r
+    lora_targets: tuple[str, ...] = models.PROJECTIONS  # linear layers to adapt
+    train_layers: str = ""  # decoder layers to adapt, such as 20-27; empty: all
+    merge: bool = False  # write final/ as a plain model with the adapter merged in, not as an adapter
+
     # ---- sampling ----
-    questions: int = 256
-    """questions to sample answers to, in each iteration"""
-    num_generations: int = 4
-    """G, samples per question"""
-    max_new_tokens: int = 512
-    """longest completion; a longer one counts as truncated"""
-    slots: int = 256
-    """rows sampled at a time per rank; halved when memory runs out"""
-    sample_temperature: float = 1.0
-    """of the samples to learn from (the log-probs are those of temperature 1)"""
+    questions: int = 256  # questions to sample answers to, in each iteration
+    num_generations: int = 4  # G, samples per question
+    max_new_tokens: int = 512  # longest completion; a longer one counts as truncated
+    slots: int = 256  # rows sampled at a time per rank; halved when memory runs out
+    sample_temperature: float = 1.0  # of the samples to learn from (the log-probs are those of temperature 1)
+
     # ---- method ----
+
+    # with weights: correctness, format, digit, mark, math, answer-prob, model:RUN, or your file.py:name=1
     rewards: tuple[str, ...] = ("correctness=1",)
-    """with weights: correctness, format, digit, mark, math, answer-prob, model:RUN, or your file.py:name=1"""
+    # seconds that a call of a reward of your own may take; its row is left out and counted
     reward_timeout: float = 30.0
-    """seconds that a call of a reward of your own may take; its row is left out and counted"""
-    batch_size: int = 64
-    """rows per step, over all ranks"""
-    iterations: int = 3
-    """rounds of sampling from the present policy and training on what was kept"""
+    batch_size: int = 64  # rows per step, over all ranks
+    iterations: int = 3  # rounds of sampling from the present policy and training on what was kept
+    # likelihood of right answers; of all, by centred reward; right against wrong; of all, by exp(reward)
     strategy: Literal["sft", "reinforce", "dpo", "soft"] = "sft"
-    """likelihood of right answers; of all, by centred reward; right against wrong; of all, by exp(reward)"""
+    # train an iteration from the start model (STaR) or the one before; auto: base with sft and soft
     restart: Literal["auto", "base", "previous"] = "auto"
-    """train an iteration from the start model (STaR) or the one before; auto: base with sft and soft"""
+    # ask again, with the answer as a hint, where no sample was right (--strategy sft and dpo)
     rationalize: bool = False
-    """ask again, with the answer as a hint, where no sample was right (--strategy sft and dpo)"""
+    # how: {prompt} and {answer} in it; or mark: (CORRECT) behind the right option of a choice
     hint: str = HINT
-    """how: {prompt} and {answer} in it; or mark: (CORRECT) behind the right option of a choice"""
-    per_question: int = 4
-    """most rows that one question gives (--strategy sft and dpo); 0: no limit"""
-    epochs: float = 1.5
-    """passes over an iteration's rows; 0: sample and evaluate only"""
+    per_question: int = 4  # most rows that one question gives (--strategy sft and dpo); 0: no limit
+    epochs: float = 1.5  # passes over an iteration's rows; 0: sample and evaluate only
+    # optimizer steps of the first iteration, in place of --epochs; 0: by --epochs (STaR: 40)
     first_steps: int = 0
-    """optimizer steps of the first iteration, in place of --epochs; 0: by --epochs (STaR: 40)"""
+    # each iteration makes so many times the steps or passes of the one before (STaR: 1.2)
     step_growth: float = 1.0
-    """each iteration makes so many times the steps or passes of the one before (STaR: 1.2)"""
-    beta: float = 0.1
-    """pull to the model that the iteration started from, with --strategy dpo"""
+    beta: float = 0.1  # pull to the model that the iteration started from, with --strategy dpo
+
     # ---- optimizer ----
+
+    # AdamW's peak learning rate; 0: by the kind of model and training (`resolve`), printed at the start
     lr: float = 0.0
-    """AdamW's peak learning rate; 0: by the kind of model and training (`resolve`), printed at the start"""
-    warmup_steps: int = 5
-    """steps of linear warm-up"""
-    weight_decay: float = 0.0
-    """AdamW's decoupled decay"""
-    max_grad_norm: float = 1.0
-    """clip the gradient's norm to this"""
+    warmup_steps: int = 5  # steps of linear warm-up
+    weight_decay: float = 0.0  # AdamW's decoupled decay
+    max_grad_norm: float = 1.0  # clip the gradient's norm to this
+
     # ---- evaluation ----
+
+    # steps between further evaluations; one before the first step and one after each iteration are made
     eval_every: int = 0
-    """steps between further evaluations; one before the first step and one after each iteration are made"""
-
-
-# Copied from grpo.py::LoRALinear
-class LoRALinear(nn.Module):
-    """A frozen nn.Linear with low-rank adapters, one or none of them active: y = W x + b + (alpha / r) B A x.
-
-    State: `A[name]` [R, in] and `B[name]` [out, R], float32 whatever the base's dtype (in bfloat16 AdamW's
-    small steps would round to nothing); B starts at zero, so that a fresh adapter changes no output. `active`
-    is the name of the adapter in use or None for the bare base; only `use_adapter` changes it.
-    Source: LoRA, arXiv 2106.09685 eq. 3.
-    """
-
-    def __init__(self, base: nn.Linear):
-        super().__init__()
-        self.base = base.requires_grad_(False)
-        self.A, self.B, self.scale = nn.ParameterDict(), nn.ParameterDict(), {}
-        self.in_features, self.out_features = base.in_features, base.out_features
-        self.active: str | None = None
-
-    def add(self, name: str, r: int, alpha: float) -> None:
-        device = self.base.weight.device
-        A = torch.empty(r, self.base.in_features)  # drawn on the CPU: the same start on every device
-        nn.init.kaiming_uniform_(A, a=5**0.5)
-        self.A[name] = nn.Parameter(A.to(device))
-        self.B[name] = nn.Parameter(torch.zeros(self.base.out_features, r, device=device))
-        self.scale[name] = alpha / r
-
-    def forward(self, x):
-        if self.active is None:
-            return self.base(x)
-        rows = x.reshape(-1, self.in_features)
-        y = self.base(rows)
-        A, B = self.A[self.active].to(y.dtype), (self.scale[self.active] * self.B[self.active]).to(y.dtype)
-        y.addmm_(rows.to(y.dtype) @ A.T, B.T)  # into the base's output: no copy of it
-        return y.view(*x.shape[:-1], self.out_features)
-
-
-# Copied from grpo.py::add_lora
-def add_lora(model, name: str, r: int, alpha: float, targets, layers=None) -> list[nn.Parameter]:
-    """Put adapter `name` on the projections `targets` of the decoder layers (all, or those in `layers`).
-
-    Freezes every other parameter, activates the adapter, and returns its parameters in layer order.
-    Errors: ValueError if a target does not exist or r < 1.
-    """
-    if r < 1:
-        raise ValueError(f"--lora-r {r}: the rank must be 1 or more (or train all weights with --full)")
-    model.requires_grad_(False)
-    params, found = [], set()
-    for i, layer in enumerate(model.base_model.layers):
-        for path, module in list(layer.named_modules()):
-            leaf = path.rpartition(".")[2]
-            if leaf not in targets or not isinstance(module, nn.Linear | LoRALinear):
-                continue
-            found.add(leaf)
-            if layers is not None and i not in layers:
-                continue
-            if isinstance(module, nn.Linear):
-                module = LoRALinear(module)
-                layer.set_submodule(path, module)
-            module.add(name, r, alpha)
-            module.active = name
-            params += [module.A[name], module.B[name]]
-    if missing := set(targets) - found:
-        raise ValueError(f"--lora-targets {' '.join(sorted(missing))}: no such linear layer in this model "
-                         f"(it has {' '.join(sorted(found)) or 'none of those asked for'})")
-    return params
-
-
-# Copied from grpo.py::lora_modules
-def lora_modules(model) -> dict[str, LoRALinear]:
-    return {path: module for path, module in model.named_modules() if isinstance(module, LoRALinear)}
-
-
-# Copied from grpo.py::use_adapter
-@contextmanager
-def use_adapter(model, name: str | None):
-    """Within the block the model runs with adapter `name` (None: the bare base); afterwards as it was."""
-    modules = lora_modules(model).values()
-    before = [module.active for module in modules]
-    for module in modules:
-        module.active = name if name in module.A else None
-    try:
-        yield
-    finally:
-        for module, active in zip(modules, before):
-            module.active = active
-
-
-# Copied from grpo.py::enable_checkpointing
-def enable_checkpointing(model) -> None:
-    """Recompute each layer in the backward pass, with the adapter of its forward, not one active by then."""
-
-    def contexts():
-        active = next((module.active for module in lora_modules(model).values() if module.active), None)
-        return nullcontext(), use_adapter(model, active)
-
-    model.gradient_checkpointing_enable({"use_reentrant": False, "context_fn": contexts})
-
-
-# Copied from grpo.py::adapter_tensors
-def adapter_tensors(model, name: str) -> dict[str, tuple[nn.Parameter, nn.Parameter]]:
-    """(A, B) of adapter `name` by its layer's path: what `models.save_adapter` and `load_adapter` take."""
-    return {path: (module.A[name], module.B[name])
-            for path, module in lora_modules(model).items() if name in module.A}
-
-
-# Copied from grpo.py::merged_state_dict
-@torch.no_grad()
-def merged_state_dict(model) -> dict[str, torch.Tensor]:
-    """The weights of a plain model, the active adapter added in float32; the base itself is untouched."""
-    state = {key.replace(".base.", "."): shard.gather(value) for key, value in model.state_dict().items()
-             if ".A." not in key and ".B." not in key}
-    for path, module in lora_modules(model).items():
-        weight = state[f"{path}.weight"]
-        if module.active is not None and weight is not None:
-            delta = module.scale[module.active] * module.B[module.active] @ module.A[module.active]
-            state[f"{path}.weight"] = (weight.float() + delta.to(weight.device)).to(weight.dtype)
-    return state
-
-
-# Copied from grpo.py::TokenLogprobs
-class TokenLogprobs(torch.autograd.Function):
-    """Log-probs of given tokens from hidden states, a chunk of tokens at a time: [N, V] never exists.
-
-    The slope of a log-prob by its own hidden state is known in the forward pass: W[token] - sum_v p_v W[v],
-    over the temperature. With a frozen `lm_head` that [N, D] is kept and the backward pass is one product
-    with the incoming gradient; a trainable one needs the probabilities again: each chunk is recomputed, and
-    its gradient is summed in the weight's own dtype (float32), whatever the products' is.
-    """
-
-    @staticmethod
-    def forward(ctx, hidden, weight, targets, temperature, softcap, chunk_tokens):
-        hidden_grad, weight_grad = ctx.needs_input_grad[:2]
-        head = weight.to(hidden.dtype)
-        logprobs = hidden.new_empty(len(hidden), dtype=torch.float32)
-        slope = torch.empty_like(hidden) if hidden_grad and not weight_grad else None
-        buffer = hidden.new_empty(min(chunk_tokens, len(hidden)), len(head), dtype=torch.float32)
-        for i in range(0, len(hidden), chunk_tokens):
-            piece = slice(i, i + chunk_tokens)
-            logits = head_logits(hidden[piece], head, buffer[:len(hidden[piece])])
-            logprobs[piece], negative = chunk_logprobs(logits, targets[piece], temperature, softcap)
-            if slope is not None:
-                slope[piece] = negative.to(head.dtype) @ head
-        ctx.save_for_backward(*((hidden, weight, targets) if weight_grad else (slope,)))
-        ctx.settings = temperature, softcap, chunk_tokens
-        return logprobs
-
-    @staticmethod
-    def backward(ctx, grad):
-        temperature, softcap, chunk_tokens = ctx.settings
-        grad = grad[:, None] / -temperature
-        if len(ctx.saved_tensors) == 1:
-            slope = ctx.saved_tensors[0]
-            return (grad * slope).to(slope.dtype), None, None, None, None, None
-        hidden, weight, targets = ctx.saved_tensors
-        head = weight.to(hidden.dtype)
-        hidden_grad, weight_grad = torch.empty_like(hidden), torch.zeros_like(weight)
-        for i in range(0, len(hidden), chunk_tokens):
-            piece = slice(i, i + chunk_tokens)
-            logits = head_logits(hidden[piece], head)
-            _, negative = chunk_logprobs(logits, targets[piece], temperature, softcap)
-            slope = negative.mul_(grad[piece]).to(head.dtype)
-            hidden_grad[piece] = slope @ head
-            weight_grad += slope.T @ hidden[piece]
-        return hidden_grad, weight_grad, None, None, None, None
-
-
-# Copied from grpo.py::chunk_logprobs
-def chunk_logprobs(logits, targets, temperature, softcap):
-    """From raw logits [n, V]: log-probs [n] of the targets, and -temperature d log-prob / d logits [n, V].
-
-    All float32 and in place: each pass over [n, V] costs as much as the products.
-    """
-    if softcap:
-        logits.div_(softcap).tanh_()
-        cap_slope = 1 - logits**2
-        logits.mul_(softcap)
-    if temperature != 1:
-        logits.div_(temperature)
-    top, at = logits.max(1, keepdim=True)
-    chosen, targets = logits.gather(1, targets[:, None]), targets[:, None]
-    probs = torch.softmax(logits, 1, out=logits)
-    log_sum = top - probs.gather(1, at).log()  # the largest probability is never 0
-    negative = probs.scatter_add_(1, targets, torch.full_like(chosen, -1.0))
-    return (chosen - log_sum).squeeze(1), negative.mul_(cap_slope) if softcap else negative
-
-
-# Copied from grpo.py::token_logprobs
-def token_logprobs(model, input_ids, completion_mask, temperature=1.0, attention_mask=None, chunk_tokens=0):
-    """Log-prob of each completion token given all before it, as the sampler at `temperature` sees it.
-
-    Shapes: input_ids, completion_mask [B, T] -> [B, T], float32, nats, 0 outside the mask. Entry t belongs to
-    token t: this is the one place that shifts. Right-padded rows need no attention_mask (a causal model
-    never looks at what follows); left-padded rows pass theirs, [B, T], and positions count real tokens only.
-    A row's first token has nothing before it and stays 0. A completion_mask on the CPU spares a CUDA sync.
-    """
-    rows, columns = completion_mask[:, 1:].nonzero(as_tuple=True)
-    rows, columns = rows.to(input_ids.device), columns.to(input_ids.device)
-    positions = None if attention_mask is None else (attention_mask.cumsum(1) - 1).clamp(min=0)
-    hidden = model.base_model(input_ids=input_ids, attention_mask=attention_mask, position_ids=positions,
-                              use_cache=False).last_hidden_state[rows, columns]  # [N, D]
-    if torch.is_autocast_enabled(hidden.device.type) and hidden.dtype == torch.float32:
-        # lm_head's products as the sampler's
-        hidden = hidden.to(torch.get_autocast_dtype(hidden.device.type))
-    weight = shard.whole(model.get_output_embeddings().weight)
-    chunk_tokens = chunk_tokens or max(16, (2**27 if weight.is_cuda else 2**24) // weight.shape[0])
-    values = TokenLogprobs.apply(hidden, weight, input_ids[rows, columns + 1], temperature,
-                                 getattr(model.config, "final_logit_softcapping", None), chunk_tokens)
-    return torch.zeros(input_ids.shape, device=input_ids.device).index_put((rows, columns + 1), values)
-
-
-# Copied from grpo.py::make_batch
-def make_batch(prompt_ids, completion_ids, device):
-    """Right-padded input_ids [B, T] on the device and completion_mask [B, T] on the CPU.
-
-    The mask comes from the lengths: an end token that is also the padding token stays in it.
-    """
-    T = max(len(p) + len(c) for p, c in zip(prompt_ids, completion_ids))
-    input_ids = torch.zeros(len(prompt_ids), T, dtype=torch.int64)
-    mask = torch.zeros(len(prompt_ids), T, dtype=torch.bool)
-    for i, (p, c) in enumerate(zip(prompt_ids, completion_ids)):
-        input_ids[i, :len(p) + len(c)] = torch.tensor(p + c)
-        mask[i, len(p):len(p) + len(c)] = True
-    return input_ids.to(device, non_blocking=True), mask
-
-
-# Copied from grpo.py::pack
-def pack(lengths, tokens_per_batch):
-    """Split rows into micro-batches of similar length: lists of row numbers, each row once.
-
-    A micro-batch, padded to its longest row, holds at most tokens_per_batch tokens (one row may exceed it).
-    Of all ways to cut the rows, sorted by length, it is the one with the fewest padded tokens, where each
-    micro-batch counts tokens_per_batch / 8 more: a pass has a cost of its own, on a GPU launches.
-    """
-    rows = sorted(range(len(lengths)), key=lambda row: -lengths[row])
-    least, begin = [0.0], [0]  # of the first n rows: the least cost, and where their last micro-batch begins
-    for n in range(1, len(rows) + 1):
-        costs = {}
-        for start in range(n - 1, -1, -1):
-            padded = (n - start) * lengths[rows[start]]
-            if padded > tokens_per_batch and costs:
-                break
-            costs[start] = least[start] + padded + tokens_per_batch / 8
-        begin.append(min(costs, key=costs.get))
-        least.append(costs[begin[n]])
-    batches, end = [], len(rows)
-    while end:
-        batches.append(rows[begin[end]:end])
-        end = begin[end]
-    return batches[::-1]
-
-
-# Copied from grpo.py::completion_logprobs
-@torch.no_grad()
-def completion_logprobs(model, prompt_ids, completion_ids, temperature, tokens_per_batch, device):
-    """Log-probs [L] of each row's completion under the model as it stands, a list in the rows' order."""
-    values = [None] * len(prompt_ids)
-    batches = pack([len(p) + len(c) for p, c in zip(prompt_ids, completion_ids)], tokens_per_batch)
-    for rows in shard.micro_batches(model, batches, partial(token_logprobs, model)):
-        input_ids, mask = make_batch([prompt_ids[i] for i in rows], [completion_ids[i] for i in rows], device)
-        logprobs = token_logprobs(model, input_ids, mask, temperature)
-        for i, row, of_row in zip(rows, logprobs.cpu(), mask):
-            values[i] = row[of_row]
-    return values
-
-
-# Copied from grpo.py::Completion
-@dataclass
-class Completion:
-    """A sampled answer: token ids (stop token included), their log-probs, whether it stopped by itself."""
-
-    ids: list[int]
-    logprobs: list[float]
-    finished: bool
-
-    def text(self, tokenizer):
-        """What it says, without the stop token and other special tokens."""
-        ids = self.ids[:-1] if self.finished else self.ids
-        return tokenizer.decode(ids, skip_special_tokens=True)
-
-
-# Copied from grpo.py::noise_key
-def noise_key(*parts: int) -> int:
-    """A signed 64-bit key from integers like (seed, step, question, sample): the same on every machine."""
-    digest = hashlib.blake2b(" ".join(map(str, parts)).encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "little", signed=True)
-
-
-# Copied from grpo.py::uniform
-def uniform(keys, positions):
-    """A number in (0, 1) per row from its key and position: a counter hash (splitmix64), no generator state.
-
-    So a token's noise depends on neither its slot nor the batch, the number of ranks or a captured graph.
-    """
-    x = keys + positions * -7046029254386353131  # 2^64 / golden ratio; int64 products wrap around
-    x = (x ^ (x >> 30 & (1 << 34) - 1)) * -4658895280553007687
-    x = (x ^ (x >> 27 & (1 << 37) - 1)) * -7723592293110705685
-    x = x ^ (x >> 31 & (1 << 33) - 1)
-    return ((x >> 41 & (1 << 23) - 1).float() + 0.5) / (1 << 23)  # 24 bits: exact in float32, never 0 or 1
-
-
-# Copied from grpo.py::draw
-def draw(logits, temperature, u):
-    """Invert the distribution function of softmax(logits / temperature) at u; temperature 0 takes the top.
-
-    Shapes: logits [B, V] float32, overwritten; u [B] -> tokens, log-probs [B] (at temperature 0: of 1).
-    The sum runs over blocks, then inside one: faster and more exact in float32 than one long cumulative sum.
-    """
-    if temperature == 0:
-        best, tokens = logits.max(-1)
-        return tokens, best - logits.logsumexp(-1)
-    probs = torch.softmax(logits.div_(temperature) if temperature != 1 else logits, -1, out=logits)
-    width = math.gcd(probs.shape[1], 128)
-    blocks = probs.view(len(probs), -1, width)  # [B, V / width, width]
-    edges = F.pad(blocks.sum(-1).cumsum(-1), (1, 0))  # [B, V / width + 1]: the sum before each block, and all
-    target = u[:, None] * edges[:, -1:]
-    block = torch.searchsorted(edges, target, right=True).sub_(1).clamp_(max=blocks.shape[1] - 1)  # [B, 1]
-    inside = blocks.gather(1, block[:, :, None].expand(-1, -1, width)).squeeze(1).cumsum(-1)  # [B, width]
-    # rounding may leave the rest at or above the block's sum: stay below it, on a token that has probability
-    rest = torch.minimum(target - edges.gather(1, block), inside[:, -1:] * (1 - 1e-6))
-    tokens = torch.searchsorted(inside, rest, right=True).clamp_(max=width - 1).add_(block, alpha=width)
-    return tokens.squeeze(1), probs.gather(1, tokens).log().squeeze(1)
-
-
-# Copied from grpo.py::head_logits
-def head_logits(hidden, weight, out=None):
-    """hidden [N, D] @ weight [V, D].T in float32: bfloat16 logits would be off by hundredths of a nat."""
-    if hidden.is_cuda and torch.version.cuda and hidden.dtype.itemsize < 4:
-        return torch.mm(hidden, weight.T, out_dtype=torch.float32, out=out)
-    return torch.mm(hidden, weight.T, out=out if hidden.dtype == torch.float32 else None).float()
-
-
-# Copied from grpo.py::FusedLinear
-class FusedLinear:
-    """Projections of one input as one product, for the sampler: `weight` [out, in] holds theirs stacked.
-
-    In float32 the active adapters are merged into it. In bfloat16 a merge would round small updates away, so
-    they stay apart: A [n R, in] lies under W, so that one product gives both, and B [out, n R] is
-    block-diagonal; `weight` becomes the storage of the modules' own weights: no second copy. `refresh` writes
-    in place: a captured graph sees the new values. Quantized projections are called as they are.
-    """
-
-    def __init__(self, parts, dtype):
-        self.parts, self.bases, self.dtype = parts, [getattr(part, "base", part) for part in parts], dtype
-        self.split, self.quantized = False, hasattr(self.bases[0].weight, "quant_state")
-        if self.quantized:
-            return
-        self.outs = [base.out_features for base in self.bases]
-        adapted = [part for part in parts if isinstance(part, LoRALinear)]
-        weights = [base.weight.detach() for base in self.bases]
-        self.split = shard.is_split(weights[0])
-        self.merge = bool(adapted) and dtype == torch.float32
-        self.shared = not (self.merge or self.split) and all(weight.dtype == dtype for weight in weights)
-        self.rank = 0 if self.merge else sum(  # of any adapter made active
-            max(len(A) for A in part.A.values()) for part in adapted)
-        new = partial(torch.zeros, dtype=dtype, device=weights[0].device)
-        self.weight = None
-        if not self.split:
-            alone = self.shared and len(parts) == 1 and not self.rank
-            self._hold(weights[0] if alone else torch.cat(
-                [*weights, new(self.rank, self.bases[0].in_features)]).to(dtype))
-        if self.shared:
-            for base, rows in zip(self.bases, self.rows):
-                base.weight.data = rows
-        self.bias = new(sum(self.outs) + self.rank) if self.bases[0].bias is not None else None
-        self.B = new(sum(self.outs), self.rank) if self.rank else None
-
-    def _hold(self, weight):
-        self.weight = weight
-        *self.rows, self.A = weight.split([*self.outs, self.rank])  # each part's own, views
-
-    def release(self):
-        """Let go of weights that were gathered."""
-        if self.split:
-            self.weight = self.rows = self.A = None
-
-    @torch.no_grad()
-    def refresh(self):
-        """Take over the present weights, biases and active adapters of the modules; gather split weights."""
-        if self.quantized:
-            return
-        if self.weight is None:
-            self._hold(torch.empty(sum(self.outs) + self.rank, self.bases[0].in_features,
-                                   dtype=self.dtype, device=self.bases[0].weight.device))
-            self.A.zero_()
-        if self.bias is not None:
-            self.bias[:sum(self.outs)] = torch.cat([base.bias for base in self.bases])
-        if self.B is not None:
-            self.B.zero_()
-        out = rank = 0
-        for part, base, rows in zip(self.parts, self.bases, self.rows):
-            if not self.shared:
-                rows.copy_(shard.whole(base.weight))
-            if isinstance(part, LoRALinear) and part.active:
-                A, B, scale = part.A[part.active], part.B[part.active], part.scale[part.active]
-                if self.merge:
-                    rows.addmm_(B, A, alpha=scale)
-                else:
-                    self.A[rank:rank + len(A)] = A
-                    self.B[out:out + len(B), rank:rank + len(A)] = scale * B
-                    rank += len(A)
-            out += len(rows)
-
-    def __call__(self, x):
-        if self.quantized:
-            return torch.cat([part(x) for part in self.parts], -1)
-        y = F.linear(x, self.weight, self.bias)
-        if self.B is None:
-            return y
-        y, low_rank = y.split([len(self.B), self.rank], -1)
-        return y.addmm_(low_rank, self.B.T)
-
-
-# Copied from grpo.py::SamplerLayer
-class SamplerLayer:
-    """One decoder layer of the Llama family, written out: x [N, D] -> [N, D], for any N tokens of any rows.
-
-    Covers grouped-query attention, q/k norms (Qwen3), norms around blocks and (1 + weight) norms (Gemma).
-    by_layer: split weights are gathered at each call and let go after it.
-    """
-
-    def __init__(self, layer, dtype, by_layer=False):
-        attn, mlp, self.by_layer = layer.self_attn, layer.mlp, by_layer
-        self.qkv = FusedLinear([attn.q_proj, attn.k_proj, attn.v_proj], dtype)
-        self.out = FusedLinear([attn.o_proj], dtype)
-        self.gate_up = FusedLinear([mlp.gate_proj, mlp.up_proj], dtype)
-        self.down = FusedLinear([mlp.down_proj], dtype)
-        self.act = mlp.act_fn
-        gemma2 = hasattr(layer, "pre_feedforward_layernorm")
-        after, self.attn_norm = layer.post_attention_layernorm, layer.input_layernorm
-        self.attn_out_norm = after if gemma2 else None
-        self.mlp_norm = layer.pre_feedforward_layernorm if gemma2 else after
-        self.mlp_out_norm = layer.post_feedforward_layernorm if gemma2 else None
-        self.q_norm, self.k_norm = getattr(attn, "q_norm", None), getattr(attn, "k_norm", None)
-        self.head_dim = attn.head_dim
-        self.heads = attn.q_proj.out_features // self.head_dim
-        self.kv_heads = attn.k_proj.out_features // self.head_dim
-        self.scale, self.softcap = attn.scaling, getattr(attn, "attn_logit_softcapping", None)
-        self.kernels = None  # on CUDA: common/kernels.py
-
-    def refresh(self):
-        for part in (self.qkv, self.out, self.gate_up, self.down):
-            part.refresh()
-
-    def release(self):
-        for part in (self.qkv, self.out, self.gate_up, self.down):
-            part.release()
-
-    def __call__(self, x, y, attend):
-        """x, y -> x, y [N, D]: the residual stream, and the last block's output that is not yet added to it.
-
-        attend(qkv [N, H + 2 Hkv, K]) -> [N, H K] turns q and k by their positions and keeps k and v.
-        """
-        if self.by_layer:
-            self.refresh()
-        x, normed = self.add_norm(x, y, self.attn_norm)
-        qkv = self.qkv(normed).view(len(x), -1, self.head_dim)
-        if self.q_norm:
-            q, k = qkv[:, :self.heads], qkv[:, self.heads:-self.kv_heads]
-            q.copy_(self.q_norm(q))
-            k.copy_(self.k_norm(k))
-        y = self.out(attend(qkv))
-        x, normed = self.add_norm(x, self.attn_out_norm(y) if self.attn_out_norm else y, self.mlp_norm)
-        y = self.down(self.swiglu(self.gate_up(normed)))
-        if self.by_layer:
-            self.release()
-        return x, self.mlp_out_norm(y) if self.mlp_out_norm else y
-
-    def add_norm(self, x, y, norm):
-        if self.kernels:
-            return self.kernels.add_norm(x, y, norm)
-        x = x + y
-        return x, norm(x).to(x.dtype)
-
-    def swiglu(self, x):
-        if self.kernels:
-            return self.kernels.swiglu(x)
-        gate, up = x.chunk(2, -1)
-        return self.act(gate) * up
-
-
-# Copied from grpo.py::rotate
-def rotate(qkv, kv_heads, cos, sin):
-    """Turn q and k in place by rotary embedding: qkv [N, H + 2 Hkv, K] -> q [N, H, K], kv [N, 2, Hkv, K].
-
-    cos, sin [N, 1, K], sine signed as the rotated half. Source: RoFormer, arXiv 2104.09864 eq. 34.
-    """
-    qk = qkv[:, :-kv_heads]
-    torch.addcmul(qk * cos, qk.roll(qk.shape[-1] // 2, -1), sin, out=qk)
-    return qk[:, :-kv_heads], qkv[:, -2 * kv_heads:].unflatten(1, (2, kv_heads))
-
-
-# Copied from grpo.py::attention
-def attention(q, k, v, bias, scale, softcap):
-    """Softmax attention. Shapes: q [B, H, Q, K]; k, v [B, H, S, K]; bias [.., S] on scores, 0 or -inf."""
-    if q.is_cuda and not softcap:
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=scale)
-    scores = (q * scale) @ k.transpose(-1, -2)  # CPU: two plain products beat the fused kernel at this size
-    if softcap:
-        scores = softcap * torch.tanh(scores / softcap)
-    return scores.add_(bias).softmax(-1, dtype=torch.float32).to(q.dtype) @ v
-
-
-# Copied from grpo.py::Sampler
-class Sampler:
-    """Samples completions by continuous batching in a static KV cache of `slots` rows, one token a step each.
-
-    A row that ends leaves at once: the last live row moves into its slot, so that the live ones are always
-    the first, and the next waiting row is admitted behind them. A prompt is prefilled once for all its
-    samples. Attention reads the cache only up to the longest live row, in blocks, or, by the kernels for
-    CUDA, each row's own keys. There a step is a captured graph for each block of rows, and the host looks at
-    the tokens only every `sync_every` steps; what a row drew past its end is thrown away. The weights of a
-    model that is split over ranks are gathered for the time of `sample`, or, `by_layer`, each layer's for its
-    turn in each pass; no graph is captured then, for it would hold their addresses.
-    """
-
-    def __init__(self, model, stop_ids, slots=256, dtype=None, sync_every=None, graphs=None, by_layer=False):
-        self.model, self.stop_ids, self.slots = model, set(stop_ids), slots
-        self.device = model.get_input_embeddings().weight.device
-        self.dtype = dtype or model.get_input_embeddings().weight.dtype
-        on_gpu = self.device.type == "cuda"
-        self.sync_every = sync_every or (8 if on_gpu else 1)
-        self.split = shard.is_split(model.get_input_embeddings().weight)
-        self.by_layer = by_layer and self.split
-        self.block, self.row_block = (256, 32) if on_gpu else (16, 1)
-        self.layers = [SamplerLayer(layer, self.dtype, self.by_layer) for layer in model.base_model.layers]
-        self.use_graphs = (on_gpu if graphs is None else graphs) and not (
-            self.split or self.layers[0].qkv.quantized)
-        self.kernels = models.decode_kernels(self.layers[0], self.dtype) if on_gpu else None
-        for layer in self.layers:
-            layer.kernels = self.kernels
-        self.head = FusedLinear([model.get_output_embeddings()], self.dtype)
-        self.softcap = getattr(model.config, "final_logit_softcapping", None)
-        self.cache = None
-        self.graphs = {}
-
-    def _gather(self):
-        """Take over the present weights; what is split is gathered, which all ranks do together."""
-        dist.lockstep = self.split
-        for part in (self.head,) if self.by_layer else (*self.layers, self.head):
-            part.refresh()
-        if self.split:
-            embedding, head = self.model.get_input_embeddings(), self.model.get_output_embeddings()
-            self.embedding = (self.head.weight if embedding.weight is head.weight
-                              else shard.whole(embedding.weight).to(self.dtype))
-        dist.lockstep = self.by_layer
-
-    def _release(self):
-        """Let go of gathered weights."""
-        if self.split:
-            self.embedding = None
-            for part in (*self.layers, self.head):
-                part.release()
-
-    def _leave_together(self):
-        """Join in the passes of ranks that still sample: none of them waits for this one's weights."""
-        while self.by_layer and dist.any_rank(False, self.device):
-            for layer in self.layers:
-                layer.refresh()
-                layer.release()
-        dist.lockstep = False
-
-    def _embed(self, ids):
-        module = self.model.get_input_embeddings()
-        if not self.split:
-            return module(ids).to(self.dtype)
-        if self.by_layer:  # a pass begins: those in `_leave_together` join in
-            dist.any_rank(True, self.device)
-        x, scale = F.embedding(ids, self.embedding), getattr(module, "embed_scale", None)  # Gemma's
-        return x if scale is None else x * scale.to(x.dtype)
-
-    def _rounded(self, rows):
-        """Rows of a step: whole row blocks, or all slots; they do not depend on what was sampled before."""
-        return min(self.slots, -(-rows // self.row_block) * self.row_block)
-
-    def cache_bytes(self, length):
-        """What the keys and values of all slots take, for prompts and completions of `length` tokens."""
-        layer = self.layers[0]
-        return (len(self.layers) * 2 * self.slots * layer.kv_heads * layer.head_dim
-                * (length + self.sync_every + self.block) * self.dtype.itemsize)
-
-    def _allocate(self, slots, length):
-        """Make the cache [L, 2, slots, Hkv, length, K] and the buffers of a step large enough."""
-        if (self.cache is not None and slots <= self.cache.shape[2] <= self.slots
-                and length <= self.cache.shape[4]):
-            return
-        self.cache = self.graphs = self.pool = None  # free the old ones before the new are made
-        layer, new = self.layers[0], partial(torch.zeros, device=self.device)
-        length = -(-length // self.block) * self.block
-        self.cache = new(len(self.layers), 2, slots, layer.kv_heads, length, layer.head_dim, dtype=self.dtype)
-        self.graphs, self.rows = {}, torch.arange(slots, device=self.device)
-        self.tokens, self.positions = (new(slots, dtype=torch.int64) for _ in range(2))
-        self.noise = new(slots, length)
-        self.drawn = new(self.sync_every, slots, dtype=torch.int64), new(self.sync_every, slots)
-        self.count = new(1, dtype=torch.int64)
-        self.columns = torch.arange(length, device=self.device)
-        cos, sin = self.model.base_model.rotary_emb(  # [1, length, K]
-            new(1, dtype=self.dtype), self.columns[None])
-        half = cos.shape[-1] // 2
-        self.cos = cos[0, :, None]
-        self.sin = torch.cat([-sin[0, :, :half], sin[0, :, half:]], -1)[:, None]
-
-    def _logits(self, x):
-        logits = head_logits(self.model.base_model.norm(x).to(x.dtype), self.head.weight)
-        return self.softcap * torch.tanh(logits / self.softcap) if self.softcap else logits
-
-    def _prefill(self, prompts):
-        """Keys and values of right-padded prompts [L, 2, P, Hkv, T, K], and the logits after each [P, V]."""
-        lengths = torch.tensor([len(prompt) for prompt in prompts])
-        P, T = len(prompts), int(lengths.max())
-        ids = torch.zeros(P, T, dtype=torch.int64)
-        for row, prompt in zip(ids, prompts):
-            row[:len(prompt)] = torch.tensor(prompt)
-        x = self._embed(ids.to(self.device)).flatten(0, 1)  # [P T, D]
-        cos, sin = self.cos[:T].repeat(P, 1, 1), self.sin[:T].repeat(P, 1, 1)
-        kept = x.new_empty(len(self.layers), 2, P, self.layers[0].kv_heads, T, self.layers[0].head_dim)
-        ahead = self.columns[:T] > self.columns[:T, None]
-        bias = torch.zeros(T, T, dtype=self.dtype, device=self.device).masked_fill(ahead, -torch.inf)
-        y = torch.zeros_like(x)
-        for i, layer in enumerate(self.layers):
-
-            def attend(qkv):
-                q, kv = rotate(qkv, layer.kv_heads, cos, sin)
-                q, k, v = (t.unflatten(0, (P, T)).transpose(1, 2) for t in (q, kv[:, 0], kv[:, 1]))
-                kept[i, 0], kept[i, 1] = k, v
-                if self.kernels:
-                    y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True,
-                                                       scale=layer.scale)
-                else:
-                    k, v = (t.repeat_interleave(layer.heads // layer.kv_heads, 1) for t in (k, v))
-                    y = attention(q, k, v, bias, layer.scale, layer.softcap)
-                return y.transpose(1, 2).reshape(P * T, -1)
-
-            x, y = layer(x, y, attend)
-        last = torch.arange(P) * T + lengths - 1
-        return kept, self._logits((x + y)[last.to(self.device)])
-
-    def _decode(self, n, length, temperature):
-        """One token for each of the first n slots, reading `length` cache columns; in place: graph-safe."""
-        positions, rows = self.positions[:n], self.rows[:n]
-        x = self._embed(self.tokens[:n])  # [n, D]
-        y = torch.zeros_like(x)
-        if not self.kernels:
-            cos, sin = self.cos[positions], self.sin[positions]
-            ahead = self.columns[:length] > positions[:, None]
-            bias = torch.zeros(n, length, dtype=self.dtype, device=self.device).masked_fill(
-                ahead, -torch.inf)[:, None, None]
-        for layer, cache in zip(self.layers, self.cache):  # [2, slots, Hkv, length, K]
-
-            def attend(qkv):
-                if self.kernels:
-                    return self.kernels.attend(qkv, self.cos, self.sin, positions, *cache, layer.scale)
-                q, kv = rotate(qkv, layer.kv_heads, cos, sin)
-                cache[:, rows, :, positions] = kv
-                keys, values = cache[:, :n, :, :length]
-                q = q.reshape(n, layer.kv_heads, -1, layer.head_dim)  # heads of one key: as if a query each
-                return attention(q, keys, values, bias, layer.scale, layer.softcap).reshape(n, -1)
-
-            x, y = layer(x, y, attend)
-        positions += 1
-        tokens, logprobs = draw(self._logits(x + y), temperature,
-                                self.noise[:n].gather(1, positions[:, None]).squeeze(1))
-        self.tokens[:n] = tokens
-        self.drawn[0][:, :n].index_copy_(0, self.count, tokens[None])
-        self.drawn[1][:, :n].index_copy_(0, self.count, logprobs[None])
-        self.count += 1
-
-    def _run(self, n, length, temperature):
-        """`sync_every` steps; returns their tokens and log-probs as lists [n][steps]."""
-        self.count.zero_()
-        key = (n, length, temperature)
-        for _ in range(self.sync_every):
-            if key in self.graphs:
-                self.graphs[key].replay()
-                continue
-            self._decode(n, length, temperature)
-            if self.use_graphs:  # the step just run was the warm-up
-                self.pool, graph = self.pool or torch.cuda.graph_pool_handle(), torch.cuda.CUDAGraph()
-                with torch.cuda.graph(graph, pool=self.pool):
-                    self._decode(n, length, temperature)
-                self.graphs[key] = graph  # here, not before: half a graph would draw nonsense
-        return [drawn[:, :n].T.tolist() for drawn in self.drawn]
-
-    @torch.inference_mode()
-    def sample(self, prompts, keys, max_new_tokens, temperature=1.0, progress=None):
-        """Sample len(keys[p]) completions of each prompt p, of at most `max_new_tokens` tokens.
-
-        prompts: lists of token ids. keys: for each prompt one `noise_key` per sample; equal keys give equal
-        samples of equal prompts, whatever else is sampled beside them. Returns lists of Completion shaped
-        like `keys`. progress(rows done, rows in all, [(p, g, Completion) of those that just ended]) is called
-        as rows end. Errors: ValueError: a prompt without tokens.
-        """
-        if not all(prompts):
-            raise ValueError("a prompt has no tokens; there is nothing to continue")
-        done = [[Completion([], [], False) for _ in row] for row in keys]
-        waiting = deque((p, g) for p, row in enumerate(keys) for g in range(len(row)))
-        if not waiting and not self.split:
-            return done
-        total, live, prefilled = len(waiting), [], {}
-        self._gather()
-        if waiting:
-            self._allocate(self._rounded(total), max(map(len, prompts)) + max_new_tokens + self.sync_every)
-            slots = self.cache.shape[2]
-
-        def record(slot_rows, tokens, logprobs):
-            """Append draws [slots][steps], up to each row's end; returns the slots whose row has ended."""
-            ended = []
-            for slot, ((p, g), ids, of_ids) in enumerate(zip(slot_rows, tokens, logprobs)):
-                row = done[p][g]
-                ids = ids[:max_new_tokens - len(row.ids)]
-                row.finished = not self.stop_ids.isdisjoint(ids)
-                if row.finished:  # what it drew after its end is thrown away
-                    ids = ids[:1 + next(i for i, token in enumerate(ids) if token in self.stop_ids)]
-                row.ids += ids
-                row.logprobs += of_ids[:len(ids)]
-                if row.finished or len(row.ids) == max_new_tokens:
-                    ended.append(slot)
-            return ended
-
-        def leave(ended):
-            rows = [(p, g, done[p][g]) for p, g in (live[slot] for slot in ended)]
-            for slot in sorted(ended, reverse=True):
-                last = len(live) - 1
-                if slot != last:
-                    p, g = live[last]
-                    filled = len(prompts[p]) + len(done[p][g].ids)
-                    self.cache[:, :, slot, :, :filled] = self.cache[:, :, last, :, :filled]
-                    for buffer in (self.tokens, self.positions, self.noise):
-                        buffer[slot] = buffer[last]
-                    live[slot] = live[last]
-                live.pop()
-            if progress and rows:
-                progress(total - len(waiting) - len(live), total, rows)
-
-        def admit():
-            new = [waiting.popleft() for _ in range(min(slots - len(live), len(waiting)))]
-            fresh = [p for p in dict.fromkeys(p for p, _ in new) if p not in prefilled]
-            while fresh:  # a bounded number of prompt tokens at a time
-                size = max(1, 16384 // max(len(prompts[p]) for p in fresh))
-                part, fresh = fresh[:size], fresh[size:]
-                kept, logits = self._prefill([prompts[p] for p in part])
-                prefilled.update((p, (kept[:, :, j, :, :len(prompts[p])], logits[j]))
-                                 for j, p in enumerate(part))
-            first = len(live)
-            for p, samples in itertools.groupby(new, key=lambda row: row[0]):
-                n, kept = len(list(samples)), prefilled[p][0]
-                self.cache[:, :, first:first + n, :, :kept.shape[-2]] = kept[:, :, None]
-                first += n
-            slot = slice(len(live), first)
-            row_keys = torch.tensor([keys[p][g] for p, g in new], device=self.device)
-            self.noise[slot] = uniform(row_keys[:, None], self.columns)
-            self.positions[slot] = torch.tensor([len(prompts[p]) for p, _ in new], device=self.device)
-            logits = torch.stack([prefilled[p][1] for p, _ in new])
-            u = self.noise[slot].gather(1, self.positions[slot, None]).squeeze(1)
-            tokens, logprobs = draw(logits, temperature, u)
-            self.tokens[slot] = tokens
-            ended = [len(live) + j for j in record(new, tokens[:, None].tolist(), logprobs[:, None].tolist())]
-            live.extend(new)
-            still = {p for p, _ in waiting}
-            for p in [p for p in prefilled if p not in still]:
-                del prefilled[p]
-            leave(ended)
-
-        while waiting or live:
-            while waiting and slots - len(live) >= max(1, min(slots // 8, len(waiting))):
-                admit()
-            if not live:
-                continue
-            n = self._rounded(len(live))
-            self.positions[len(live):n] = 0  # a free slot inside the row block still steps: keep it in bounds
-            longest = max(len(prompts[p]) + len(done[p][g].ids) for p, g in live) + self.sync_every
-            columns = self.cache.shape[4]  # the kernels take all: they read what is live
-            length = columns if self.kernels else min(columns, -(-longest // self.block) * self.block)
-            leave(record(live, *self._run(n, length, temperature)))
-        self._leave_together()
-        self._release()
-        return done
-
-
-# Copied from grpo.py::gap_in_float64
-@torch.no_grad()
-def gap_in_float64(model, prompt_ids, args, temperature, device):
-    """Largest gap of sampler and trainer on a cut-out of the model in float64, where rounding hides no error.
-
-    It has two decoder layers (the first that have an adapter, if any do) and the first 1024 tokens; prompts
-    are made of those. The head and the adapters' B are drawn anew: the model's own head may be so sure of the
-    next token that its log-prob is 0 whatever the sampler does, and a B of zero would hide an adapter that
-    the sampler leaves out.
-    """
-    device = torch.device("cpu") if device.type == "mps" else device  # which has no float64
-    base, embedding, head = model.base_model, model.get_input_embeddings(), model.get_output_embeddings()
-    layers = nn.ModuleList(sorted(base.layers, key=lambda layer: not lora_modules(layer))[:2])
-    generator = torch.Generator().manual_seed(args.seed)
-
-    def double(tensor):
-        return tensor.detach().to(device=device, dtype=torch.float64)
-
-    def drawn(std, *shape):
-        return nn.Parameter((std * torch.randn(shape, generator=generator, dtype=torch.float64)).to(device))
-
-    table = double(embedding.weight[:1024])  # [V, D]
-    new_head = nn.utils.skip_init(nn.Linear, table.shape[1], len(table), bias=False)
-    new_head.weight = drawn(table.shape[1] ** -0.5, *table.shape)
-    copies = {id(embedding.weight): nn.Parameter(table), id(head): new_head}  # by what they stand for
-    for part in (layers, base.norm, base.rotary_emb):
-        copies |= {id(p): nn.Parameter(double(p), p.requires_grad) for p in part.parameters()}
-        copies |= {id(b): double(b) for b in part.buffers()}
-    copies |= {id(b): double(b) for b in embedding.buffers()}  # Gemma's scale
-    copies |= {id(B): drawn(0.02, *B.shape) for module in lora_modules(layers).values()
-               for B in module.B.values()}
-    copies[id(base.layers)] = copy.deepcopy(layers, copies)
-    small = copy.deepcopy(model, copies)
-    small.get_input_embeddings().padding_idx = None
-    prompts = [[i % 1024 for i in ids[:8 + 8 * p]] for p, ids in enumerate(prompt_ids)]
-    keys = [[noise_key(args.seed, -3, p)] for p in range(len(prompts))]
-    samples = [c for (c,) in Sampler(small, ()).sample(prompts, keys, 12, temperature)]
-    logprobs = completion_logprobs(small, prompts, [c.ids for c in samples], temperature, 10**9, device)
-    return (torch.stack(logprobs) - torch.tensor([c.logprobs for c in samples])).abs().max().item()
-
-
-# Copied from grpo.py::self_check
-def self_check(model, params, sampler, prompt_ids, args, temperature, device):
-    """Measure on a few short samples what must hold before training: name -> (value, largest right value).
-
-    The sampler agrees with the trainer (in bfloat16 roughly, and exactly on two layers in float64); a row's
-    padding changes nothing; a fresh adapter equals the base; the stop token is in the mask; every adapter
-    gets gradient; no frozen weight does.
-    """
-    exact = device.type == "cpu" and sampler.dtype == torch.float32
-    measure, limit = (torch.max, 1e-4) if exact else (torch.mean, 0.3)  # rounding to bfloat16 makes up to 0.1
-    samples = sampler.sample(prompt_ids, [[noise_key(args.seed, -2, p)] for p in range(len(prompt_ids))],
-                             16, temperature)
-    # a row that did not stop by itself gets a stop token, so that each has one to look for
-    completion_ids = [c.ids if c.finished else c.ids + [min(sampler.stop_ids, default=0)] for (c,) in samples]
-    input_ids, mask = make_batch(prompt_ids, completion_ids, device)
-    logprobs = token_logprobs(model, input_ids, mask, temperature)
-    logprobs.sum().backward()
-    gap = torch.cat([row[of_row][:len(c.logprobs)] - torch.tensor(c.logprobs)
-                     for row, of_row, (c,) in zip(logprobs.detach().cpu(), mask, samples)]).abs()
-    under = partial(completion_logprobs, model, prompt_ids, completion_ids, temperature)
-    alone, padded = torch.cat(under(1, device)), torch.cat(under(10**9, device))
-    adapters = [module for module in lora_modules(model).values() if module.active]
-    checks = {
-        "sampler-trainer": (measure(gap).item(), limit),
-        "padding": (measure((alone - padded).abs()).item(), limit),
-        "stop tokens left out": (sum(not row[len(p) + len(c) - 1]
-                                     for row, p, c in zip(mask, prompt_ids, completion_ids)), 0),
-        "adapters without gradient": (sum(not module.B[module.active].grad.any() for module in adapters), 0),
-        "frozen weights with gradient": (sum(p.grad is not None for p in model.parameters()
-                                             if not p.requires_grad), 0)}
-    if not (exact or sampler.split or sampler.layers[0].qkv.quantized):
-        checks["in float64"] = gap_in_float64(model, prompt_ids, args, temperature, device), 1e-4
-    if adapters and not args.resume:
-        with use_adapter(model, None):
-            checks["step-0 KL"] = ((torch.cat(under(10**9, device)) - padded).abs().max().item(), 0)
-    for p in params:
-        p.grad = None
-    return checks
-
-
-# Copied from grpo.py::sample_all
-def sample_all(sampler, prompt_ids, keys, max_new_tokens, temperature, run, doing):
-    """`Sampler.sample` with progress shown; memory that runs out on one rank halves the slots of all."""
-    most_rows = max(1, *dist.gather(sum(map(len, keys))))  # of a rank: only fewer slots save memory
-
-    def attempt(slots):
-        if slots < min(sampler.slots, most_rows):
-            sampler.slots, sampler.cache, sampler.graphs = slots, None, {}
-        return sampler.sample(prompt_ids, keys, max_new_tokens, temperature,
-                              lambda done, total, _: run.progress(f"{doing}: sampled {done}/{total}"))
-
-    return retry_smaller(attempt, min(sampler.slots, most_rows), run.device, 1, "slots")[0]
 
 
 @dataclass
@@ -1051,7 +147,7 @@ class Sample:
     question: int  # its place in the iteration, the same on every rank
     number: int  # among the question's answers
     example: data.Example
-    completion: Completion
+    completion: "Completion"
     response: str  # the text up to the stop token
     source: str = "sampled"
     rewards: dict[str, float] = field(default_factory=dict)
@@ -1615,6 +711,882 @@ def main(args: Args) -> None:
                        else save_weights)
         run.before_after()
     run.finish()
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Shared blocks, word for word in every script that has them (tests/test_copies.py): LoRA, log-probs, sampler
+
+
+# Copied from grpo.py::LoRALinear
+class LoRALinear(nn.Module):
+    """A frozen nn.Linear with low-rank adapters, one or none of them active: y = W x + b + (alpha / r) B A x.
+
+    State: `A[name]` [R, in] and `B[name]` [out, R], float32 whatever the base's dtype (in bfloat16 AdamW's
+    small steps would round to nothing); B starts at zero, so that a fresh adapter changes no output. `active`
+    is the name of the adapter in use or None for the bare base; only `use_adapter` changes it.
+    Source: LoRA, arXiv 2106.09685 eq. 3.
+    """
+
+    def __init__(self, base: nn.Linear):
+        super().__init__()
+        self.base = base.requires_grad_(False)
+        self.A, self.B, self.scale = nn.ParameterDict(), nn.ParameterDict(), {}
+        self.in_features, self.out_features = base.in_features, base.out_features
+        self.active: str | None = None
+
+    def add(self, name: str, r: int, alpha: float) -> None:
+        device = self.base.weight.device
+        A = torch.empty(r, self.base.in_features)  # drawn on the CPU: the same start on every device
+        nn.init.kaiming_uniform_(A, a=5**0.5)
+        self.A[name] = nn.Parameter(A.to(device))
+        self.B[name] = nn.Parameter(torch.zeros(self.base.out_features, r, device=device))
+        self.scale[name] = alpha / r
+
+    def forward(self, x):
+        if self.active is None:
+            return self.base(x)
+        rows = x.reshape(-1, self.in_features)
+        y = self.base(rows)
+        A, B = self.A[self.active].to(y.dtype), (self.scale[self.active] * self.B[self.active]).to(y.dtype)
+        y.addmm_(rows.to(y.dtype) @ A.T, B.T)  # into the base's output: no copy of it
+        return y.view(*x.shape[:-1], self.out_features)
+
+
+# Copied from grpo.py::add_lora
+def add_lora(model, name: str, r: int, alpha: float, targets, layers=None) -> list[nn.Parameter]:
+    """Put adapter `name` on the projections `targets` of the decoder layers (all, or those in `layers`).
+
+    Freezes every other parameter, activates the adapter, and returns its parameters in layer order.
+    Errors: ValueError if a target does not exist or r < 1.
+    """
+    if r < 1:
+        raise ValueError(f"--lora-r {r}: the rank must be 1 or more (or train all weights with --full)")
+    model.requires_grad_(False)
+    params, found = [], set()
+    for i, layer in enumerate(model.base_model.layers):
+        for path, module in list(layer.named_modules()):
+            leaf = path.rpartition(".")[2]
+            if leaf not in targets or not isinstance(module, nn.Linear | LoRALinear):
+                continue
+            found.add(leaf)
+            if layers is not None and i not in layers:
+                continue
+            if isinstance(module, nn.Linear):
+                module = LoRALinear(module)
+                layer.set_submodule(path, module)
+            module.add(name, r, alpha)
+            module.active = name
+            params += [module.A[name], module.B[name]]
+    if missing := set(targets) - found:
+        raise ValueError(f"--lora-targets {' '.join(sorted(missing))}: no such linear layer in this model "
+                         f"(it has {' '.join(sorted(found)) or 'none of those asked for'})")
+    return params
+
+
+# Copied from grpo.py::lora_modules
+def lora_modules(model) -> dict[str, LoRALinear]:
+    return {path: module for path, module in model.named_modules() if isinstance(module, LoRALinear)}
+
+
+# Copied from grpo.py::use_adapter
+@contextmanager
+def use_adapter(model, name: str | None):
+    """Within the block the model runs with adapter `name` (None: the bare base); afterwards as it was."""
+    modules = lora_modules(model).values()
+    before = [module.active for module in modules]
+    for module in modules:
+        module.active = name if name in module.A else None
+    try:
+        yield
+    finally:
+        for module, active in zip(modules, before):
+            module.active = active
+
+
+# Copied from grpo.py::enable_checkpointing
+def enable_checkpointing(model) -> None:
+    """Recompute each layer in the backward pass, with the adapter of its forward, not one active by then."""
+
+    def contexts():
+        active = next((module.active for module in lora_modules(model).values() if module.active), None)
+        return nullcontext(), use_adapter(model, active)
+
+    model.gradient_checkpointing_enable({"use_reentrant": False, "context_fn": contexts})
+
+
+# Copied from grpo.py::adapter_tensors
+def adapter_tensors(model, name: str) -> dict[str, tuple[nn.Parameter, nn.Parameter]]:
+    """(A, B) of adapter `name` by its layer's path: what `models.save_adapter` and `load_adapter` take."""
+    return {path: (module.A[name], module.B[name])
+            for path, module in lora_modules(model).items() if name in module.A}
+
+
+# Copied from grpo.py::merged_state_dict
+@torch.no_grad()
+def merged_state_dict(model) -> dict[str, torch.Tensor]:
+    """The weights of a plain model, the active adapter added in float32; the base itself is untouched."""
+    state = {key.replace(".base.", "."): shard.gather(value) for key, value in model.state_dict().items()
+             if ".A." not in key and ".B." not in key}
+    for path, module in lora_modules(model).items():
+        weight = state[f"{path}.weight"]
+        if module.active is not None and weight is not None:
+            delta = module.scale[module.active] * module.B[module.active] @ module.A[module.active]
+            state[f"{path}.weight"] = (weight.float() + delta.to(weight.device)).to(weight.dtype)
+    return state
+
+
+# Copied from grpo.py::TokenLogprobs
+class TokenLogprobs(torch.autograd.Function):
+    """Log-probs of given tokens from hidden states, a chunk of tokens at a time: [N, V] never exists.
+
+    The slope of a log-prob by its own hidden state is known in the forward pass: W[token] - sum_v p_v W[v],
+    over the temperature. With a frozen `lm_head` that [N, D] is kept and the backward pass is one product
+    with the incoming gradient; a trainable one needs the probabilities again: each chunk is recomputed, and
+    its gradient is summed in the weight's own dtype (float32), whatever the products' is.
+    """
+
+    @staticmethod
+    def forward(ctx, hidden, weight, targets, temperature, softcap, chunk_tokens):
+        hidden_grad, weight_grad = ctx.needs_input_grad[:2]
+        head = weight.to(hidden.dtype)
+        logprobs = hidden.new_empty(len(hidden), dtype=torch.float32)
+        slope = torch.empty_like(hidden) if hidden_grad and not weight_grad else None
+        buffer = hidden.new_empty(min(chunk_tokens, len(hidden)), len(head), dtype=torch.float32)
+        for i in range(0, len(hidden), chunk_tokens):
+            piece = slice(i, i + chunk_tokens)
+            logits = head_logits(hidden[piece], head, buffer[:len(hidden[piece])])
+            logprobs[piece], negative = chunk_logprobs(logits, targets[piece], temperature, softcap)
+            if slope is not None:
+                slope[piece] = negative.to(head.dtype) @ head
+        ctx.save_for_backward(*((hidden, weight, targets) if weight_grad else (slope,)))
+        ctx.settings = temperature, softcap, chunk_tokens
+        return logprobs
+
+    @staticmethod
+    def backward(ctx, grad):
+        temperature, softcap, chunk_tokens = ctx.settings
+        grad = grad[:, None] / -temperature
+        if len(ctx.saved_tensors) == 1:
+            slope = ctx.saved_tensors[0]
+            return (grad * slope).to(slope.dtype), None, None, None, None, None
+        hidden, weight, targets = ctx.saved_tensors
+        head = weight.to(hidden.dtype)
+        hidden_grad, weight_grad = torch.empty_like(hidden), torch.zeros_like(weight)
+        for i in range(0, len(hidden), chunk_tokens):
+            piece = slice(i, i + chunk_tokens)
+            logits = head_logits(hidden[piece], head)
+            _, negative = chunk_logprobs(logits, targets[piece], temperature, softcap)
+            slope = negative.mul_(grad[piece]).to(head.dtype)
+            hidden_grad[piece] = slope @ head
+            weight_grad += slope.T @ hidden[piece]
+        return hidden_grad, weight_grad, None, None, None, None
+
+
+# Copied from grpo.py::chunk_logprobs
+def chunk_logprobs(logits, targets, temperature, softcap):
+    """From raw logits [n, V]: log-probs [n] of the targets, and -temperature d log-prob / d logits [n, V].
+
+    All float32 and in place: each pass over [n, V] costs as much as the products.
+    """
+    if softcap:
+        logits.div_(softcap).tanh_()
+        cap_slope = 1 - logits**2
+        logits.mul_(softcap)
+    if temperature != 1:
+        logits.div_(temperature)
+    top, at = logits.max(1, keepdim=True)
+    chosen, targets = logits.gather(1, targets[:, None]), targets[:, None]
+    probs = torch.softmax(logits, 1, out=logits)
+    log_sum = top - probs.gather(1, at).log()  # the largest probability is never 0
+    negative = probs.scatter_add_(1, targets, torch.full_like(chosen, -1.0))
+    return (chosen - log_sum).squeeze(1), negative.mul_(cap_slope) if softcap else negative
+
+
+# Copied from grpo.py::token_logprobs
+def token_logprobs(model, input_ids, completion_mask, temperature=1.0, attention_mask=None, chunk_tokens=0):
+    """Log-prob of each completion token given all before it, as the sampler at `temperature` sees it.
+
+    Shapes: input_ids, completion_mask [B, T] -> [B, T], float32, nats, 0 outside the mask. Entry t belongs to
+    token t: this is the one place that shifts. Right-padded rows need no attention_mask (a causal model
+    never looks at what follows); left-padded rows pass theirs, [B, T], and positions count real tokens only.
+    A row's first token has nothing before it and stays 0. A completion_mask on the CPU spares a CUDA sync.
+    """
+    rows, columns = completion_mask[:, 1:].nonzero(as_tuple=True)
+    rows, columns = rows.to(input_ids.device), columns.to(input_ids.device)
+    positions = None if attention_mask is None else (attention_mask.cumsum(1) - 1).clamp(min=0)
+    hidden = model.base_model(input_ids=input_ids, attention_mask=attention_mask, position_ids=positions,
+                              use_cache=False).last_hidden_state[rows, columns]  # [N, D]
+    if torch.is_autocast_enabled(hidden.device.type) and hidden.dtype == torch.float32:
+        # lm_head's products as the sampler's
+        hidden = hidden.to(torch.get_autocast_dtype(hidden.device.type))
+    weight = shard.whole(model.get_output_embeddings().weight)
+    chunk_tokens = chunk_tokens or max(16, (2**27 if weight.is_cuda else 2**24) // weight.shape[0])
+    values = TokenLogprobs.apply(hidden, weight, input_ids[rows, columns + 1], temperature,
+                                 getattr(model.config, "final_logit_softcapping", None), chunk_tokens)
+    return torch.zeros(input_ids.shape, device=input_ids.device).index_put((rows, columns + 1), values)
+
+
+# Copied from grpo.py::make_batch
+def make_batch(prompt_ids, completion_ids, device):
+    """Right-padded input_ids [B, T] on the device and completion_mask [B, T] on the CPU.
+
+    The mask comes from the lengths: an end token that is also the padding token stays in it.
+    """
+    T = max(len(p) + len(c) for p, c in zip(prompt_ids, completion_ids))
+    input_ids = torch.zeros(len(prompt_ids), T, dtype=torch.int64)
+    mask = torch.zeros(len(prompt_ids), T, dtype=torch.bool)
+    for i, (p, c) in enumerate(zip(prompt_ids, completion_ids)):
+        input_ids[i, :len(p) + len(c)] = torch.tensor(p + c)
+        mask[i, len(p):len(p) + len(c)] = True
+    return input_ids.to(device, non_blocking=True), mask
+
+
+# Copied from grpo.py::completion_logprobs
+@torch.no_grad()
+def completion_logprobs(model, prompt_ids, completion_ids, temperature, tokens_per_batch, device):
+    """Log-probs [L] of each row's completion under the model as it stands, a list in the rows' order."""
+    values = [None] * len(prompt_ids)
+    batches = pack([len(p) + len(c) for p, c in zip(prompt_ids, completion_ids)], tokens_per_batch)
+    for rows in shard.micro_batches(model, batches, partial(token_logprobs, model)):
+        input_ids, mask = make_batch([prompt_ids[i] for i in rows], [completion_ids[i] for i in rows], device)
+        logprobs = token_logprobs(model, input_ids, mask, temperature)
+        for i, row, of_row in zip(rows, logprobs.cpu(), mask):
+            values[i] = row[of_row]
+    return values
+
+
+# Copied from grpo.py::pack
+def pack(lengths, tokens_per_batch):
+    """Split rows into micro-batches of similar length: lists of row numbers, each row once.
+
+    A micro-batch, padded to its longest row, holds at most tokens_per_batch tokens (one row may exceed it).
+    Of all ways to cut the rows, sorted by length, it is the one with the fewest padded tokens, where each
+    micro-batch counts tokens_per_batch / 8 more: a pass has a cost of its own, on a GPU launches.
+    """
+    rows = sorted(range(len(lengths)), key=lambda row: -lengths[row])
+    least, begin = [0.0], [0]  # of the first n rows: the least cost, and where their last micro-batch begins
+    for n in range(1, len(rows) + 1):
+        costs = {}
+        for start in range(n - 1, -1, -1):
+            padded = (n - start) * lengths[rows[start]]
+            if padded > tokens_per_batch and costs:
+                break
+            costs[start] = least[start] + padded + tokens_per_batch / 8
+        begin.append(min(costs, key=costs.get))
+        least.append(costs[begin[n]])
+    batches, end = [], len(rows)
+    while end:
+        batches.append(rows[begin[end]:end])
+        end = begin[end]
+    return batches[::-1]
+
+
+# Copied from grpo.py::Completion
+@dataclass
+class Completion:
+    """A sampled answer: token ids (stop token included), their log-probs, whether it stopped by itself."""
+
+    ids: list[int]
+    logprobs: list[float]
+    finished: bool
+
+    def text(self, tokenizer):
+        """What it says, without the stop token and other special tokens."""
+        ids = self.ids[:-1] if self.finished else self.ids
+        return tokenizer.decode(ids, skip_special_tokens=True)
+
+
+# Copied from grpo.py::noise_key
+def noise_key(*parts: int) -> int:
+    """A signed 64-bit key from integers like (seed, step, question, sample): the same on every machine."""
+    digest = hashlib.blake2b(" ".join(map(str, parts)).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little", signed=True)
+
+
+# Copied from grpo.py::uniform
+def uniform(keys, positions):
+    """A number in (0, 1) per row from its key and position: a counter hash (splitmix64), no generator state.
+
+    So a token's noise depends on neither its slot nor the batch, the number of ranks or a captured graph.
+    """
+    x = keys + positions * -7046029254386353131  # 2^64 / golden ratio; int64 products wrap around
+    x = (x ^ (x >> 30 & (1 << 34) - 1)) * -4658895280553007687
+    x = (x ^ (x >> 27 & (1 << 37) - 1)) * -7723592293110705685
+    x = x ^ (x >> 31 & (1 << 33) - 1)
+    return ((x >> 41 & (1 << 23) - 1).float() + 0.5) / (1 << 23)  # 24 bits: exact in float32, never 0 or 1
+
+
+# Copied from grpo.py::draw
+def draw(logits, temperature, u):
+    """Invert the distribution function of softmax(logits / temperature) at u; temperature 0 takes the top.
+
+    Shapes: logits [B, V] float32, overwritten; u [B] -> tokens, log-probs [B] (at temperature 0: of 1).
+    The sum runs over blocks, then inside one: faster and more exact in float32 than one long cumulative sum.
+    """
+    if temperature == 0:
+        best, tokens = logits.max(-1)
+        return tokens, best - logits.logsumexp(-1)
+    probs = torch.softmax(logits.div_(temperature) if temperature != 1 else logits, -1, out=logits)
+    width = math.gcd(probs.shape[1], 128)
+    blocks = probs.view(len(probs), -1, width)  # [B, V / width, width]
+    edges = F.pad(blocks.sum(-1).cumsum(-1), (1, 0))  # [B, V / width + 1]: the sum before each block, and all
+    target = u[:, None] * edges[:, -1:]
+    block = torch.searchsorted(edges, target, right=True).sub_(1).clamp_(max=blocks.shape[1] - 1)  # [B, 1]
+    inside = blocks.gather(1, block[:, :, None].expand(-1, -1, width)).squeeze(1).cumsum(-1)  # [B, width]
+    # rounding may leave the rest at or above the block's sum: stay below it, on a token that has probability
+    rest = torch.minimum(target - edges.gather(1, block), inside[:, -1:] * (1 - 1e-6))
+    tokens = torch.searchsorted(inside, rest, right=True).clamp_(max=width - 1).add_(block, alpha=width)
+    return tokens.squeeze(1), probs.gather(1, tokens).log().squeeze(1)
+
+
+# Copied from grpo.py::head_logits
+def head_logits(hidden, weight, out=None):
+    """hidden [N, D] @ weight [V, D].T in float32: bfloat16 logits would be off by hundredths of a nat."""
+    if hidden.is_cuda and torch.version.cuda and hidden.dtype.itemsize < 4:
+        return torch.mm(hidden, weight.T, out_dtype=torch.float32, out=out)
+    return torch.mm(hidden, weight.T, out=out if hidden.dtype == torch.float32 else None).float()
+
+
+# Copied from grpo.py::FusedLinear
+class FusedLinear:
+    """Projections of one input as one product, for the sampler: `weight` [out, in] holds theirs stacked.
+
+    In float32 the active adapters are merged into it. In bfloat16 a merge would round small updates away, so
+    they stay apart: A [n R, in] lies under W, so that one product gives both, and B [out, n R] is
+    block-diagonal; `weight` becomes the storage of the modules' own weights: no second copy. `refresh` writes
+    in place: a captured graph sees the new values. Quantized projections are called as they are.
+    """
+
+    def __init__(self, parts, dtype):
+        self.parts, self.bases, self.dtype = parts, [getattr(part, "base", part) for part in parts], dtype
+        self.split, self.quantized = False, hasattr(self.bases[0].weight, "quant_state")
+        if self.quantized:
+            return
+        self.outs = [base.out_features for base in self.bases]
+        adapted = [part for part in parts if isinstance(part, LoRALinear)]
+        weights = [base.weight.detach() for base in self.bases]
+        self.split = shard.is_split(weights[0])
+        self.merge = bool(adapted) and dtype == torch.float32
+        self.shared = not (self.merge or self.split) and all(weight.dtype == dtype for weight in weights)
+        self.rank = 0 if self.merge else sum(  # of any adapter made active
+            max(len(A) for A in part.A.values()) for part in adapted)
+        new = partial(torch.zeros, dtype=dtype, device=weights[0].device)
+        self.weight = None
+        if not self.split:
+            alone = self.shared and len(parts) == 1 and not self.rank
+            self._hold(weights[0] if alone else torch.cat(
+                [*weights, new(self.rank, self.bases[0].in_features)]).to(dtype))
+        if self.shared:
+            for base, rows in zip(self.bases, self.rows):
+                base.weight.data = rows
+        self.bias = new(sum(self.outs) + self.rank) if self.bases[0].bias is not None else None
+        self.B = new(sum(self.outs), self.rank) if self.rank else None
+
+    def _hold(self, weight):
+        self.weight = weight
+        *self.rows, self.A = weight.split([*self.outs, self.rank])  # each part's own, views
+
+    def release(self):
+        """Let go of weights that were gathered."""
+        if self.split:
+            self.weight = self.rows = self.A = None
+
+    @torch.no_grad()
+    def refresh(self):
+        """Take over the present weights, biases and active adapters of the modules; gather split weights."""
+        if self.quantized:
+            return
+        if self.weight is None:
+            self._hold(torch.empty(sum(self.outs) + self.rank, self.bases[0].in_features,
+                                   dtype=self.dtype, device=self.bases[0].weight.device))
+            self.A.zero_()
+        if self.bias is not None:
+            self.bias[:sum(self.outs)] = torch.cat([base.bias for base in self.bases])
+        if self.B is not None:
+            self.B.zero_()
+        out = rank = 0
+        for part, base, rows in zip(self.parts, self.bases, self.rows):
+            if not self.shared:
+                rows.copy_(shard.whole(base.weight))
+            if isinstance(part, LoRALinear) and part.active:
+                A, B, scale = part.A[part.active], part.B[part.active], part.scale[part.active]
+                if self.merge:
+                    rows.addmm_(B, A, alpha=scale)
+                else:
+                    self.A[rank:rank + len(A)] = A
+                    self.B[out:out + len(B), rank:rank + len(A)] = scale * B
+                    rank += len(A)
+            out += len(rows)
+
+    def __call__(self, x):
+        if self.quantized:
+            return torch.cat([part(x) for part in self.parts], -1)
+        y = F.linear(x, self.weight, self.bias)
+        if self.B is None:
+            return y
+        y, low_rank = y.split([len(self.B), self.rank], -1)
+        return y.addmm_(low_rank, self.B.T)
+
+
+# Copied from grpo.py::SamplerLayer
+class SamplerLayer:
+    """One decoder layer of the Llama family, written out: x [N, D] -> [N, D], for any N tokens of any rows.
+
+    Covers grouped-query attention, q/k norms (Qwen3), norms around blocks and (1 + weight) norms (Gemma).
+    by_layer: split weights are gathered at each call and let go after it.
+    """
+
+    def __init__(self, layer, dtype, by_layer=False):
+        attn, mlp, self.by_layer = layer.self_attn, layer.mlp, by_layer
+        self.qkv = FusedLinear([attn.q_proj, attn.k_proj, attn.v_proj], dtype)
+        self.out = FusedLinear([attn.o_proj], dtype)
+        self.gate_up = FusedLinear([mlp.gate_proj, mlp.up_proj], dtype)
+        self.down = FusedLinear([mlp.down_proj], dtype)
+        self.act = mlp.act_fn
+        gemma2 = hasattr(layer, "pre_feedforward_layernorm")
+        after, self.attn_norm = layer.post_attention_layernorm, layer.input_layernorm
+        self.attn_out_norm = after if gemma2 else None
+        self.mlp_norm = layer.pre_feedforward_layernorm if gemma2 else after
+        self.mlp_out_norm = layer.post_feedforward_layernorm if gemma2 else None
+        self.q_norm, self.k_norm = getattr(attn, "q_norm", None), getattr(attn, "k_norm", None)
+        self.head_dim = attn.head_dim
+        self.heads = attn.q_proj.out_features // self.head_dim
+        self.kv_heads = attn.k_proj.out_features // self.head_dim
+        self.scale, self.softcap = attn.scaling, getattr(attn, "attn_logit_softcapping", None)
+        self.kernels = None  # on CUDA: common/kernels.py
+
+    def refresh(self):
+        for part in (self.qkv, self.out, self.gate_up, self.down):
+            part.refresh()
+
+    def release(self):
+        for part in (self.qkv, self.out, self.gate_up, self.down):
+            part.release()
+
+    def __call__(self, x, y, attend):
+        """x, y -> x, y [N, D]: the residual stream, and the last block's output that is not yet added to it.
+
+        attend(qkv [N, H + 2 Hkv, K]) -> [N, H K] turns q and k by their positions and keeps k and v.
+        """
+        if self.by_layer:
+            self.refresh()
+        x, normed = self.add_norm(x, y, self.attn_norm)
+        qkv = self.qkv(normed).view(len(x), -1, self.head_dim)
+        if self.q_norm:
+            q, k = qkv[:, :self.heads], qkv[:, self.heads:-self.kv_heads]
+            q.copy_(self.q_norm(q))
+            k.copy_(self.k_norm(k))
+        y = self.out(attend(qkv))
+        x, normed = self.add_norm(x, self.attn_out_norm(y) if self.attn_out_norm else y, self.mlp_norm)
+        y = self.down(self.swiglu(self.gate_up(normed)))
+        if self.by_layer:
+            self.release()
+        return x, self.mlp_out_norm(y) if self.mlp_out_norm else y
+
+    def add_norm(self, x, y, norm):
+        if self.kernels:
+            return self.kernels.add_norm(x, y, norm)
+        x = x + y
+        return x, norm(x).to(x.dtype)
+
+    def swiglu(self, x):
+        if self.kernels:
+            return self.kernels.swiglu(x)
+        gate, up = x.chunk(2, -1)
+        return self.act(gate) * up
+
+
+# Copied from grpo.py::rotate
+def rotate(qkv, kv_heads, cos, sin):
+    """Turn q and k in place by rotary embedding: qkv [N, H + 2 Hkv, K] -> q [N, H, K], kv [N, 2, Hkv, K].
+
+    cos, sin [N, 1, K], sine signed as the rotated half. Source: RoFormer, arXiv 2104.09864 eq. 34.
+    """
+    qk = qkv[:, :-kv_heads]
+    torch.addcmul(qk * cos, qk.roll(qk.shape[-1] // 2, -1), sin, out=qk)
+    return qk[:, :-kv_heads], qkv[:, -2 * kv_heads:].unflatten(1, (2, kv_heads))
+
+
+# Copied from grpo.py::attention
+def attention(q, k, v, bias, scale, softcap):
+    """Softmax attention. Shapes: q [B, H, Q, K]; k, v [B, H, S, K]; bias [.., S] on scores, 0 or -inf."""
+    if q.is_cuda and not softcap:
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=scale)
+    scores = (q * scale) @ k.transpose(-1, -2)  # CPU: two plain products beat the fused kernel at this size
+    if softcap:
+        scores = softcap * torch.tanh(scores / softcap)
+    return scores.add_(bias).softmax(-1, dtype=torch.float32).to(q.dtype) @ v
+
+
+# Copied from grpo.py::Sampler
+class Sampler:
+    """Samples completions by continuous batching in a static KV cache of `slots` rows, one token a step each.
+
+    A row that ends leaves at once: the last live row moves into its slot, so that the live ones are always
+    the first, and the next waiting row is admitted behind them. A prompt is prefilled once for all its
+    samples. Attention reads the cache only up to the longest live row, in blocks, or, by the kernels for
+    CUDA, each row's own keys. There a step is a captured graph for each block of rows, and the host looks at
+    the tokens only every `sync_every` steps; what a row drew past its end is thrown away. The weights of a
+    model that is split over ranks are gathered for the time of `sample`, or, `by_layer`, each layer's for its
+    turn in each pass; no graph is captured then, for it would hold their addresses.
+    """
+
+    def __init__(self, model, stop_ids, slots=256, dtype=None, sync_every=None, graphs=None, by_layer=False):
+        self.model, self.stop_ids, self.slots = model, set(stop_ids), slots
+        self.device = model.get_input_embeddings().weight.device
+        self.dtype = dtype or model.get_input_embeddings().weight.dtype
+        on_gpu = self.device.type == "cuda"
+        self.sync_every = sync_every or (8 if on_gpu else 1)
+        self.split = shard.is_split(model.get_input_embeddings().weight)
+        self.by_layer = by_layer and self.split
+        self.block, self.row_block = (256, 32) if on_gpu else (16, 1)
+        self.layers = [SamplerLayer(layer, self.dtype, self.by_layer) for layer in model.base_model.layers]
+        self.use_graphs = (on_gpu if graphs is None else graphs) and not (
+            self.split or self.layers[0].qkv.quantized)
+        self.kernels = models.decode_kernels(self.layers[0], self.dtype) if on_gpu else None
+        for layer in self.layers:
+            layer.kernels = self.kernels
+        self.head = FusedLinear([model.get_output_embeddings()], self.dtype)
+        self.softcap = getattr(model.config, "final_logit_softcapping", None)
+        self.cache = None
+        self.graphs = {}
+
+    def _gather(self):
+        """Take over the present weights; what is split is gathered, which all ranks do together."""
+        dist.lockstep = self.split
+        for part in (self.head,) if self.by_layer else (*self.layers, self.head):
+            part.refresh()
+        if self.split:
+            embedding, head = self.model.get_input_embeddings(), self.model.get_output_embeddings()
+            self.embedding = (self.head.weight if embedding.weight is head.weight
+                              else shard.whole(embedding.weight).to(self.dtype))
+        dist.lockstep = self.by_layer
+
+    def _release(self):
+        """Let go of gathered weights."""
+        if self.split:
+            self.embedding = None
+            for part in (*self.layers, self.head):
+                part.release()
+
+    def _leave_together(self):
+        """Join in the passes of ranks that still sample: none of them waits for this one's weights."""
+        while self.by_layer and dist.any_rank(False, self.device):
+            for layer in self.layers:
+                layer.refresh()
+                layer.release()
+        dist.lockstep = False
+
+    def _embed(self, ids):
+        module = self.model.get_input_embeddings()
+        if not self.split:
+            return module(ids).to(self.dtype)
+        if self.by_layer:  # a pass begins: those in `_leave_together` join in
+            dist.any_rank(True, self.device)
+        x, scale = F.embedding(ids, self.embedding), getattr(module, "embed_scale", None)  # Gemma's
+        return x if scale is None else x * scale.to(x.dtype)
+
+    def _rounded(self, rows):
+        """Rows of a step: whole row blocks, or all slots; they do not depend on what was sampled before."""
+        return min(self.slots, -(-rows // self.row_block) * self.row_block)
+
+    def cache_bytes(self, length):
+        """What the keys and values of all slots take, for prompts and completions of `length` tokens."""
+        layer = self.layers[0]
+        return (len(self.layers) * 2 * self.slots * layer.kv_heads * layer.head_dim
+                * (length + self.sync_every + self.block) * self.dtype.itemsize)
+
+    def _allocate(self, slots, length):
+        """Make the cache [L, 2, slots, Hkv, length, K] and the buffers of a step large enough."""
+        if (self.cache is not None and slots <= self.cache.shape[2] <= self.slots
+                and length <= self.cache.shape[4]):
+            return
+        self.cache = self.graphs = self.pool = None  # free the old ones before the new are made
+        layer, new = self.layers[0], partial(torch.zeros, device=self.device)
+        length = -(-length // self.block) * self.block
+        self.cache = new(len(self.layers), 2, slots, layer.kv_heads, length, layer.head_dim, dtype=self.dtype)
+        self.graphs, self.rows = {}, torch.arange(slots, device=self.device)
+        self.tokens, self.positions = (new(slots, dtype=torch.int64) for _ in range(2))
+        self.noise = new(slots, length)
+        self.drawn = new(self.sync_every, slots, dtype=torch.int64), new(self.sync_every, slots)
+        self.count = new(1, dtype=torch.int64)
+        self.columns = torch.arange(length, device=self.device)
+        cos, sin = self.model.base_model.rotary_emb(  # [1, length, K]
+            new(1, dtype=self.dtype), self.columns[None])
+        half = cos.shape[-1] // 2
+        self.cos = cos[0, :, None]
+        self.sin = torch.cat([-sin[0, :, :half], sin[0, :, half:]], -1)[:, None]
+
+    def _logits(self, x):
+        logits = head_logits(self.model.base_model.norm(x).to(x.dtype), self.head.weight)
+        return self.softcap * torch.tanh(logits / self.softcap) if self.softcap else logits
+
+    def _prefill(self, prompts):
+        """Keys and values of right-padded prompts [L, 2, P, Hkv, T, K], and the logits after each [P, V]."""
+        lengths = torch.tensor([len(prompt) for prompt in prompts])
+        P, T = len(prompts), int(lengths.max())
+        ids = torch.zeros(P, T, dtype=torch.int64)
+        for row, prompt in zip(ids, prompts):
+            row[:len(prompt)] = torch.tensor(prompt)
+        x = self._embed(ids.to(self.device)).flatten(0, 1)  # [P T, D]
+        cos, sin = self.cos[:T].repeat(P, 1, 1), self.sin[:T].repeat(P, 1, 1)
+        kept = x.new_empty(len(self.layers), 2, P, self.layers[0].kv_heads, T, self.layers[0].head_dim)
+        ahead = self.columns[:T] > self.columns[:T, None]
+        bias = torch.zeros(T, T, dtype=self.dtype, device=self.device).masked_fill(ahead, -torch.inf)
+        y = torch.zeros_like(x)
+        for i, layer in enumerate(self.layers):
+
+            def attend(qkv):
+                q, kv = rotate(qkv, layer.kv_heads, cos, sin)
+                q, k, v = (t.unflatten(0, (P, T)).transpose(1, 2) for t in (q, kv[:, 0], kv[:, 1]))
+                kept[i, 0], kept[i, 1] = k, v
+                if self.kernels:
+                    y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True,
+                                                       scale=layer.scale)
+                else:
+                    k, v = (t.repeat_interleave(layer.heads // layer.kv_heads, 1) for t in (k, v))
+                    y = attention(q, k, v, bias, layer.scale, layer.softcap)
+                return y.transpose(1, 2).reshape(P * T, -1)
+
+            x, y = layer(x, y, attend)
+        last = torch.arange(P) * T + lengths - 1
+        return kept, self._logits((x + y)[last.to(self.device)])
+
+    def _decode(self, n, length, temperature):
+        """One token for each of the first n slots, reading `length` cache columns; in place: graph-safe."""
+        positions, rows = self.positions[:n], self.rows[:n]
+        x = self._embed(self.tokens[:n])  # [n, D]
+        y = torch.zeros_like(x)
+        if not self.kernels:
+            cos, sin = self.cos[positions], self.sin[positions]
+            ahead = self.columns[:length] > positions[:, None]
+            bias = torch.zeros(n, length, dtype=self.dtype, device=self.device).masked_fill(
+                ahead, -torch.inf)[:, None, None]
+        for layer, cache in zip(self.layers, self.cache):  # [2, slots, Hkv, length, K]
+
+            def attend(qkv):
+                if self.kernels:
+                    return self.kernels.attend(qkv, self.cos, self.sin, positions, *cache, layer.scale)
+                q, kv = rotate(qkv, layer.kv_heads, cos, sin)
+                cache[:, rows, :, positions] = kv
+                keys, values = cache[:, :n, :, :length]
+                q = q.reshape(n, layer.kv_heads, -1, layer.head_dim)  # heads of one key: as if a query each
+                return attention(q, keys, values, bias, layer.scale, layer.softcap).reshape(n, -1)
+
+            x, y = layer(x, y, attend)
+        positions += 1
+        tokens, logprobs = draw(self._logits(x + y), temperature,
+                                self.noise[:n].gather(1, positions[:, None]).squeeze(1))
+        self.tokens[:n] = tokens
+        self.drawn[0][:, :n].index_copy_(0, self.count, tokens[None])
+        self.drawn[1][:, :n].index_copy_(0, self.count, logprobs[None])
+        self.count += 1
+
+    def _run(self, n, length, temperature):
+        """`sync_every` steps; returns their tokens and log-probs as lists [n][steps]."""
+        self.count.zero_()
+        key = (n, length, temperature)
+        for _ in range(self.sync_every):
+            if key in self.graphs:
+                self.graphs[key].replay()
+                continue
+            self._decode(n, length, temperature)
+            if self.use_graphs:  # the step just run was the warm-up
+                self.pool, graph = self.pool or torch.cuda.graph_pool_handle(), torch.cuda.CUDAGraph()
+                with torch.cuda.graph(graph, pool=self.pool):
+                    self._decode(n, length, temperature)
+                self.graphs[key] = graph  # here, not before: half a graph would draw nonsense
+        return [drawn[:, :n].T.tolist() for drawn in self.drawn]
+
+    @torch.inference_mode()
+    def sample(self, prompts, keys, max_new_tokens, temperature=1.0, progress=None):
+        """Sample len(keys[p]) completions of each prompt p, of at most `max_new_tokens` tokens.
+
+        prompts: lists of token ids. keys: for each prompt one `noise_key` per sample; equal keys give equal
+        samples of equal prompts, whatever else is sampled beside them. Returns lists of Completion shaped
+        like `keys`. progress(rows done, rows in all, [(p, g, Completion) of those that just ended]) is called
+        as rows end. Errors: ValueError: a prompt without tokens.
+        """
+        if not all(prompts):
+            raise ValueError("a prompt has no tokens; there is nothing to continue")
+        done = [[Completion([], [], False) for _ in row] for row in keys]
+        waiting = deque((p, g) for p, row in enumerate(keys) for g in range(len(row)))
+        if not waiting and not self.split:
+            return done
+        total, live, prefilled = len(waiting), [], {}
+        self._gather()
+        if waiting:
+            self._allocate(self._rounded(total), max(map(len, prompts)) + max_new_tokens + self.sync_every)
+            slots = self.cache.shape[2]
+
+        def record(slot_rows, tokens, logprobs):
+            """Append draws [slots][steps], up to each row's end; returns the slots whose row has ended."""
+            ended = []
+            for slot, ((p, g), ids, of_ids) in enumerate(zip(slot_rows, tokens, logprobs)):
+                row = done[p][g]
+                ids = ids[:max_new_tokens - len(row.ids)]
+                row.finished = not self.stop_ids.isdisjoint(ids)
+                if row.finished:  # what it drew after its end is thrown away
+                    ids = ids[:1 + next(i for i, token in enumerate(ids) if token in self.stop_ids)]
+                row.ids += ids
+                row.logprobs += of_ids[:len(ids)]
+                if row.finished or len(row.ids) == max_new_tokens:
+                    ended.append(slot)
+            return ended
+
+        def leave(ended):
+            rows = [(p, g, done[p][g]) for p, g in (live[slot] for slot in ended)]
+            for slot in sorted(ended, reverse=True):
+                last = len(live) - 1
+                if slot != last:
+                    p, g = live[last]
+                    filled = len(prompts[p]) + len(done[p][g].ids)
+                    self.cache[:, :, slot, :, :filled] = self.cache[:, :, last, :, :filled]
+                    for buffer in (self.tokens, self.positions, self.noise):
+                        buffer[slot] = buffer[last]
+                    live[slot] = live[last]
+                live.pop()
+            if progress and rows:
+                progress(total - len(waiting) - len(live), total, rows)
+
+        def admit():
+            new = [waiting.popleft() for _ in range(min(slots - len(live), len(waiting)))]
+            fresh = [p for p in dict.fromkeys(p for p, _ in new) if p not in prefilled]
+            while fresh:  # a bounded number of prompt tokens at a time
+                size = max(1, 16384 // max(len(prompts[p]) for p in fresh))
+                part, fresh = fresh[:size], fresh[size:]
+                kept, logits = self._prefill([prompts[p] for p in part])
+                prefilled.update((p, (kept[:, :, j, :, :len(prompts[p])], logits[j]))
+                                 for j, p in enumerate(part))
+            first = len(live)
+            for p, samples in itertools.groupby(new, key=lambda row: row[0]):
+                n, kept = len(list(samples)), prefilled[p][0]
+                self.cache[:, :, first:first + n, :, :kept.shape[-2]] = kept[:, :, None]
+                first += n
+            slot = slice(len(live), first)
+            row_keys = torch.tensor([keys[p][g] for p, g in new], device=self.device)
+            self.noise[slot] = uniform(row_keys[:, None], self.columns)
+            self.positions[slot] = torch.tensor([len(prompts[p]) for p, _ in new], device=self.device)
+            logits = torch.stack([prefilled[p][1] for p, _ in new])
+            u = self.noise[slot].gather(1, self.positions[slot, None]).squeeze(1)
+            tokens, logprobs = draw(logits, temperature, u)
+            self.tokens[slot] = tokens
+            ended = [len(live) + j for j in record(new, tokens[:, None].tolist(), logprobs[:, None].tolist())]
+            live.extend(new)
+            still = {p for p, _ in waiting}
+            for p in [p for p in prefilled if p not in still]:
+                del prefilled[p]
+            leave(ended)
+
+        while waiting or live:
+            while waiting and slots - len(live) >= max(1, min(slots // 8, len(waiting))):
+                admit()
+            if not live:
+                continue
+            n = self._rounded(len(live))
+            self.positions[len(live):n] = 0  # a free slot inside the row block still steps: keep it in bounds
+            longest = max(len(prompts[p]) + len(done[p][g].ids) for p, g in live) + self.sync_every
+            columns = self.cache.shape[4]  # the kernels take all: they read what is live
+            length = columns if self.kernels else min(columns, -(-longest // self.block) * self.block)
+            leave(record(live, *self._run(n, length, temperature)))
+        self._leave_together()
+        self._release()
+        return done
+
+
+# Copied from grpo.py::sample_all
+def sample_all(sampler, prompt_ids, keys, max_new_tokens, temperature, run, doing):
+    """`Sampler.sample` with progress shown; memory that runs out on one rank halves the slots of all."""
+    most_rows = max(1, *dist.gather(sum(map(len, keys))))  # of a rank: only fewer slots save memory
+
+    def attempt(slots):
+        if slots < min(sampler.slots, most_rows):
+            sampler.slots, sampler.cache, sampler.graphs = slots, None, {}
+        return sampler.sample(prompt_ids, keys, max_new_tokens, temperature,
+                              lambda done, total, _: run.progress(f"{doing}: sampled {done}/{total}"))
+
+    return retry_smaller(attempt, min(sampler.slots, most_rows), run.device, 1, "slots")[0]
+
+
+# Copied from grpo.py::gap_in_float64
+@torch.no_grad()
+def gap_in_float64(model, prompt_ids, args, temperature, device):
+    """Largest gap of sampler and trainer on a cut-out of the model in float64, where rounding hides no error.
+
+    It has two decoder layers (the first that have an adapter, if any do) and the first 1024 tokens; prompts
+    are made of those. The head and the adapters' B are drawn anew: the model's own head may be so sure of the
+    next token that its log-prob is 0 whatever the sampler does, and a B of zero would hide an adapter that
+    the sampler leaves out.
+    """
+    device = torch.device("cpu") if device.type == "mps" else device  # which has no float64
+    base, embedding, head = model.base_model, model.get_input_embeddings(), model.get_output_embeddings()
+    layers = nn.ModuleList(sorted(base.layers, key=lambda layer: not lora_modules(layer))[:2])
+    generator = torch.Generator().manual_seed(args.seed)
+
+    def double(tensor):
+        return tensor.detach().to(device=device, dtype=torch.float64)
+
+    def drawn(std, *shape):
+        return nn.Parameter((std * torch.randn(shape, generator=generator, dtype=torch.float64)).to(device))
+
+    table = double(embedding.weight[:1024])  # [V, D]
+    new_head = nn.utils.skip_init(nn.Linear, table.shape[1], len(table), bias=False)
+    new_head.weight = drawn(table.shape[1] ** -0.5, *table.shape)
+    copies = {id(embedding.weight): nn.Parameter(table), id(head): new_head}  # by what they stand for
+    for part in (layers, base.norm, base.rotary_emb):
+        copies |= {id(p): nn.Parameter(double(p), p.requires_grad) for p in part.parameters()}
+        copies |= {id(b): double(b) for b in part.buffers()}
+    copies |= {id(b): double(b) for b in embedding.buffers()}  # Gemma's scale
+    copies |= {id(B): drawn(0.02, *B.shape) for module in lora_modules(layers).values()
+               for B in module.B.values()}
+    copies[id(base.layers)] = copy.deepcopy(layers, copies)
+    small = copy.deepcopy(model, copies)
+    small.get_input_embeddings().padding_idx = None
+    prompts = [[i % 1024 for i in ids[:8 + 8 * p]] for p, ids in enumerate(prompt_ids)]
+    keys = [[noise_key(args.seed, -3, p)] for p in range(len(prompts))]
+    samples = [c for (c,) in Sampler(small, ()).sample(prompts, keys, 12, temperature)]
+    logprobs = completion_logprobs(small, prompts, [c.ids for c in samples], temperature, 10**9, device)
+    return (torch.stack(logprobs) - torch.tensor([c.logprobs for c in samples])).abs().max().item()
+
+
+# Copied from grpo.py::self_check
+def self_check(model, params, sampler, prompt_ids, args, temperature, device):
+    """Measure on a few short samples what must hold before training: name -> (value, largest right value).
+
+    The sampler agrees with the trainer (in bfloat16 roughly, and exactly on two layers in float64); a row's
+    padding changes nothing; a fresh adapter equals the base; the stop token is in the mask; every adapter
+    gets gradient; no frozen weight does.
+    """
+    exact = device.type == "cpu" and sampler.dtype == torch.float32
+    measure, limit = (torch.max, 1e-4) if exact else (torch.mean, 0.3)  # rounding to bfloat16 makes up to 0.1
+    samples = sampler.sample(prompt_ids, [[noise_key(args.seed, -2, p)] for p in range(len(prompt_ids))],
+                             16, temperature)
+    # a row that did not stop by itself gets a stop token, so that each has one to look for
+    completion_ids = [c.ids if c.finished else c.ids + [min(sampler.stop_ids, default=0)] for (c,) in samples]
+    input_ids, mask = make_batch(prompt_ids, completion_ids, device)
+    logprobs = token_logprobs(model, input_ids, mask, temperature)
+    logprobs.sum().backward()
+    gap = torch.cat([row[of_row][:len(c.logprobs)] - torch.tensor(c.logprobs)
+                     for row, of_row, (c,) in zip(logprobs.detach().cpu(), mask, samples)]).abs()
+    under = partial(completion_logprobs, model, prompt_ids, completion_ids, temperature)
+    alone, padded = torch.cat(under(1, device)), torch.cat(under(10**9, device))
+    adapters = [module for module in lora_modules(model).values() if module.active]
+    checks = {
+        "sampler-trainer": (measure(gap).item(), limit),
+        "padding": (measure((alone - padded).abs()).item(), limit),
+        "stop tokens left out": (sum(not row[len(p) + len(c) - 1]
+                                     for row, p, c in zip(mask, prompt_ids, completion_ids)), 0),
+        "adapters without gradient": (sum(not module.B[module.active].grad.any() for module in adapters), 0),
+        "frozen weights with gradient": (sum(p.grad is not None for p in model.parameters()
+                                             if not p.requires_grad), 0)}
+    if not (exact or sampler.split or sampler.layers[0].qkv.quantized):
+        checks["in float64"] = gap_in_float64(model, prompt_ids, args, temperature, device), 1e-4
+    if adapters and not args.resume:
+        with use_adapter(model, None):
+            checks["step-0 KL"] = ((torch.cat(under(10**9, device)) - padded).abs().max().item(), 0)
+    for p in params:
+        p.grad = None
+    return checks
 
 
 if __name__ == "__main__":

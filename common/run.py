@@ -3,7 +3,7 @@
     runs/NAME/ config.json  SCRIPT.py  log.txt  metrics.jsonl  samples.csv  eval.csv  [git.diff]
                checkpoints/step-N/ (the saved weights, training.pt, state.json)  final/
 
-Only rank 0 writes and prints; every rank may call everything here.
+Only rank 0 writes and prints; all ranks make the same calls.
 """
 
 import atexit
@@ -33,6 +33,23 @@ import torch
 from safetensors import SafetensorError
 
 from common import curves, dist, memory, models, rewards, shard
+
+
+@dataclasses.dataclass
+class RunArgs:
+    """The arguments that every script has: of its run directory and its process."""
+
+    out: str = ""  # run directory; empty: one of its own under runs/
+    resume: bool = False  # go on with the run in --out from its newest checkpoint, with its arguments
+    # YAML or JSON file of arguments (a run's config.json too); the command line overrides it
+    config: str = ""
+    seed: int = 0  # seed of data order, adapter initialisation and sampling noise
+    wandb: bool = False  # also log to Weights & Biases
+    # build all, run one step at the largest sizes, print peak memory and projected time, keep nothing
+    dry_run: bool = False
+    # fetch model and data into the hub's cache, then end: the run itself then needs no network
+    download_only: bool = False
+    device: str = ""  # cuda, mps or cpu; empty: the best there is
 
 
 def cli(main, Args) -> None:

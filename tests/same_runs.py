@@ -89,11 +89,10 @@ def test_switches(both, method):
          max_steps=2)
 
 
-def test_ppo_with_a_reward_model(both, go):
-    model = go("rm", script="reward_model.py", bare=True, max_steps=2, train_pairs=12, eval_pairs=6,
-               pairs_per_step=4).folder
-    both("ppo", **test_ranks.EMBEDDED, rewards=f"model:{model.resolve()}", beta=0.05, prompts_per_step=8,
-         max_steps=2)
+def test_ppo_with_a_reward_model(both, go, tiny):
+    flags = {"model": tiny} | test_ranks.ALL
+    reward = go("rm", script="reward_model.py", bare=True, **flags | test_ranks.PAIRS).folder
+    both("ppo", **flags | test_ranks.PPO | {"rewards": f"model:{reward}"})
 
 
 @pytest.mark.parametrize("name", ["sft", "reward_model", "dpo", "grpo", "ppo", "star"])

@@ -12,33 +12,48 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 SOURCES = {path.name: path.read_text(encoding="utf-8") for path in sorted(ROOT.glob("*.py"))}
-SCRIPTS = [name for name, source in SOURCES.items() if "\nclass Args:" in source]
+SCRIPTS = [name for name, source in SOURCES.items() if "\nclass Args(RunArgs):" in source]
 GROUPS = ["run", "data", "model", "LoRA", "sampling", "method", "optimizer", "evaluation"]
 OWN = {  # what a script means by these is its own
     # several models, no optimizer steps to go on with, no policy in training to ask
     "eval.py": {"model", "resume", "dry_run", "seed", "rewards"},
     "dpo.py": {"beta"},
-    "ppo.py": {"recompute_old"},
+    "grpo.py": {"max_steps"}, "ppo.py": {"max_steps", "recompute_old"},  # never 0
     "reward_model.py": {"pairs", "loss", "passes", "system"},  # its data are pairs
     "star.py": {"few_shot", "iterations", "epochs", "beta", "eval_every"}}  # of its own outer loop
 EVERYWHERE = {"model", "data", "out", "seed", "max_steps", "resume", "wandb", "dry_run", "config", "device"}
 
 
-def read_fields(source):
-    """(name, type, help text or None, group) of each field of the class Args, in its order."""
-    cls = next(node for node in ast.parse(source).body if getattr(node, "name", "") == "Args")
-    groups = {number: match[1] for number, line in enumerate(source.splitlines()[:cls.end_lineno], 1)
-              if (match := re.fullmatch(r"    # ---- (.+) ----", line))}
-    fields = []
-    for node, after in zip(cls.body, [*cls.body[1:], None]):
-        if isinstance(node, ast.AnnAssign):
-            text = getattr(after.value, "value", None) if isinstance(after, ast.Expr) else None
-            group = groups[max((number for number in groups if number < node.lineno), default=None)]
+def read_fields(source, name="Args", group=None):
+    """(name, type, help text or None, group) of each field of a class of arguments, in its order.
+
+    The text is the comment at the end of the field's line, or on the lines above it, as tyro reads it.
+    """
+    cls = next(node for node in ast.parse(source).body if getattr(node, "name", "") == name)
+    nodes = {node.lineno: node for node in cls.body if isinstance(node, ast.AnnAssign)}
+    fields, above = [], []
+    for number, line in enumerate(source.splitlines()[cls.lineno:cls.end_lineno], cls.lineno + 1):
+        if match := re.fullmatch(r"    # ---- (.+) ----", line):
+            group, above = match[1], []
+        elif node := nodes.get(number):
+            after = line[node.end_col_offset:].strip()
+            text = after[1:].strip() if after.startswith("#") else " ".join(above) or None
             fields.append((node.target.id, ast.unparse(node.annotation), text, group))
+            above = []
+        else:
+            above = [*above, line.strip()[1:].strip()] if line.strip().startswith("#") else []
     return fields
 
 
-FIELDS = {script: read_fields(SOURCES[script]) for script in SCRIPTS}
+def with_those_of_every_run(fields):
+    """A script's fields behind RunArgs', in whose place what the script says anew stands."""
+    own = {name: rest for name, *rest in fields}
+    everywhere = read_fields((ROOT / "common/run.py").read_text(), "RunArgs", "run")
+    inherited = [(name, *own.pop(name, rest)) for name, *rest in everywhere]
+    return inherited + [(name, *rest) for name, rest in own.items()]
+
+
+FIELDS = {script: with_those_of_every_run(read_fields(SOURCES[script])) for script in SCRIPTS}
 
 
 def complaints(fields):
