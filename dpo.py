@@ -241,7 +241,7 @@ def accumulate_gradients(model, pairs, args, n_pairs, tokens_per_batch, device):
     Both answers of a pair go through one forward pass, as two rows: its loss couples them.
     """
     names = ("loss", "margin", "accuracy", "chosen", "rejected", "chosen_tokens", "rejected_tokens")
-    sums = dict.fromkeys(names, torch.zeros((), device=device))
+    sums = {name: torch.zeros((), device=device) for name in names}
     batches = pack([2 * len(pair) for pair in pairs], tokens_per_batch)
     for picked in shard.micro_batches(model, batches, partial(token_logprobs, model)):
         batch = [pairs[i] for i in picked]
@@ -278,17 +278,10 @@ def evaluate(model, sampler, questions, prompt_ids, pairs, args, step, tokens_pe
 def resolve(args, device):
     """Fill in the defaults that depend on others, and refuse what cannot work, before any load or write."""
     embedded = models.is_embedded(args.model)
-    for name in ("questions", "num_generations", "pairs_per_step", "pairs_per_question", "iterations",
-                 "passes", "max_new_tokens", "slots", "save_every", "keep", "eval_questions", "eval_every"):
-        if getattr(args, name) < 1:
-            raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be 1 or more")
     if args.num_generations < 2 and not args.pairs:
         raise ValueError(f"--num-generations {args.num_generations}: a pair takes two samples; use 2 or more")
     if args.pairs and args.iterations > 1:
         raise ValueError(f"--iterations {args.iterations} samples new pairs; --pairs {args.pairs} are fixed")
-    for name in ("beta", "sample_temperature", "max_grad_norm"):
-        if not getattr(args, name) > 0:
-            raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be more than 0")
     if not 0 <= args.label_smoothing < 0.5:
         raise ValueError(f"--label-smoothing {args.label_smoothing}: from 0 to below 0.5 (half is no label)")
     if args.label_smoothing and args.loss not in ("sigmoid", "robust"):

@@ -309,9 +309,6 @@ def resolve(args):
     named = [name for name in args.model if name != "base"]
     embedded = all(models.is_embedded(name) for name in named)
     of_run = next(filter(None, map(models.run_arguments, named)), {})  # asked as it was trained
-    for name in ("max_new_tokens", "slots"):
-        if getattr(args, name) < 1:
-            raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be 1 or more")
     if min(args.k, default=0) < 1:
         raise ValueError(f"--k {' '.join(map(str, args.k))}: each k must be 1 or more")
     samples = args.samples or (max(args.k) if max(args.k) > 1 else 0)

@@ -310,8 +310,8 @@ def collect(sampler, questions, prompt_ids, reward_functions, args, step, positi
 
 def accumulate_gradients(model, rollouts, args, n_sequences, n_tokens, tokens_per_batch, device):
     """Add the gradient of the step's loss over this rank's rollouts; returns token sums for the metrics."""
-    sums = dict.fromkeys(("loss", "kl", "clip_low", "clip_high", "gap", "gap_max", "tokens"),
-                         torch.zeros((), device=device))
+    names = "loss", "kl", "clip_low", "clip_high", "gap", "gap_max", "tokens"
+    sums = {name: torch.zeros((), device=device) for name in names}
     batches = pack([len(r) for r in rollouts], tokens_per_batch)
     for rows in shard.micro_batches(model, batches, partial(token_logprobs, model)):
         batch = [rollouts[i] for i in rows]
@@ -436,15 +436,6 @@ def resolve(args, device):
     if args.num_generations < 2:
         raise ValueError(f"--num-generations {args.num_generations}: "
                          "a group of one has no mean to beat; use 2 or more")
-    for name in ("prompts_per_step", "max_new_tokens", "max_steps", "slots", "updates_per_batch",
-                 "save_every", "keep", "eval_questions", "eval_every", "show_every"):
-        if getattr(args, name) < 1:
-            raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be 1 or more")
-    if args.max_grad_norm <= 0:
-        raise ValueError(f"--max-grad-norm {args.max_grad_norm}: must be more than 0 (inf: no clipping)")
-    if args.temperature <= 0:
-        raise ValueError(f"--temperature {args.temperature}: training needs samples that differ; "
-                         "use more than 0")
     if args.beta and args.kl_in == "loss" and args.kl_estimator == "k1":
         raise ValueError("--kl-estimator k1 in the loss has an expected gradient of 0; "
                          "use k2 or k3, or --kl-in reward")

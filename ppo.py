@@ -361,7 +361,7 @@ def accumulate_gradients(model, critic, critic_on, head, rollouts, args, beta, n
     critic: the policy's own model, on which critic_on() switches the critic's adapter on, or another one.
     """
     names = ("loss", "value_loss", "approx_kl", "clip_low", "clip_high", "value_clip", "gap")
-    sums = dict.fromkeys(names, torch.zeros((), device=device))
+    sums = {name: torch.zeros((), device=device) for name in names}
 
     def policy_logprobs(input_ids, mask):  # [B, T]
         with nullcontext() if train_policy else torch.no_grad():
@@ -495,16 +495,6 @@ def mean(values):
 def resolve(args, device):
     """Fill in the defaults that depend on others, and refuse what cannot work, before any load or write."""
     embedded = models.is_embedded(args.model)
-    for name in ("prompts_per_step", "num_generations", "max_new_tokens", "max_steps", "slots", "ppo_epochs",
-                 "minibatches", "save_every", "keep", "eval_questions", "eval_every", "show_every"):
-        if getattr(args, name) < 1:
-            raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be 1 or more")
-    for name in ("max_grad_norm", "critic_max_grad_norm", "temperature"):
-        if not getattr(args, name) > 0:
-            raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be more than 0")
-    for name in ("gamma", "gae_lambda"):
-        if not 0 <= getattr(args, name) <= 1:
-            raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be from 0 to 1")
     if args.minibatches > args.prompts_per_step * args.num_generations:
         raise ValueError(f"--minibatches {args.minibatches}: a step has only "
                          f"{args.prompts_per_step * args.num_generations} samples")

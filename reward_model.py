@@ -166,7 +166,7 @@ def accumulate_gradients(model, head, comparisons, args, n_questions, tokens_per
     A question's replies stay in one micro-batch: its loss couples them.
     """
     names = ("loss", "accuracy", "margin", "chosen", "rejected")
-    sums = dict.fromkeys(names, torch.zeros((), device=device))
+    sums = {name: torch.zeros((), device=device) for name in names}
     batches = pack([len(c.rows) * len(c) for c in comparisons], tokens_per_batch)
     for picked in shard.micro_batches(model, batches, partial(no_scores, model, head)):
         batch = [comparisons[i] for i in picked]
@@ -279,15 +279,6 @@ def check_scores(model, head, comparisons, args, device):
 def resolve(args, device):
     """Fill in the defaults that depend on others, and refuse what cannot work, before any load or write."""
     embedded = models.is_embedded(args.model)
-    for name in ("pairs_per_step", "pairs_per_question", "save_every", "keep", "eval_pairs",
-                 "eval_every"):
-        if getattr(args, name) < 1:
-            raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be 1 or more")
-    for name in ("margin", "centre", "passes"):
-        if getattr(args, name) < 0:
-            raise ValueError(f"--{name} {getattr(args, name)}: must be 0 or more")
-    if args.max_grad_norm <= 0:
-        raise ValueError(f"--max-grad-norm {args.max_grad_norm}: must be more than 0 (inf: no clipping)")
     if args.level and args.pairs and args.pairs not in data.GENERATED:
         raise ValueError(f"--level {args.level}: for generated pairs, not for --pairs {args.pairs}")
     if args.loss == "best-of-n" and args.margin:

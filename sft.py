@@ -138,12 +138,6 @@ def evaluate(model, sampler, questions, encoded, args, step, tokens_per_batch, t
 def resolve(args, device):
     """Fill in the defaults that depend on others, and refuse what cannot work, before any load or write."""
     embedded = models.is_embedded(args.model)
-    for name in ("batch_size", "max_new_tokens", "slots", "save_every", "keep", "eval_questions",
-                 "eval_every"):
-        if getattr(args, name) < 1:
-            raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be 1 or more")
-    if args.max_grad_norm <= 0:
-        raise ValueError(f"--max-grad-norm {args.max_grad_norm}: must be more than 0 (inf: no clipping)")
     if args.epochs <= 0 and not args.max_steps:
         raise ValueError(f"--epochs {args.epochs}: must be more than 0")
     full = args.full or args.from_scratch

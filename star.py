@@ -352,7 +352,7 @@ def accumulate_gradients(model, rows, beta, denominator, tokens_per_batch, devic
     -weight log p(answer) over the step's completion tokens, or for pairs DPO's -log sigmoid(beta h) over
     their number (arXiv 2305.18290 eq. 7), both answers in one forward pass. denominator: that of all ranks.
     """
-    sums = dict.fromkeys(("loss", "accuracy"), torch.zeros((), device=device))
+    sums = {name: torch.zeros((), device=device) for name in ("loss", "accuracy")}
     batches = pack([len(row) for row in rows], tokens_per_batch)
     for picked in shard.micro_batches(model, batches, partial(token_logprobs, model)):
         batch = [rows[i] for i in picked]
@@ -418,16 +418,6 @@ def rows_to_train(n_rows, iteration, args):
 def resolve(args, device):
     """Fill in the defaults that depend on others, and refuse what cannot work, before any load or write."""
     embedded = models.is_embedded(args.model)
-    for name in ("questions", "num_generations", "batch_size", "iterations", "max_new_tokens", "slots",
-                 "save_every", "keep", "eval_questions"):
-        if getattr(args, name) < 1:
-            raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be 1 or more")
-    for name in ("epochs", "first_steps", "per_question", "few_shot", "eval_every", "warmup_steps"):
-        if getattr(args, name) < 0:
-            raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)}: cannot be negative")
-    for name in ("beta", "sample_temperature", "max_grad_norm", "step_growth"):
-        if not getattr(args, name) > 0:
-            raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be more than 0")
     by_policy = [spec for spec in args.rewards if spec.startswith("answer-prob") and "exp" not in spec]
     if args.strategy == "soft" and not by_policy:
         raise ValueError("--strategy soft weighs rationales by exp(log p) of the gold answer after them: add "

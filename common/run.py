@@ -139,8 +139,34 @@ def _defaults(Args, argv):
     return Args(**values)
 
 
+MAY_BE_0 = ("seed", "warmup_steps", "max_refills", "clip_eps_low", "clip_eps_high", "value_clip", "simpo_gamma",
+            "gamma", "gae_lambda", "eval_temperature", "epochs")
+AT_MOST_1 = ("gamma", "gae_lambda")
+WAYS_OUT = {"lora_r": " (or train all weights with --full)", "max_grad_norm": " (inf: no clipping)",
+            "temperature": " (training needs samples that differ)"}
+
+
+def check_ranges(args) -> None:
+    """Refuse numbers out of range, by one rule: positive, or 0 as well where 0 is the default or in MAY_BE_0.
+
+    Errors: ValueError, naming the argument and its value; for NaN, too.
+    """
+    for field in dataclasses.fields(args):
+        if field.type not in (int, float):
+            continue
+        name, value = field.name, getattr(args, field.name)
+        if field.default == 0 or name in MAY_BE_0:
+            right, wanted = value >= 0, "cannot be negative"
+        else:
+            right, wanted = value > 0, "must be 1 or more" if field.type is int else "must be more than 0"
+        if name in AT_MOST_1:
+            right, wanted = 0 <= value <= 1, "must be from 0 to 1"
+        if not right:
+            raise ValueError(f"--{name.replace('_', '-')} {value}: {wanted}{WAYS_OUT.get(name, '')}")
+
+
 def check_args(args) -> None:
-    """Refuse what no script can do: an `--out` that holds something or cannot be written, negative limits,
+    """Refuse what no script can do: an `--out` that holds something or cannot be written, numbers out of range,
     ways of saving memory that exclude each other. Writes nothing. Errors: ValueError.
     """
     if getattr(args, "reshard", False) and not args.shard:
@@ -150,9 +176,7 @@ def check_args(args) -> None:
                    "merge": "the adapter belongs to a base in 4 bits"}
         for other in [name for name in reasons if getattr(args, name, False)]:
             raise ValueError(f"--quantize {args.quantize} does not go with --{other}: {reasons[other]}")
-    for name in ("max_steps", "token_budget"):
-        if getattr(args, name, 0) < 0:
-            raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)}: cannot be negative")
+    check_ranges(args)
     path = Path(args.out or "runs")
     if args.resume or args.dry_run:
         return

@@ -2,13 +2,17 @@
 
 import ast
 import importlib
+import math
 import os
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+
+from common.run import check_ranges
 
 ROOT = Path(__file__).resolve().parents[1]
 SOURCES = {path.name: path.read_text(encoding="utf-8") for path in sorted(ROOT.glob("*.py"))}
@@ -135,3 +139,21 @@ def test_help_says_what_each_flag_is(script, tmp_path):
         assert text in done.stdout, name
     method = ast.get_docstring(ast.parse(SOURCES[script])).splitlines()[0]
     assert method in done.stdout
+
+
+OUT_OF_RANGE = [  # FAULTS C5; each is out of range in every script that has it
+    ("clip_eps_low", -1.0), ("beta", -1.0), ("lora_alpha", -5.0), ("warmup_steps", -1), ("tokens_per_batch", -1),
+    ("reward_timeout", -1.0), ("lr", -1.0), ("lr", math.nan), ("weight_decay", -1.0), ("train_questions", -5),
+    ("limit", -1), ("few_shot", -1), ("temperature", math.nan), ("temperature", 0.0), ("slots", 0), ("keep", 0),
+    ("lora_r", 0), ("gamma", 1.5), ("gae_lambda", -0.1), ("max_grad_norm", 0.0), ("save_every", -3)]
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_numbers_out_of_range_are_refused_and_defaults_are_not(script):
+    Args = importlib.import_module(script.removesuffix(".py")).Args
+    check_ranges(Args())
+    check_ranges(replace(Args(), **{name: 0 for name in ("warmup_steps", "value_clip") if hasattr(Args, name)}))
+    for name, value in OUT_OF_RANGE:
+        if hasattr(Args, name):
+            with pytest.raises(ValueError, match=rf"^--{name.replace('_', '-')} {value}: "):
+                check_ranges(replace(Args(), **{name: value}))
