@@ -31,7 +31,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from common import data, dist, models, rewards, shard
-from common.run import Run, RunArgs, check_args, cli, retry_smaller
+from common.run import Fitting, Run, RunArgs, check_args, cli, retry_smaller
 
 # Shapes: B rows, T tokens, V vocabulary, P prompts, D hidden size, H heads, K head size, R LoRA rank, N rows
 # or tokens in all.
@@ -222,24 +222,23 @@ def right_against_wrong(prompt_ids, completions, correct, most):
     return [Pair(prompt_ids, good, bad) for good, bad in list(zip(chosen, rejected))[:most]]
 
 
-def summed_logprobs(model, pairs, tokens_per_batch, run):
+def summed_logprobs(model, pairs, fits, device):
     """(chosen, rejected) log-probs of every pair, summed over tokens: lists, the same on all ranks."""
     mine = dist.share(list(range(len(pairs))))
     prompt_ids = [pairs[i].prompt_ids for i in mine] * 2
     completion_ids = [pairs[i].chosen for i in mine] + [pairs[i].rejected for i in mine]
-    values, _ = retry_smaller(
-        lambda size: completion_logprobs(model, prompt_ids, completion_ids, 1.0, size, run.device),
-        tokens_per_batch, run.device, 1, "tokens per batch")
+    values = fits(completion_logprobs, model, prompt_ids, completion_ids, 1.0, device=device)
     sums = [row.sum().item() for row in values]
     rows = sorted(itertools.chain(*dist.gather(list(zip(mine, sums, sums[len(mine):])))))
     return [row[1] for row in rows], [row[2] for row in rows]
 
 
 def accumulate_gradients(model, pairs, args, n_pairs, tokens_per_batch, device):
-    """Add the gradient of the step's mean loss over this rank's pairs; returns their sums for the metrics.
+    """The gradient of the step's mean loss over this rank's pairs; returns their sums for the metrics.
 
     Both answers of a pair go through one forward pass, as two rows: its loss couples them.
     """
+    model.zero_grad()  # of an attempt that ran out of memory
     names = ("loss", "margin", "accuracy", "chosen", "rejected", "chosen_tokens", "rejected_tokens")
     sums = {name: torch.zeros((), device=device) for name in names}
     batches = pack([2 * len(pair) for pair in pairs], tokens_per_batch)
@@ -259,7 +258,7 @@ def accumulate_gradients(model, pairs, args, n_pairs, tokens_per_batch, device):
     return {name: value.item() for name, value in sums.items()}
 
 
-def evaluate(model, sampler, questions, prompt_ids, pairs, args, step, tokens_per_batch, tokenizer, run):
+def evaluate(model, sampler, questions, prompt_ids, pairs, args, step, fits, tokenizer, run):
     """Greedy pass@1 on held-out questions, ranking accuracy on held-out pairs; answers go to eval.csv."""
     metrics, mine = {}, dist.share(questions)
     completions = sample_all(sampler, [prompt_ids[e.id] for e in mine], [[0]] * len(mine),
@@ -268,7 +267,7 @@ def evaluate(model, sampler, questions, prompt_ids, pairs, args, step, tokens_pe
     rows = [rewards.answer_row(e, 0, c, text, right)
             for e, text, right, (c,) in zip(mine, texts, rewards.judge(mine, texts), completions)]
     if pairs:
-        columns = zip(*summed_logprobs(model, pairs, tokens_per_batch, run),
+        columns = zip(*summed_logprobs(model, pairs, fits, run.device),
                       *zip(*[(p.ref_chosen, p.ref_rejected, len(p.chosen), len(p.rejected)) for p in pairs]))
         _, margin = preference_loss(*torch.tensor(list(columns)).unbind(1), **loss_switches(args))
         metrics["eval/ranking_accuracy"] = (margin.sign() + 1).mean().item() / 2  # a tie is half right
@@ -366,18 +365,18 @@ def main(args: Args) -> None:
         run.print(f"--pairs {source}: another model's samples; DPO moves this one's odds most where it would "
                   "have given these answers itself")
 
-    def add_reference(pairs, tokens_per_batch):
+    def add_reference(pairs):
         """Fill in the log-probs of the reference as it stands now, where the loss looks at it."""
         new = [pair for pair in pairs if math.isnan(pair.ref_chosen)]
         if not new or args.loss == "simpo":
             return
         with use_adapter(model, None) if args.reference == "base" else nullcontext():
-            refs = summed_logprobs(reference or model, new, tokens_per_batch, run)
+            refs = summed_logprobs(reference or model, new, fits, device)
         for pair, chosen, rejected in zip(new, *refs):
             pair.ref_chosen, pair.ref_rejected = chosen, rejected
 
     step, bad_steps, iteration, begun, pairs = 0, 0, 0, 0, []  # begun: the iteration's first step, less one
-    tokens_per_batch, sampled_tokens = args.tokens_per_batch, 0
+    fits, sampled_tokens = Fitting(args.tokens_per_batch, device, 2 * longest), 0
     if args.resume:
         folder, saved = run.load()
         if folder:
@@ -386,7 +385,7 @@ def main(args: Args) -> None:
             torch.set_rng_state(saved["rng"])
             step, iteration, begun, sampled_tokens = (saved[name] for name in (
                 "step", "iteration", "begun", "sampled_tokens"))
-            tokens_per_batch = min(tokens_per_batch, saved["tokens_per_batch"])
+            fits.tokens_per_batch = min(fits.tokens_per_batch, saved["tokens_per_batch"])
             sampler.slots = min(sampler.slots, saved.get("slots", sampler.slots))
             pairs = fixed if args.pairs else [Pair(*row) for row in saved["pairs"]]
             for pair, refs in zip(fixed + held_pairs, saved["refs"].tolist()):
@@ -394,10 +393,9 @@ def main(args: Args) -> None:
     with compute():
         some = [pair.prompt_ids for pair in fixed[:3]] or [prompt_ids[e.id] for e in train[:3]]
         run.self_check(self_check(model, params, sampler, some, args, 1.0, device))
-        add_reference(held_pairs, tokens_per_batch)
+        add_reference(held_pairs)
         if step == 0 and not args.dry_run:
-            evaluate(model, sampler, held_out, prompt_ids, held_pairs, args, step, tokens_per_batch,
-                     tokenizer, run)
+            evaluate(model, sampler, held_out, prompt_ids, held_pairs, args, step, fits, tokenizer, run)
 
     def steps_of(pairs):
         if pairs and args.pairs and args.max_steps:
@@ -430,7 +428,7 @@ def main(args: Args) -> None:
                         f"iteration {iteration}: no question had a right and a wrong finished answer among "
                         f"{args.num_generations}: take more --questions or another --level")
                 if args.reference == "previous":  # which the next step moves
-                    add_reference(pairs, tokens_per_batch)
+                    add_reference(pairs)
             run.print(f"iteration {iteration}: {len(pairs)} pairs")
         last_step = end()
         step += 1
@@ -443,14 +441,9 @@ def main(args: Args) -> None:
         # ---- update ----
         with run.profile(step), compute():
             with run.phase("reference"):
-                add_reference(batch, tokens_per_batch)
+                add_reference(batch)
             with run.phase("update"):
-                def attempt(size):
-                    optimizer.zero_grad()
-                    return accumulate_gradients(model, dist.share(batch), args, len(batch), size, device)
-
-                sums, tokens_per_batch = retry_smaller(
-                    attempt, tokens_per_batch, device, 2 * longest, "tokens per batch")
+                sums = fits(accumulate_gradients, model, dist.share(batch), args, len(batch), device=device)
                 dist.sum_gradients(params)
                 norm = shard.clip_gradients(params, args.max_grad_norm)
                 for group in optimizer.param_groups:
@@ -468,7 +461,7 @@ def main(args: Args) -> None:
         sums = dist.sum_dict(sums, device)
         metrics = {name: value / len(batch) for name, value in sums.items()} | {
             "grad_norm": norm, "lr": optimizer.param_groups[0]["lr"], "iteration": iteration,
-            "pairs": len(pairs), "sampled_tokens": sampled_tokens, "tokens_per_batch": tokens_per_batch}
+            "pairs": len(pairs), "sampled_tokens": sampled_tokens, "tokens_per_batch": fits.tokens_per_batch}
         metrics = run.log(step, metrics, last_step, show=("loss", "accuracy", "margin", "grad_norm"))
         if args.dry_run:
             break
@@ -476,14 +469,13 @@ def main(args: Args) -> None:
         # ---- evaluate ----
         if step % args.eval_every == 0 or step == last_step:
             with compute():
-                evaluate(model, sampler, held_out, prompt_ids, held_pairs, args, step, tokens_per_batch,
-                         tokenizer, run)
+                evaluate(model, sampler, held_out, prompt_ids, held_pairs, args, step, fits, tokenizer, run)
 
         # ---- save ----
         due = step % args.save_every == 0 or step == last_step or bad_steps >= 5
         stop = run.remember(step, due, save_weights, {
             "optimizer": optimizer.state_dict(), "rng": torch.get_rng_state(), "step": step,
-            "iteration": iteration, "begun": begun, "tokens_per_batch": tokens_per_batch,
+            "iteration": iteration, "begun": begun, "tokens_per_batch": fits.tokens_per_batch,
             "slots": sampler.slots, "sampled_tokens": sampled_tokens,
             "pairs": lambda pairs=pairs: [] if args.pairs else [tuple(vars(pair).values()) for pair in pairs],
             "refs": lambda: torch.tensor([(pair.ref_chosen, pair.ref_rejected)

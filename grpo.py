@@ -32,7 +32,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from common import data, dist, models, rewards, shard
-from common.run import Run, RunArgs, check_args, cli, retry_smaller
+from common.run import Fitting, Run, RunArgs, check_args, cli, retry_smaller
 
 # Shapes: B rows, T tokens, V vocabulary, P prompts, G samples per prompt, D hidden size, L layers or a row's
 # completion tokens, H heads, K head size, R LoRA rank, N rows or tokens in all.
@@ -309,7 +309,8 @@ def collect(sampler, questions, prompt_ids, reward_functions, args, step, positi
 
 
 def accumulate_gradients(model, rollouts, args, n_sequences, n_tokens, tokens_per_batch, device):
-    """Add the gradient of the step's loss over this rank's rollouts; returns token sums for the metrics."""
+    """The gradient of the step's loss over this rank's rollouts; returns token sums for the metrics."""
+    model.zero_grad()  # of an attempt that ran out of memory
     names = "loss", "kl", "clip_low", "clip_high", "gap", "gap_max", "tokens"
     sums = {name: torch.zeros((), device=device) for name in names}
     batches = pack([len(r) for r in rollouts], tokens_per_batch)
@@ -463,19 +464,12 @@ def main(args: Args) -> None:
     check_args(args)
     dtype = models.choose_dtype(args.dtype, device)
     tokenizer = models.load_tokenizer(args.model)
-
-    def policy_logprobs(prefixes, answers):  # for the reward answer-prob, under the weights of the moment
-        nonlocal tokens_per_batch
-        values, tokens_per_batch = retry_smaller(
-            lambda size: completion_logprobs(model, prefixes, answers, 1.0, size, device),
-            tokens_per_batch, device, longest + args.max_new_tokens, "tokens per batch")
-        return values
-
     reward_functions = rewards.parse_rewards(
         args.rewards,
         partial(rewards.LearnedReward, dtype=dtype, device=device,
                 tokens_per_batch=args.tokens_per_batch or 8192),
-        partial(rewards.AnswerProbability, tokenizer, lambda e: prompt_ids[e.id], policy_logprobs,
+        partial(rewards.AnswerProbability, tokenizer, lambda e: prompt_ids[e.id],
+                lambda *ids: fits(completion_logprobs, model, *ids, 1.0, device=device),  # as it is by then
                 args.max_new_tokens))
     train, held_out = data.train_validation(args.data, n_train=args.train_questions,
                                             n_validation=args.eval_questions, level=args.level or None,
@@ -527,8 +521,8 @@ def main(args: Args) -> None:
     run.print(f"data: {args.data}, {len(train)} questions to train on, {len(held_out)} held out, prompts "
               f"up to {longest} tokens; {args.prompts_per_step} x {args.num_generations} samples a step")
 
-    step, position, accumulated_reward, bad_steps, tokens_per_batch = 0, 0, 0.0, 0, args.tokens_per_batch
-    sampled_tokens = 0
+    fits = Fitting(args.tokens_per_batch, device, longest + args.max_new_tokens)
+    step, position, accumulated_reward, bad_steps, sampled_tokens = 0, 0, 0.0, 0, 0
     if args.resume:
         folder, saved = run.load()
         if folder:
@@ -537,7 +531,7 @@ def main(args: Args) -> None:
             torch.set_rng_state(saved["rng"])
             step, position, accumulated_reward, sampled_tokens = (saved[name] for name in (
                 "step", "position", "accumulated_reward", "sampled_tokens"))
-            tokens_per_batch = min(tokens_per_batch, saved["tokens_per_batch"])
+            fits.tokens_per_batch = min(fits.tokens_per_batch, saved["tokens_per_batch"])
             sampler.slots = min(sampler.slots, saved.get("slots", sampler.slots))
     with compute():
         run.self_check(self_check(model, params, sampler, [prompt_ids[e.id] for e in train[:3]], args,
@@ -557,21 +551,16 @@ def main(args: Args) -> None:
 
             # ---- old and reference log-probs, advantage ----
             with run.phase("logprobs"):
-                def logprobs_under(network):
-                    nonlocal tokens_per_batch
-                    ids = [r.prompt_ids for r in rollouts], [r.completion.ids for r in rollouts]
-                    values, tokens_per_batch = retry_smaller(
-                        lambda size: completion_logprobs(network, *ids, args.temperature, size, device),
-                        tokens_per_batch, device, longest + args.max_new_tokens, "tokens per batch")
-                    return values
-
-                old = (logprobs_under(model) if args.recompute_old
-                       else [torch.tensor(r.completion.logprobs) for r in rollouts])
+                ids = [r.prompt_ids for r in rollouts], [r.completion.ids for r in rollouts]
+                old = [torch.tensor(r.completion.logprobs) for r in rollouts]
+                if args.recompute_old:
+                    old = fits(completion_logprobs, model, *ids, args.temperature, device=device)
                 for r, values in zip(rollouts, old):
                     r.old_logprobs = values
                 if args.beta:
                     with use_adapter(model, None):
-                        ref = logprobs_under(reference or model)
+                        ref = fits(completion_logprobs, reference or model, *ids, args.temperature,
+                                   device=device)
                     for r, values in zip(rollouts, ref):
                         r.ref_logprobs = values
                         r.kl = kl_estimate(r.old_logprobs, values, args.kl_estimator).sum().item()
@@ -595,13 +584,8 @@ def main(args: Args) -> None:
             finite = not dist.any_rank(any(math.isnan(sum(r.completion.logprobs)) for r in sampled), device)
             with run.phase("update"):
                 for update in range(args.updates_per_batch):
-                    def attempt(size):
-                        optimizer.zero_grad()
-                        return accumulate_gradients(model, live, args, counts["sequences"], counts["tokens"],
-                                                    size, device)
-
-                    sums, tokens_per_batch = retry_smaller(
-                        attempt, tokens_per_batch, device, longest + args.max_new_tokens, "tokens per batch")
+                    sums = fits(accumulate_gradients, model, live, args, counts["sequences"],
+                                counts["tokens"], device=device)
                     dist.sum_gradients(params)
                     norm = shard.clip_gradients(params, args.max_grad_norm)
                     for group in optimizer.param_groups:
@@ -627,7 +611,7 @@ def main(args: Args) -> None:
         metrics = log_step(run, step, args, sampled, first_sums | {"rows": len(live)}, accumulated_reward,
                            sampled_tokens, {
             "grad_norm": norm, "lr": optimizer.param_groups[0]["lr"], "questions_drawn": drawn,
-            "tokens_per_batch": tokens_per_batch})
+            "tokens_per_batch": fits.tokens_per_batch})
         accumulated_reward, sampled_tokens = metrics["accumulated_reward"], metrics["sampled_tokens"]
         last = step == args.max_steps or 0 < args.token_budget <= sampled_tokens
         if args.dry_run:
@@ -643,7 +627,8 @@ def main(args: Args) -> None:
         stop = run.remember(step, due, save_weights, {
             "optimizer": optimizer.state_dict(), "rng": torch.get_rng_state(), "step": step,
             "position": position, "accumulated_reward": accumulated_reward,
-            "tokens_per_batch": tokens_per_batch, "slots": sampler.slots, "sampled_tokens": sampled_tokens})
+            "sampled_tokens": sampled_tokens, "tokens_per_batch": fits.tokens_per_batch,
+            "slots": sampler.slots})
         if bad_steps >= 5:
             raise ValueError(f"the loss was not finite in {bad_steps} updates in a row; "
                              f"the state is in {run.path}: lower --lr")

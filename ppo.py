@@ -36,7 +36,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from common import data, dist, models, rewards, shard
-from common.run import Run, RunArgs, check_args, cli, retry_smaller
+from common.run import Fitting, Run, RunArgs, check_args, cli, retry_smaller
 
 # Shapes: B rows, T tokens, V vocabulary, P prompts, G samples per prompt, D hidden size, L layers or a row's
 # completion tokens, H heads, K head size, R LoRA rank, N rows or tokens in all.
@@ -356,10 +356,13 @@ def draw_minibatches(rows, args, step):
 
 def accumulate_gradients(model, critic, critic_on, head, rollouts, args, beta, n_tokens, tokens_per_batch,
                          device, train_policy=True):
-    """Add both losses' gradients over this rank's rollouts, over n_tokens; token sums for the metrics.
+    """Both losses' gradients over this rank's rollouts, over n_tokens; token sums for the metrics.
 
     critic: the policy's own model, on which critic_on() switches the critic's adapter on, or another one.
     """
+    model.zero_grad()  # of an attempt that ran out of memory
+    critic.zero_grad()
+    head.grad = None
     names = ("loss", "value_loss", "approx_kl", "clip_low", "clip_high", "value_clip", "gap")
     sums = {name: torch.zeros((), device=device) for name in names}
 
@@ -523,17 +526,10 @@ def main(args: Args) -> None:
         args = replace(args, max_steps=1, wandb=False, resume=False, critic_warmup=0, target_kl=0.0)
     check_args(args)
     tokenizer = models.load_tokenizer(args.model)
-
-    def policy_logprobs(prefixes, answers):  # for the reward answer-prob, under the weights of the moment
-        nonlocal tokens_per_batch
-        values, tokens_per_batch = retry_smaller(
-            lambda size: completion_logprobs(model, prefixes, answers, 1.0, size, device),
-            tokens_per_batch, device, longest + args.max_new_tokens, "tokens per batch")
-        return values
-
     reward_functions = rewards.parse_rewards(
         args.rewards, models.check_reward_model,
-        partial(rewards.AnswerProbability, tokenizer, lambda e: prompt_ids[e.id], policy_logprobs,
+        partial(rewards.AnswerProbability, tokenizer, lambda e: prompt_ids[e.id],
+                lambda *ids: fits(completion_logprobs, model, *ids, 1.0, device=device),  # as it is by then
                 args.max_new_tokens))
     train, held_out = data.train_validation(args.data, n_train=args.train_questions,
                                             n_validation=args.eval_questions, level=args.level or None,
@@ -602,7 +598,8 @@ def main(args: Args) -> None:
     run.print(f"data: {args.data}, {len(train)} questions to train on, {len(held_out)} held out, prompts "
               f"up to {longest} tokens; {args.prompts_per_step} x {args.num_generations} samples a step")
 
-    step, position, accumulated_reward, bad_steps, tokens_per_batch = 0, 0, 0.0, 0, args.tokens_per_batch
+    fits = Fitting(args.tokens_per_batch, device, longest + args.max_new_tokens)
+    step, position, accumulated_reward, bad_steps = 0, 0, 0.0, 0
     beta, sampled_tokens = args.beta, 0
     if args.resume:
         folder, saved = run.load()
@@ -616,7 +613,7 @@ def main(args: Args) -> None:
             torch.set_rng_state(saved["rng"])
             step, position, accumulated_reward, sampled_tokens, beta = (
                 saved[name] for name in ("step", "position", "accumulated_reward", "sampled_tokens", "beta"))
-            tokens_per_batch = min(tokens_per_batch, saved["tokens_per_batch"])
+            fits.tokens_per_batch = min(fits.tokens_per_batch, saved["tokens_per_batch"])
             sampler.slots = min(sampler.slots, saved.get("slots", sampler.slots))
     with compute():
         run.self_check(self_check(model, params, sampler, [prompt_ids[e.id] for e in train[:3]], args,
@@ -641,25 +638,16 @@ def main(args: Args) -> None:
             # ---- old and reference log-probs, values, advantages ----
             with run.phase("logprobs"):
                 ids = [r.prompt_ids for r in rollouts], [r.completion.ids for r in rollouts]
-
-                def of_rows(attempt):
-                    nonlocal tokens_per_batch
-                    values, tokens_per_batch = retry_smaller(
-                        attempt, tokens_per_batch, device, longest + args.max_new_tokens, "tokens per batch")
-                    return values
-
-                def logprobs_under(network):
-                    return of_rows(lambda size: completion_logprobs(
-                        network, *ids, args.temperature, size, device))
-
-                old = (logprobs_under(model) if args.recompute_old
-                       else [torch.tensor(r.completion.logprobs) for r in rollouts])
+                old = [torch.tensor(r.completion.logprobs) for r in rollouts]
+                if args.recompute_old:
+                    old = fits(completion_logprobs, model, *ids, args.temperature, device=device)
                 with critic_on():
-                    values = of_rows(lambda size: completion_values(critic, head, *ids, size, device))
+                    values = fits(completion_values, critic, head, *ids, device=device)
                 ref = [None] * len(rollouts)
                 if args.beta:
                     with use_adapter(model, None):
-                        ref = logprobs_under(reference or model)
+                        ref = fits(completion_logprobs, reference or model, *ids, args.temperature,
+                                   device=device)
                 for i, r in enumerate(rollouts):
                     r.old_logprobs, r.values, r.ref_logprobs = old[i], values[i], ref[i]
                     r.kl = (r.old_logprobs - r.ref_logprobs).sum().item() if args.beta else 0.0
@@ -676,15 +664,8 @@ def main(args: Args) -> None:
                 for part in draw_minibatches(everyone, args, step):
                     batch = [mine[g, s] for g, s, _ in part if (g, s) in mine]
                     n_tokens = sum(n for *_, n in part)
-
-                    def attempt(size):
-                        optimizer.zero_grad()
-                        critic_optimizer.zero_grad()
-                        return accumulate_gradients(model, critic, critic_on, head, batch, args, beta,
-                                                    n_tokens, size, device, train_policy)
-
-                    sums, tokens_per_batch = retry_smaller(
-                        attempt, tokens_per_batch, device, longest + args.max_new_tokens, "tokens per batch")
+                    sums = fits(accumulate_gradients, model, critic, critic_on, head, batch, args, beta,
+                                n_tokens, device=device, train_policy=train_policy)
                     sums = {name: value / n_tokens for name, value in dist.sum_dict(sums, device).items()}
                     approx_kl = sums["approx_kl"]
                     if updates and 0 < args.target_kl < approx_kl:
@@ -729,7 +710,7 @@ def main(args: Args) -> None:
             "approx_kl": approx_kl, "updates": len(updates), "explained_variance": explained,
             "value": totals["value"] / n_tokens, "return": totals["return"] / n_tokens,
             "kl": totals["kl"] / n_tokens, "beta": beta, "lr": optimizer.param_groups[0]["lr"],
-            "critic_lr": critic_optimizer.param_groups[0]["lr"], "tokens_per_batch": tokens_per_batch})
+            "critic_lr": critic_optimizer.param_groups[0]["lr"], "tokens_per_batch": fits.tokens_per_batch})
         accumulated_reward, sampled_tokens = metrics["accumulated_reward"], metrics["sampled_tokens"]
         last = step == args.max_steps or 0 < args.token_budget <= sampled_tokens
         if args.kl_target:
@@ -748,8 +729,8 @@ def main(args: Args) -> None:
             "optimizer": optimizer.state_dict(), "critic_optimizer": critic_optimizer.state_dict(),
             "critic": [p.detach() for p in critic_params], "rng": torch.get_rng_state(), "step": step,
             "position": position, "accumulated_reward": accumulated_reward,
-            "tokens_per_batch": tokens_per_batch, "slots": sampler.slots, "sampled_tokens": sampled_tokens,
-            "beta": beta})
+            "tokens_per_batch": fits.tokens_per_batch, "slots": sampler.slots,
+            "sampled_tokens": sampled_tokens, "beta": beta})
         if bad_steps >= 5:
             raise ValueError(f"the loss was not finite in {bad_steps} updates in a row; "
                              f"the state is in {run.path}: lower --lr")

@@ -32,7 +32,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from common import curves, data, dist, models, shard
-from common.run import Run, RunArgs, check_args, cli, retry_smaller
+from common.run import Fitting, Run, RunArgs, check_args, cli
 
 # Shapes: B questions of a micro-batch, N replies to a question, T tokens, D hidden size, R LoRA rank.
 
@@ -161,10 +161,12 @@ def encode(tokenizer, preferences, args, dropped):
 
 
 def accumulate_gradients(model, head, comparisons, args, n_questions, tokens_per_batch, device):
-    """Add the gradient of the step's mean loss over this rank's questions; returns sums for the metrics.
+    """The gradient of the step's mean loss over this rank's questions; returns sums for the metrics.
 
     A question's replies stay in one micro-batch: its loss couples them.
     """
+    model.zero_grad()  # of an attempt that ran out of memory
+    head.grad = None
     names = ("loss", "accuracy", "margin", "chosen", "rejected")
     sums = {name: torch.zeros((), device=device) for name in names}
     batches = pack([len(c.rows) * len(c) for c in comparisons], tokens_per_batch)
@@ -199,14 +201,13 @@ def score_all(model, head, comparisons, tokens_per_batch):
     return scored
 
 
-def evaluate(model, head, comparisons, args, step, tokens_per_batch, run):
+def evaluate(model, head, comparisons, args, step, fits, run):
     """Held-out loss, ranking accuracy and calibration; every reply's score goes to eval.csv.
 
     Returns (mean, deviation) of the scores.
     """
     mine = dist.share(comparisons)
-    scored, _ = retry_smaller(lambda size: score_all(model, head, mine, size), tokens_per_batch, run.device,
-                              1, "tokens per batch")
+    scored = fits(score_all, model, head, mine)
     rows = [{"step": step, "id": c.preference.id, "sample": n - 1,
              "prompt": data.prompt_text(c.preference.prompt),
              "chosen": c.preference.chosen, "rejected": (c.preference.rejected, *c.preference.others)[n - 1],
@@ -348,7 +349,8 @@ def main(args: Args) -> None:
               f"{longest} tokens; left out: "
               f"{', '.join(f'{name} {n}' for name, n in dropped.items()) or 'none'}")
 
-    step, bad_steps, tokens_per_batch, scale = 0, 0, args.tokens_per_batch, (0.0, 1.0)
+    fits = Fitting(args.tokens_per_batch, device, 2 * longest)
+    step, bad_steps, scale = 0, 0, (0.0, 1.0)
     if args.resume:
         folder, saved = run.load()
         if folder:
@@ -356,7 +358,7 @@ def main(args: Args) -> None:
             optimizer.load_state_dict(saved["optimizer"])
             torch.set_rng_state(saved["rng"])
             step, scale = saved["step"], saved["scale"]
-            tokens_per_batch = min(tokens_per_batch, saved["tokens_per_batch"])
+            fits.tokens_per_batch = min(fits.tokens_per_batch, saved["tokens_per_batch"])
 
     def save_weights(folder, merge=False):
         if merge:
@@ -371,7 +373,7 @@ def main(args: Args) -> None:
     with compute():
         run.self_check(check_scores(model, head, sorted(train, key=len)[:3], args, device))
         if step == 0 and not args.dry_run:
-            scale = evaluate(model, head, held_out, args, step, tokens_per_batch, run)
+            scale = evaluate(model, head, held_out, args, step, fits, run)
 
     stop = False
     while step < args.max_steps and not stop:
@@ -382,12 +384,7 @@ def main(args: Args) -> None:
 
         # ---- update ----
         with run.profile(step), compute(), run.phase("update"):
-            def attempt(size):
-                optimizer.zero_grad()
-                return accumulate_gradients(model, head, mine, args, len(rows), size, device)
-
-            sums, tokens_per_batch = retry_smaller(
-                attempt, tokens_per_batch, device, 2 * longest, "tokens per batch")
+            sums = fits(accumulate_gradients, model, head, mine, args, len(rows), device=device)
             dist.sum_gradients(params)
             norm = shard.clip_gradients(params, args.max_grad_norm)
             for group in optimizer.param_groups:
@@ -404,7 +401,8 @@ def main(args: Args) -> None:
         # ---- log ----
         sums = dist.sum_dict(sums, device)
         metrics = {name: value / len(rows) for name, value in sums.items()} | {
-            "grad_norm": norm, "lr": optimizer.param_groups[0]["lr"], "tokens_per_batch": tokens_per_batch}
+            "grad_norm": norm, "lr": optimizer.param_groups[0]["lr"],
+            "tokens_per_batch": fits.tokens_per_batch}
         metrics = run.log(step, metrics, args.max_steps, show=("loss", "accuracy", "margin", "grad_norm"))
         if args.dry_run:
             break
@@ -412,13 +410,13 @@ def main(args: Args) -> None:
         # ---- evaluate ----
         if step % args.eval_every == 0 or step == args.max_steps:
             with compute():
-                scale = evaluate(model, head, held_out, args, step, tokens_per_batch, run)
+                scale = evaluate(model, head, held_out, args, step, fits, run)
 
         # ---- save ----
         due = step % args.save_every == 0 or step == args.max_steps or bad_steps >= 5
         stop = run.remember(step, due, save_weights, {
             "optimizer": optimizer.state_dict(), "rng": torch.get_rng_state(), "step": step,
-            "tokens_per_batch": tokens_per_batch, "scale": scale})
+            "tokens_per_batch": fits.tokens_per_batch, "scale": scale})
         if bad_steps >= 5:
             raise ValueError(f"the gradient was not finite in {bad_steps} updates in a row; "
                              f"the state is in {run.path}: lower --lr")

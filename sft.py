@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from common import data, dist, models, rewards, shard
-from common.run import Run, RunArgs, check_args, cli, retry_smaller
+from common.run import Fitting, Run, RunArgs, check_args, cli, retry_smaller
 
 # Shapes: B rows, T tokens, V vocabulary, P prompts, D hidden size, H heads, K head size, R LoRA rank, N rows
 # or tokens in all.
@@ -105,7 +105,8 @@ class Args(RunArgs):
 
 
 def accumulate_gradients(model, rows, n_tokens, tokens_per_batch, device):
-    """Add the gradient of -sum(log-probs) / n_tokens, returned, over this rank's (prompt, completion) ids."""
+    """The gradient of -sum(log-probs) / n_tokens, returned, over this rank's (prompt, completion) ids."""
+    model.zero_grad()  # of an attempt that ran out of memory
     loss_sum = torch.zeros((), device=device)
     batches = pack([len(p) + len(c) for p, c in rows], tokens_per_batch)
     for picked in shard.micro_batches(model, batches, partial(token_logprobs, model)):
@@ -116,13 +117,12 @@ def accumulate_gradients(model, rows, n_tokens, tokens_per_batch, device):
     return loss_sum.item()
 
 
-def evaluate(model, sampler, questions, encoded, args, step, tokens_per_batch, tokenizer, run):
+def evaluate(model, sampler, questions, encoded, args, step, fits, tokenizer, run):
     """Held-out loss per token, and greedy pass@1 where questions have an answer; all go to eval.csv."""
     mine = dist.share(questions)
     targets = [encoded[e.id] for e in mine]
     ids = [p for p, _ in targets], [c for _, c in targets]
-    logprobs, _ = retry_smaller(lambda size: completion_logprobs(model, *ids, 1.0, size, run.device),
-                                tokens_per_batch, run.device, 1, "tokens per batch")
+    logprobs = fits(completion_logprobs, model, *ids, 1.0, device=run.device)
     sums = dist.sum_dict({"nll": -sum(row.sum().item() for row in logprobs),
                           "tokens": sum(len(c) for _, c in targets)}, run.device)
     asked = [e for e in mine if e.answer]
@@ -210,20 +210,22 @@ def main(args: Args) -> None:
               f"up to {longest} tokens; {args.batch_size} rows a step; left out: "
               f"{', '.join(f'{name} {n}' for name, n in dropped.items() if n) or 'none'}")
 
-    step, bad_steps, tokens_per_batch = 0, 0, args.tokens_per_batch
+    fits = Fitting(args.tokens_per_batch, device, longest)
+    step, bad_steps = 0, 0
     if args.resume:
         folder, saved = run.load()
         if folder:
             models.load_trained(folder, model, adapter)
             optimizer.load_state_dict(saved["optimizer"])
             torch.set_rng_state(saved["rng"])
-            step, tokens_per_batch = saved["step"], min(tokens_per_batch, saved["tokens_per_batch"])
+            step = saved["step"]
+            fits.tokens_per_batch = min(fits.tokens_per_batch, saved["tokens_per_batch"])
             sampler.slots = min(sampler.slots, saved.get("slots", sampler.slots))
     with compute():
         run.self_check(self_check(model, params, sampler, [encoded[e.id][0] for e in train[:3]], args, 1.0,
                                   device))
         if step == 0 and not args.dry_run:
-            evaluate(model, sampler, held_out, encoded, args, step, tokens_per_batch, tokenizer, run)
+            evaluate(model, sampler, held_out, encoded, args, step, fits, tokenizer, run)
 
     stop = False
     while step < args.max_steps and not stop:
@@ -235,12 +237,7 @@ def main(args: Args) -> None:
 
         # ---- update ----
         with run.profile(step), compute(), run.phase("update"):
-            def attempt(size):
-                optimizer.zero_grad()
-                return accumulate_gradients(model, dist.share(rows), n_tokens, size, device)
-
-            loss, tokens_per_batch = retry_smaller(
-                attempt, tokens_per_batch, device, longest, "tokens per batch")
+            loss = fits(accumulate_gradients, model, dist.share(rows), n_tokens, device=device)
             dist.sum_gradients(params)
             norm = shard.clip_gradients(params, args.max_grad_norm)
             for group in optimizer.param_groups:
@@ -258,7 +255,7 @@ def main(args: Args) -> None:
         metrics = dist.sum_dict({"loss": loss}, device) | {
             "grad_norm": norm, "lr": optimizer.param_groups[0]["lr"],
             "epoch": step * args.batch_size / len(train), "tokens": n_tokens,
-            "tokens_per_batch": tokens_per_batch}
+            "tokens_per_batch": fits.tokens_per_batch}
         metrics = run.log(step, metrics, args.max_steps, show=("loss", "grad_norm", "lr", "epoch"))
         if args.dry_run:
             break
@@ -266,13 +263,13 @@ def main(args: Args) -> None:
         # ---- evaluate ----
         if step % args.eval_every == 0 or step == args.max_steps:
             with compute():
-                evaluate(model, sampler, held_out, encoded, args, step, tokens_per_batch, tokenizer, run)
+                evaluate(model, sampler, held_out, encoded, args, step, fits, tokenizer, run)
 
         # ---- save ----
         due = step % args.save_every == 0 or step == args.max_steps or bad_steps >= 5
         stop = run.remember(step, due, save_weights, {
             "optimizer": optimizer.state_dict(), "rng": torch.get_rng_state(), "step": step,
-            "tokens_per_batch": tokens_per_batch, "slots": sampler.slots})
+            "tokens_per_batch": fits.tokens_per_batch, "slots": sampler.slots})
         if bad_steps >= 5:
             raise ValueError(f"the gradient was not finite in {bad_steps} updates in a row; "
                              f"the state is in {run.path}: lower --lr")

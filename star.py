@@ -36,7 +36,7 @@ from torch import nn
 
 from common import data, dist, models, rewards, shard
 from common.data import HINT
-from common.run import Run, RunArgs, check_args, cli, retry_smaller
+from common.run import Fitting, Run, RunArgs, check_args, cli, retry_smaller
 
 # Shapes: B rows, T tokens, V vocabulary, P prompts, G samples per prompt, D hidden size, H heads, K head
 # size, R LoRA rank, N rows or tokens in all.
@@ -333,25 +333,24 @@ def load_samples(sources, tokenizer, dropped, below=0, left_out=()):
 
 
 # Copied from dpo.py::summed_logprobs
-def summed_logprobs(model, pairs, tokens_per_batch, run):
+def summed_logprobs(model, pairs, fits, device):
     """(chosen, rejected) log-probs of every pair, summed over tokens: lists, the same on all ranks."""
     mine = dist.share(list(range(len(pairs))))
     prompt_ids = [pairs[i].prompt_ids for i in mine] * 2
     completion_ids = [pairs[i].chosen for i in mine] + [pairs[i].rejected for i in mine]
-    values, _ = retry_smaller(
-        lambda size: completion_logprobs(model, prompt_ids, completion_ids, 1.0, size, run.device),
-        tokens_per_batch, run.device, 1, "tokens per batch")
+    values = fits(completion_logprobs, model, prompt_ids, completion_ids, 1.0, device=device)
     sums = [row.sum().item() for row in values]
     rows = sorted(itertools.chain(*dist.gather(list(zip(mine, sums, sums[len(mine):])))))
     return [row[1] for row in rows], [row[2] for row in rows]
 
 
 def accumulate_gradients(model, rows, beta, denominator, tokens_per_batch, device):
-    """Add the gradient of the step's loss over this rank's rows; returns sums: loss, and dpo's accuracy.
+    """The gradient of the step's loss over this rank's rows; returns sums: loss, and dpo's accuracy.
 
     -weight log p(answer) over the step's completion tokens, or for pairs DPO's -log sigmoid(beta h) over
     their number (arXiv 2305.18290 eq. 7), both answers in one forward pass. denominator: that of all ranks.
     """
+    model.zero_grad()  # of an attempt that ran out of memory
     sums = {name: torch.zeros((), device=device) for name in ("loss", "accuracy")}
     batches = pack([len(row) for row in rows], tokens_per_batch)
     for picked in shard.micro_batches(model, batches, partial(token_logprobs, model)):
@@ -384,7 +383,7 @@ def evaluate(sampler, questions, prompt_ids, args, iteration, step, tokenizer, r
     run.log_evaluation(step, dist.gather_rows(rows, "id"), {"iteration": iteration} | more)
 
 
-def held_out_metrics(model, rows, pairs, tokens_per_batch, run):
+def held_out_metrics(model, rows, pairs, fits, device):
     """Of --eval-generations: loss per token of right answers; how often one gains more than a wrong one.
 
     Gains are over the start model's log-probs, as in dpo.py; a tie is half right.
@@ -392,15 +391,13 @@ def held_out_metrics(model, rows, pairs, tokens_per_batch, run):
     metrics = {}
     if rows:
         mine = dist.share(rows)
-        logprobs, _ = retry_smaller(
-            lambda size: completion_logprobs(model, [row.prompt_ids for row in mine],
-                                             [row.chosen for row in mine], 1.0, size, run.device),
-            tokens_per_batch, run.device, 1, "tokens per batch")
+        logprobs = fits(completion_logprobs, model, [row.prompt_ids for row in mine],
+                        [row.chosen for row in mine], 1.0, device=device)
         total = sum(dist.gather(-sum(row.sum().item() for row in logprobs)))
         metrics["eval/loss"] = total / sum(len(row.chosen) for row in rows)
     if pairs:
         gains = [chosen - pair.ref_chosen - rejected + pair.ref_rejected for pair, chosen, rejected in zip(
-            pairs, *summed_logprobs(model, pairs, tokens_per_batch, run))]
+            pairs, *summed_logprobs(model, pairs, fits, device))]
         metrics["eval/ranking_accuracy"] = sum((gain > 0) + (gain == 0) / 2 for gain in gains) / len(gains)
     return metrics
 
@@ -451,20 +448,13 @@ def main(args: Args) -> None:
         args = replace(args, max_steps=1, iterations=1, first_steps=1, wandb=False, resume=False)
     check_args(args)
     tokenizer = models.load_tokenizer(args.model)
-
-    def policy_logprobs(prefixes, answers):  # for the reward answer-prob, under the weights of the moment
-        nonlocal tokens_per_batch
-        values, tokens_per_batch = retry_smaller(
-            lambda size: completion_logprobs(model, prefixes, answers, 1.0, size, device),
-            tokens_per_batch, device, longest + args.max_new_tokens, "tokens per batch")
-        return values
-
     dtype = models.choose_dtype(args.dtype, device)
     reward_functions = rewards.parse_rewards(
         args.rewards,
         partial(rewards.LearnedReward, dtype=dtype, device=device,
                 tokens_per_batch=args.tokens_per_batch or 8192),
-        partial(rewards.AnswerProbability, tokenizer, lambda e: prompt_ids[e.id], policy_logprobs,
+        partial(rewards.AnswerProbability, tokenizer, lambda e: prompt_ids[e.id],
+                lambda *ids: fits(completion_logprobs, model, *ids, 1.0, device=device),  # as it is by then
                 args.max_new_tokens))
     train, held_out, shown, dropped = [], [], [], Counter()
     if args.data:
@@ -544,7 +534,7 @@ def main(args: Args) -> None:
                              for kind in ("sft", "dpo"))
 
     step, iteration, begun, bad_steps, sampled_tokens, rows = 0, 0, 0, 0, 0, []
-    tokens_per_batch = args.tokens_per_batch
+    fits = Fitting(args.tokens_per_batch, device, longest_row * (2 if args.strategy == "dpo" else 1))
     if args.resume:
         folder, saved = run.load()
         if folder:
@@ -553,7 +543,7 @@ def main(args: Args) -> None:
             torch.set_rng_state(saved["rng"])
             step, iteration, begun, sampled_tokens = (saved[name] for name in (
                 "step", "iteration", "begun", "sampled_tokens"))
-            tokens_per_batch = min(tokens_per_batch, saved["tokens_per_batch"])
+            fits.tokens_per_batch = min(fits.tokens_per_batch, saved["tokens_per_batch"])
             sampler.slots = min(sampler.slots, saved.get("slots", sampler.slots))
             rows = [Row(*row) for row in saved["rows"]]
             for pair, refs in zip(held_pairs, saved["held_refs"]):
@@ -561,13 +551,13 @@ def main(args: Args) -> None:
 
     def add_reference(pairs):
         """Fill in the log-probs of the model as it stands."""
-        for pair, *refs in zip(pairs, *summed_logprobs(model, pairs, tokens_per_batch, run)):
+        for pair, *refs in zip(pairs, *summed_logprobs(model, pairs, fits, device)):
             pair.ref_chosen, pair.ref_rejected = refs
 
     def measure():
         with compute():
             evaluate(sampler, held_out, prompt_ids, args, iteration, step, tokenizer, run,
-                     held_out_metrics(model, held_rows, held_pairs, tokens_per_batch, run))
+                     held_out_metrics(model, held_rows, held_pairs, fits, device))
 
     def last_step():  # of the present iteration
         return begun + math.ceil(rows_to_train(len(rows), iteration, args) / args.batch_size)
@@ -637,14 +627,8 @@ def main(args: Args) -> None:
         batch = [rows[i] for i in data.batch_indices(len(rows), first, n, noise_key(args.seed, iteration))]
         n_tokens = sum(len(row.chosen) for row in batch)
         with run.profile(step), compute(), run.phase("update"):
-            def attempt(size):
-                optimizer.zero_grad()
-                return accumulate_gradients(model, dist.share(batch), args.beta,
-                                            len(batch) if args.strategy == "dpo" else n_tokens, size, device)
-
-            sums, tokens_per_batch = retry_smaller(
-                attempt, tokens_per_batch, device, longest_row * (2 if args.strategy == "dpo" else 1),
-                "tokens per batch")
+            sums = fits(accumulate_gradients, model, dist.share(batch), args.beta,
+                        len(batch) if args.strategy == "dpo" else n_tokens, device=device)
             dist.sum_gradients(params)
             norm = shard.clip_gradients(params, args.max_grad_norm)
             warm = step - begun if args.restart == "base" else step
@@ -663,7 +647,7 @@ def main(args: Args) -> None:
         sums = dist.sum_dict(sums, device)
         metrics = {"loss": sums["loss"], "grad_norm": norm, "lr": optimizer.param_groups[0]["lr"],
                    "iteration": iteration, "epoch": (first + n) / len(rows), "tokens": n_tokens,
-                   "sampled_tokens": sampled_tokens, "tokens_per_batch": tokens_per_batch}
+                   "sampled_tokens": sampled_tokens, "tokens_per_batch": fits.tokens_per_batch}
         if args.strategy == "dpo":
             metrics["accuracy"] = sums["accuracy"] / len(batch)
         metrics = run.log(step, metrics, last_step(), show=("iteration", "loss", "accuracy", "grad_norm"))
@@ -680,7 +664,7 @@ def main(args: Args) -> None:
         stop = run.remember(step, due, save_weights, {
             "optimizer": optimizer.state_dict(), "rng": torch.get_rng_state(), "step": step,
             "iteration": iteration, "begun": begun, "sampled_tokens": sampled_tokens,
-            "tokens_per_batch": tokens_per_batch, "slots": sampler.slots,
+            "tokens_per_batch": fits.tokens_per_batch, "slots": sampler.slots,
             "rows": lambda rows=rows: [tuple(vars(row).values()) for row in rows],
             "held_refs": [(pair.ref_chosen, pair.ref_rejected) for pair in held_pairs]})
         if bad_steps >= 5:

@@ -732,6 +732,23 @@ def retry_smaller(attempt, size, device, smallest, note):
             print(f"out of memory: {note} is now {size}", file=sys.stderr, flush=True)
 
 
+class Fitting:
+    """fits(function, *args, ...): function's result, its micro-batches of at most `tokens_per_batch` tokens.
+
+    That number, which the function takes by name, is halved on all ranks once memory runs out on one of them,
+    down to `smallest`, and stays so. The function must be repeatable.
+    """
+
+    def __init__(self, tokens_per_batch, device, smallest):
+        self.tokens_per_batch, self.device, self.smallest = tokens_per_batch, device, smallest
+
+    def __call__(self, function, *args, **more):
+        result, self.tokens_per_batch = retry_smaller(
+            lambda size: function(*args, tokens_per_batch=size, **more), self.tokens_per_batch, self.device,
+            self.smallest, "tokens per batch")
+        return result
+
+
 def _version(package):
     try:
         return version(package)

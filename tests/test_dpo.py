@@ -153,9 +153,9 @@ def test_held_out_pairs_are_ranked_by_the_margin_of_the_loss(more, accuracy, mon
     logged = {}
     monkeypatch.setattr(dpo, "summed_logprobs", lambda *_: ([-10.0], [-6.0]))
     monkeypatch.setattr(dpo, "sample_all", lambda *_: [])
-    stub = SimpleNamespace(log_evaluation=lambda step, rows, metrics: logged.update(metrics))
+    stub = SimpleNamespace(device=None, log_evaluation=lambda step, rows, metrics: logged.update(metrics))
     pairs = [Pair([1], [2] * 10, [3] * 3, 0.0, 0.0)]
-    dpo.evaluate(None, None, [], {}, pairs, Args(**more), 0, 10, None, stub)
+    dpo.evaluate(None, None, [], {}, pairs, Args(**more), 0, None, None, stub)
     assert logged == {"eval/ranking_accuracy": accuracy}
 
 
@@ -264,7 +264,7 @@ def test_a_common_prefix_of_the_prompts_tokens_counts_for_nothing(toy):
 
     body, head = OneBack(), torch.nn.Linear(32, 384, bias=False)
     stub = SimpleNamespace(base_model=body, get_output_embeddings=lambda: head, config=SimpleNamespace(),
-                           get_input_embeddings=lambda: body.embed)
+                           get_input_embeddings=lambda: body.embed, zero_grad=body.zero_grad)
     weights = [*body.parameters(), *head.parameters()]
     plain, grads = gradient(stub, weights, pairs, Args(), 10**6)
     longer = [Pair([7] * 9 + p.prompt_ids, p.chosen, p.rejected, p.ref_chosen, p.ref_rejected) for p in pairs]

@@ -907,7 +907,7 @@ def steps_of(monkeypatch, tmp_path):
                 sampled[:] = rollouts
             return ""
 
-        def spy(model, live, args, n_sequences, n_tokens, *rest):
+        def spy(model, live, args, n_sequences, n_tokens, **rest):
             params = [p for p in model.parameters() if p.requires_grad]
             of = [r for r in sampled if counted(r)]
             with torch.enable_grad():
@@ -916,7 +916,7 @@ def steps_of(monkeypatch, tmp_path):
                 norm = torch.cat([g.flatten() for g in torch.autograd.grad(loss, params)]).norm().item()
             updates.append(SimpleNamespace(live=list(live), sampled=list(sampled), n_sequences=n_sequences,
                                            n_tokens=n_tokens, loss=loss.item(), norm=norm))
-            return real(model, live, args, n_sequences, n_tokens, *rest)
+            return real(model, live, args, n_sequences, n_tokens, **rest)
 
         monkeypatch.setattr(grpo, "score_rollouts", score)
         monkeypatch.setattr(grpo, "accumulate_gradients", spy)

@@ -73,12 +73,12 @@ def test_a_step_that_has_moved_the_weights_is_finished(go, tmp_path):
     """Its first update cannot be taken back: the checkpoint is that of the step's end."""
     wrapper = patched(tmp_path, "grpo", """
 updates = 0
-def accumulate(*arguments):
+def accumulate(*arguments, **more):
     global updates
     updates += 1
     if updates == 4:  # the second of step 2
         os.kill(os.getpid(), signal.SIGTERM)
-    return original(*arguments)
+    return original(*arguments, **more)
 original, script.accumulate_gradients = script.accumulate_gradients, accumulate
 """)
     flags = {"updates_per_batch": 2, "tokens_per_batch": 60}

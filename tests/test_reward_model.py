@@ -13,7 +13,7 @@ from transformers import AutoModelForSequenceClassification
 import reward_model
 from common import curves, data, models, rewards
 from common.data import Example, Preference
-from common.run import read_csv
+from common.run import Fitting, read_csv
 from reward_model import (
     Args,
     Comparison,
@@ -139,7 +139,7 @@ def test_golden_ranking_of_four_pairs(toy, monkeypatch):
     model, _, head, _ = toy
     pairs = [Comparison(Preference(i, "q", "a", "b"), [[1] * (i + 2), [2]]) for i in range(4)]
     found = [[2.0, 1.0], [0.5, 0.1], [-1.0, 3.0], [4.0, 0.0]]
-    monkeypatch.setattr(reward_model, "score_all", lambda *_: found)
+    monkeypatch.setattr(reward_model, "score_all", lambda *_, tokens_per_batch: found)
     logged = {}
 
     class Stub:
@@ -147,7 +147,7 @@ def test_golden_ranking_of_four_pairs(toy, monkeypatch):
         log = staticmethod(lambda step, metrics: logged.update(metrics))
         write_rows = staticmethod(lambda rows, name: logged.update(rows=rows))
 
-    mean, std = reward_model.evaluate(model, head, pairs, Args(), 0, 100, Stub)
+    mean, std = reward_model.evaluate(model, head, pairs, Args(), 0, Fitting(100, CPU, 1), Stub)
     assert logged["eval/ranking_accuracy"] == 0.75 and logged["eval/pairs"] == 4
     assert [row["correct"] for row in logged["rows"]] == [1, 1, 0, 1]
     scores = torch.tensor([2.0, 0.5, -1.0, 4.0, 1.0, 0.1, 3.0, 0.0])

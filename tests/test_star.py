@@ -239,9 +239,9 @@ def watched(monkeypatch):
         seen["sampled"].append((doing, weights(sampler.model), prompt_ids))
         return sample(sampler, prompt_ids, keys, n, temperature, run, doing)
 
-    def training(model, rows, *rest):
+    def training(model, rows, *rest, **more):
         seen["trained"].append((weights(model), rows))
-        return train(model, rows, *rest)
+        return train(model, rows, *rest, **more)
 
     monkeypatch.setattr(star, "sample_all", sampling)
     monkeypatch.setattr(star, "accumulate_gradients", training)
@@ -385,8 +385,8 @@ def test_the_hint_leaves_no_trace(solve, mark, more, monkeypatch, tmp_path):
 
     real = star.accumulate_gradients
     monkeypatch.setattr(star, "sample_all", sampling)
-    monkeypatch.setattr(star, "accumulate_gradients", lambda model, rows, *rest: (
-        trained.extend(rows), real(model, rows, *rest))[1])
+    monkeypatch.setattr(star, "accumulate_gradients", lambda model, rows, *rest, **more: (
+        trained.extend(rows), real(model, rows, *rest, **more))[1])
     run("--out", "a", *SMALL, "--iterations", 2, "--rationalize", *more, cwd=tmp_path, script="star.py")
     texts = [tokenizer.decode(row.prompt_ids + row.chosen) for row in trained]
     assert len(hinted) == 24 and texts and not any(mark in text for text in texts)
@@ -464,8 +464,8 @@ def test_resumed_is_the_same_bit_for_bit(tmp_path, more):
 def test_a_signal_ends_the_run_with_its_step(monkeypatch, tmp_path):
     """After the last step it is a finished run; before that it goes on later."""
     train = star.accumulate_gradients
-    monkeypatch.setattr(star, "accumulate_gradients", lambda *words: (
-        os.kill(os.getpid(), signal.SIGTERM), train(*words))[1])
+    monkeypatch.setattr(star, "accumulate_gradients", lambda *words, **more: (
+        os.kill(os.getpid(), signal.SIGTERM), train(*words, **more))[1])
     for steps in (1, 2):
         path = tmp_path / str(steps)
         run("--out", path, *SMALL, "--iterations", 1, "--max-steps", steps, cwd=tmp_path, script="star.py")
