@@ -13,7 +13,7 @@ from transformers import AutoModelForSequenceClassification
 import reward_model
 from common import curves, data, models, rewards
 from common.data import Example, Preference
-from common.run import read_csv
+from common.tables import read_csv
 from reward_model import (
     Args,
     Comparison,
