@@ -4,15 +4,14 @@
     pass@k   chance that k samples hold a right one, unbiased (Codex, arXiv 2107.03374 eq. 1)
     maj@n    share of questions whose most frequent answer among n samples is right (arXiv 2203.11171)
 
-    python eval.py                                                        # the embedded model
-    python eval.py --model runs/a --data gsm8k --k 1 5 10                 # greedy, and 10 samples for pass@k
-    python eval.py --model base runs/a/checkpoints/step-* runs/a          # a row each, one base in memory
-    python eval.py --model runs/a --preamble "" "Think logically."        # a row for each preamble
-    python eval.py --model runs/a --prompt "Compute 3+4-5."               # one answer and its rewards
-    python eval.py compare RUN RUN                                        # stored answers, paired; no model
-    python eval.py plot RUN RUN                                           # curves.png, runs overlaid
-    python eval.py show RUN --step 40 --row 3 --replay                    # one rollout, sampled once more
-    python eval.py status runs                                            # step, reward, ETA of every run
+    python eval.py                                                    # the embedded model
+    python eval.py --model runs/a --data gsm8k --k 1 5 10             # greedy, and 10 samples for pass@k
+    python eval.py --model base runs/a/checkpoints/step-* runs/a      # a row each, one base in memory
+    python eval.py --model runs/a --preamble "" "Think logically."    # a row for each preamble
+    python eval.py --model runs/a --prompt "Compute 3+4-5."           # one answer and its rewards
+    python eval.py replay RUN --step 40 --row 3                       # one rollout, sampled once more
+
+runs.py compares what is stored, with no model.
 """
 
 import argparse
@@ -30,13 +29,12 @@ from functools import partial
 from pathlib import Path
 from typing import Literal
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from common import curves, data, dist, models, rewards, shard
-from common.run import Run, RunArgs, check_args, cli, clock, read_csv, replace_text, retry_smaller
+from common import curves, data, dist, models, rewards, shard, tables
+from common.run import Run, RunArgs, check_args, cli, replace_text, retry_smaller, weights_before
 
 # Shapes: B rows, V vocabulary, P prompts, D hidden size, H heads, K head size, R LoRA rank, N tokens in all.
 
@@ -114,8 +112,9 @@ def wilson(share, n):
     if n == 0:
         return 0.0, 1.0
     z = 1.959964
-    centre, spread = share + z * z / (2 * n), z * (share * (1 - share) / n + z * z / (4 * n * n)) ** 0.5
-    return max(0.0, (centre - spread) / (1 + z * z / n)), min(1.0, (centre + spread) / (1 + z * z / n))
+    centre, scale = share + z * z / (2 * n), 1 + z * z / n
+    spread = z * (share * (1 - share) / n + z * z / (4 * n * n)) ** 0.5
+    return max(0.0, (centre - spread) / scale), min(1.0, (centre + spread) / scale)
 
 
 def majority(answers, correct):
@@ -136,53 +135,28 @@ def majority(answers, correct):
     return float(max(votes, key=lambda vote: vote[1])[2]) if votes else 0.0
 
 
-def mcnemar(wrong_to_right, right_to_wrong):
-    """Exact two-sided p of McNemar's test: chance of so uneven a split of the changes if both were alike."""
-    n = wrong_to_right + right_to_wrong
-    tail = sum(math.comb(n, i) for i in range(min(wrong_to_right, right_to_wrong) + 1))
-    return min(1.0, 2 * tail / 2**n)
-
-
-def bootstrap(differences, seed=0, draws=10_000):
-    """95% percentile interval of the mean of paired differences, resampled over questions."""
-    values, generator = np.asarray(differences, dtype=float), np.random.default_rng(seed)
-    means = [values[generator.integers(0, len(values), len(values))].mean() for _ in range(draws)]
-    return tuple(float(bound) for bound in np.percentile(means, (2.5, 97.5)))
-
-
 # ---- measuring ----
 
 
 def answer_all(sampler, questions, prompts, prompt_ids, reward_functions, args, tokenizer, run, label):
-    """Every question's greedy answer (sample 0) and --samples more: rows of samples.csv, those of all ranks.
+    """Every question's greedy answer (sample 0) and --samples more: rows of samples.csv, of all ranks.
 
-    prompts, prompt_ids: by question id, as text and as tokens. Noise is keyed by (seed, question, sample), so
-    that models, slots and ranks meet the same.
+    prompts, prompt_ids: by question id, as text and as tokens. Noise is keyed by (seed, question, sample):
+    the same for all models, slots and ranks.
     """
     mine, rows = dist.share(questions), []
-    for temperature, n in [(0.0, 1)] + [(args.eval_temperature, args.samples)] * bool(args.samples):
+    for temperature, n in ((0.0, 1), (args.eval_temperature, args.samples)):
+        if n == 0:
+            continue
         keys = [[noise_key(args.seed, -1, e.id, g) for g in range(n)] for e in mine]
-        right, started = Counter(), time.monotonic()
-
-        def progress(done, total, ended):
-            dist.check_stop()
-            if not sys.stderr.isatty():
-                return
-            for p, _, c in ended:
-                e = mine[p]
-                right["n"] += rewards.judge([e], [c.text(tokenizer)])[0]
-            left = (time.monotonic() - started) / done * (total - done)
-            run.progress(f"{label} T={temperature:g}: {done}/{total} answers, {right['n'] / done:.1%} right, "
-                         f"ETA {clock(left)}")
-
         most_rows = max(1, *dist.gather(sum(map(len, keys))))  # of a rank: only fewer slots save memory
 
         def attempt(slots):
             if slots < min(sampler.slots, most_rows):
                 sampler.slots, sampler.cache, sampler.graphs = slots, None, {}
-            right.clear()
-            return sampler.sample([prompt_ids[e.id] for e in mine], keys, args.max_new_tokens, temperature,
-                                  progress)
+            progress = run.count_answers(f"{label} T={temperature:g}", mine, tokenizer)
+            return sampler.sample(
+                [prompt_ids[e.id] for e in mine], keys, args.max_new_tokens, temperature, progress)
 
         completions = retry_smaller(attempt, min(sampler.slots, most_rows), run.device, 1, "slots")[0]
         flat = [(e, g, c, c.text(tokenizer)) for e, row in zip(mine, completions) for g, c in enumerate(row)]
@@ -193,18 +167,22 @@ def answer_all(sampler, questions, prompts, prompt_ids, reward_functions, args, 
 
 def scored_rows(flat, prompts, reward_functions, args, temperature, run):
     """Rows of samples.csv from (question, sample, Completion, text) of one temperature."""
-    of, texts = [e for e, *_ in flat], [text for *_, text in flat]
-    scored = rewards.score(reward_functions, of, texts, [prompts[e.id] for e in of], args.reward_timeout)
+    questions, texts = [e for e, *_ in flat], [text for *_, text in flat]
+    asked = [prompts[e.id] for e in questions]
+    scored = rewards.score(reward_functions, questions, texts, asked, args.reward_timeout)
     if scored["error"]:
         run.print(scored["error"])
-    by_latex = scored["rewards"].get("math", scored["correct"])  # NaN where it hung: not right
-    right = [(by_latex if e.task == "math" else scored["correct"])[i] == 1 for i, e in enumerate(of)]
-    return [{
-        "temperature": temperature, "reward": scored["total"][i],
-        **{f"reward/{name}": values[i] for name, values in scored["rewards"].items()},
-        "format": rewards.format([""], [text], [""])[0],
-        **rewards.answer_row(e, g + (temperature > 0), c, text, right[i]), "prompt": prompts[e.id],
-        "seed": args.seed} for i, (e, g, c, text) in enumerate(flat)]
+    columns, rows = scored["rewards"], []
+    for i, (e, g, completion, text) in enumerate(flat):
+        judge = columns.get("math", scored["correct"]) if e.task == "math" else scored["correct"]
+        right = judge[i] == 1  # NaN where it hung: not right
+        rows.append({
+            "temperature": temperature, "reward": scored["total"][i],
+            **{f"reward/{name}": values[i] for name, values in columns.items()},
+            "format": rewards.format([""], [text], [""])[0],
+            **rewards.answer_row(e, g + (temperature > 0), completion, text, right),
+            "prompt": asked[i], "seed": args.seed})
+    return rows
 
 
 def best_by(rewards, correct):
@@ -224,51 +202,37 @@ def summarise(rows, ks, temperature, mixed=None, learned=()):
     for row in rows:
         if row["sample"] > 0:
             samples.setdefault(row["id"], []).append(row)
-
-    def mean(of, name):
-        return sum(row[name] for row in of) / max(1, len(of))
-
     metrics = {"questions": len(first)}
 
-    def report(name, share):
-        metrics[name] = share
-        metrics[f"{name}/low"], metrics[f"{name}/high"] = wilson(share, len(first))
+    def mean(values):
+        return sum(values) / max(1, len(values))
 
-    report("pass@1", mean(first, "correct"))
+    def report(name, values):
+        metrics[name] = mean(values)
+        metrics[f"{name}/low"], metrics[f"{name}/high"] = wilson(metrics[name], len(first))
+
+    report("pass@1", [row["correct"] for row in first])
     if samples:
-        right = {id: sum(row["correct"] for row in of) for id, of in samples.items()}
-        n = len(samples[first[0]["id"]])
+        right = {id: [row["correct"] for row in of] for id, of in samples.items()}
+        n, at = len(samples[first[0]["id"]]), f"T={temperature:g}"
         for k in ks:
-            report(f"pass@{k} T={temperature:g}",
-                   sum(pass_at_k(n, c, k) for c in right.values()) / len(right))
-        report(f"maj@{n} T={temperature:g}", sum(
-            majority([r["extracted"] for r in of], [r["correct"] for r in of])
-            for of in samples.values()) / len(samples))
+            report(f"pass@{k} {at}", [pass_at_k(n, sum(correct), k) for correct in right.values()])
+        report(f"maj@{n} {at}", [
+            majority([row["extracted"] for row in of], right[id]) for id, of in samples.items()])
         for name in learned:
-            report(f"best@{n} by {name} T={temperature:g}", sum(
-                best_by([r[f"reward/{name}"] for r in of], [r["correct"] for r in of])
-                for of in samples.values()) / len(samples))
-        mixed = [id for id, c in right.items() if 0 < c < n] if mixed is None else mixed
-        metrics["acc_mixed"] = mean([row for row in first if row["id"] in set(mixed)], "correct")
-    n = max(1, len(first))
-    metrics |= {"format": sum(row["format"] == 1 for row in first) / n,
-                "truncated": sum(not row["finished"] for row in first) / n,
-                "no_answer": sum(not row["extracted"] for row in first) / n,
-                **rewards.text_metrics(first),
-                "reward_failed": sum(math.isnan(value) for row in rows for name, value in row.items()
-                                     if name.startswith("reward/"))}
+            report(f"best@{n} by {name} {at}", [
+                best_by([row[f"reward/{name}"] for row in of], right[id]) for id, of in samples.items()])
+        if mixed is None:
+            mixed = [id for id, correct in right.items() if 0 < sum(correct) < n]
+        metrics["acc_mixed"] = mean([row["correct"] for row in first if row["id"] in set(mixed)])
+    metrics |= {
+        "format": mean([row["format"] == 1 for row in first]),
+        "truncated": mean([not row["finished"] for row in first]),
+        "no_answer": mean([not row["extracted"] for row in first]),
+        **rewards.text_metrics(first),
+        "reward_failed": sum(math.isnan(value) for row in rows for name, value in row.items()
+                             if name.startswith("reward/"))}
     return metrics, mixed
-
-
-def step_of(folder):
-    """The training step that a checkpoint, or the newest state of a run, holds; 0 for a plain model."""
-    folder = Path(folder)
-    state = folder / "state.json"
-    if state.exists():
-        return json.loads(state.read_text())["step"]
-    metrics = folder.parent / "metrics.jsonl"
-    steps = [line["step"] for line in curves.read_metrics(metrics)] if metrics.exists() else []
-    return max(steps, default=0)
 
 
 class OneBase:
@@ -296,8 +260,10 @@ class OneBase:
             self.model.set_submodule(path, module.base)
         if settings:
             r, alpha = settings["r"], settings["lora_alpha"]
-            add_lora(self.model, "adapter", r, alpha * r**0.5 if settings.get("use_rslora") else alpha,
-                     settings["target_modules"], settings.get("layers_to_transform"))
+            if settings.get("use_rslora"):
+                alpha *= r**0.5
+            add_lora(self.model, "adapter", r, alpha, settings["target_modules"],
+                     settings.get("layers_to_transform"))
             models.load_adapter(folder, adapter_tensors(self.model, "adapter"))
         models.check_token_ids(self.model, tokenizer)
         return Sampler(self.model, models.stop_ids(self.model, tokenizer), self.args.slots, self.dtype,
@@ -309,36 +275,41 @@ def resolve(args):
     named = [name for name in args.model if name != "base"]
     embedded = all(models.is_embedded(name) for name in named)
     of_run = next(filter(None, map(models.run_arguments, named)), {})  # asked as it was trained
+    most = max(args.k, default=0)
     if min(args.k, default=0) < 1:
         raise ValueError(f"--k {' '.join(map(str, args.k))}: each k must be 1 or more")
-    samples = args.samples or (max(args.k) if max(args.k) > 1 else 0)
-    if max(args.k) > max(1, samples):
-        raise ValueError(f"--k {max(args.k)} needs --samples {max(args.k)} or more, not {samples}")
+    samples = args.samples or (most if most > 1 else 0)
+    if most > max(1, samples):
+        raise ValueError(f"--k {most} needs --samples {most} or more, not {samples}")
     for name, twice in (("model", args.model), ("preamble", args.preamble)):
         if len(set(twice)) < len(twice):
             raise ValueError(f"--{name}: {Counter(twice).most_common(1)[0][0]!r} is there twice")
     if samples and not args.eval_temperature > 0:
         raise ValueError(f"--eval-temperature {args.eval_temperature}: samples must differ; use more than 0")
-    trained_on = of_run.get("data", "")
-    if Path(trained_on).exists() or trained_on.startswith("mmmlu/"):  # these have no test split of their own
+    trained_on, level, template = of_run.get("data", ""), args.level, args.prompt_template
+    if Path(trained_on).exists() or trained_on.startswith("mmmlu/"):  # these have no test split
         trained_on = ""
-    template = args.prompt_template
+    if not args.data:
+        level = level or of_run.get("level", "")
+    if template == "{prompt}":
+        template = of_run.get("prompt_template", template)
+    dry_run = args.dry_run or bool(args.prompt)  # these leave nothing behind
     return replace(
-        args, samples=samples, data=args.data or trained_on or ("arithmetic" if embedded else "gsm8k"),
+        args, samples=samples, level=level, prompt_template=template,
+        data=args.data or trained_on or ("arithmetic" if embedded else "gsm8k"),
         system=args.system or of_run.get("system", "" if embedded else data.THINK_ANSWER_SYSTEM),
-        level=args.level or ("" if args.data else of_run.get("level", "")),
-        prompt_template=of_run.get("prompt_template", template) if template == "{prompt}" else template)
+        dry_run=dry_run, wandb=args.wandb and not dry_run, resume=args.resume and not dry_run)
 
 
 def choose_questions(args):
     """(questions, worked examples for --few-shot, none of them a question)."""
     if args.prompt:
         return [data.Example(0, args.prompt, args.answer, task="math")], []
-    level = args.level or None
-    questions = data.load_examples(args.data, args.split, level=level, limit=args.limit, seed=args.seed)
+    level, seed = args.level or None, args.seed
+    questions = data.load_examples(args.data, args.split, level=level, limit=args.limit, seed=seed)
     if args.data in data.GENERATED and not args.limit:
         questions = questions[:500]
-    return questions, data.worked_examples(args.data, args.few_shot, questions, level=level, seed=args.seed)
+    return questions, data.worked_examples(args.data, args.few_shot, questions, level=level, seed=seed)
 
 
 def forget_unfinished(run, results, done):
@@ -354,10 +325,6 @@ def main(args: Args) -> None:
     # ---- set up: whatever can be wrong is found here ----
     device = dist.setup(args.device)
     args = resolve(args)
-    if args.prompt:  # leave nothing behind
-        args = replace(args, dry_run=True)
-    if args.dry_run:
-        args = replace(args, wandb=False, resume=False)
     check_args(args)
     dtype = models.choose_dtype(args.dtype, device)
     reward_functions = rewards.parse_rewards(args.rewards, partial(
@@ -404,15 +371,14 @@ def main(args: Args) -> None:
         sampler = family.sampler(name, tokenizer, max(map(len, prompt_ids.values())) + args.max_new_tokens)
         if only_measure:
             sampler.stop_ids, started = set(), time.monotonic()
-        rows = answer_all(
-            sampler, questions, prompts, prompt_ids, reward_functions, args, tokenizer, run, label)
+        rows = answer_all(sampler, questions, prompts, prompt_ids, reward_functions, args, tokenizer,
+                          run, label)
         if args.prompt:
             for row in rows:
-                parts = ", ".join(f"{key[7:]} {row[key]:.3g}" for key in row if key.startswith("reward/"))
                 run.print(f"{label}, T={row['temperature']:g}: {row['completion']}\n"
-                          f"reward {row['reward']:.3g} ({parts}), extracted {row['extracted']!r}")
+                          f"{tables.reward_text(row)}, extracted {row['extracted']!r}")
             continue
-        step = step_of(models.resolve(family.names[name]))
+        step = models.step_of(family.names[name])
         run.write_rows([{"model": name, "step": step, "preamble": preamble} | row for row in rows])
         metrics, mixed = summarise(rows, args.k, args.eval_temperature, mixed, learned)
         if mixed is not None and dist.is_main():
@@ -426,186 +392,32 @@ def main(args: Args) -> None:
     if only_measure:
         seconds = time.monotonic() - started
         run.print(f"dry run: {len(questions)} questions at full length took {seconds:.1f} s, so {n_all} take "
-                  f"at most {clock(seconds * n_all / len(questions))}; nothing was kept")
+                  f"at most {tables.clock(seconds * n_all / len(questions))}; nothing was kept")
         run.print_memory(sampler.model.config, 0, sampler)
     elif not args.prompt:
-        run.print("\n" + table([{k: v for k, v in row.items() if k != "time"} for row in results]))
+        run.print("\n" + tables.table([{k: v for k, v in row.items() if k != "time"} for row in results]))
         run.finish()
 
 
-def table(rows):
-    """Dicts as a Markdown table: a column for each key, intervals beside their value, three decimals."""
-
-    def cell(row, name):
-        value, interval = row.get(name, ""), [row.get(f"{name}/{end}") for end in ("low", "high")]
-        text = f"{value:.3f}" if isinstance(value, float) else str(value)
-        text = text.replace("|", "\\|").replace("\n", " ")
-        return f"{text} [{interval[0]:.3f}, {interval[1]:.3f}]" if None not in interval else text
-
-    names = [name for name in dict.fromkeys(itertools.chain(*rows)) if not name.endswith(("/low", "/high"))]
-    lines = [names, ["---"] * len(names), *([cell(row, name) for name in names] for row in rows)]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
-
-
-# ---- compare, show, status, plot: from what runs have stored ----
-
-
-@dataclass
-class Answers:
-    """Stored answers of one model: rows by question id (the greedy row first), and what making them took."""
-
-    label: str
-    rows: dict[str, list[dict]]
-    tokens: int
-    hours: float
-
-
-def stored_answers(name):
-    """The Answers in a run's directory, one for each model and preamble (eval.py) or each evaluated step.
-
-    name: the directory, or DIRECTORY@STEP. Errors: ValueError if it holds no answers (of that step).
-    """
-    name, _, step = str(name).partition("@")
-    path = Path(name)
-    training = (path / "eval.csv").exists()  # its samples.csv are rollouts
-    rows = read_csv(path / "samples.csv") if (path / "samples.csv").exists() else []
-    answers = read_csv(path / "eval.csv") if training else [row for row in rows if "preamble" in row]
-    lines = curves.read_metrics(path)
-    config = json.loads((path / "config.json").read_text()) if (path / "config.json").exists() else {}
-    groups = {}
-    for row in answers:
-        if step in ("", row["step"]):
-            key = row["step"] if training else (row["model"], row["preamble"])
-            groups.setdefault(key, {}).setdefault(row["id"], []).append(row)
-    if not groups:
-        raise ValueError(f"{name}: no run with stored answers" + (f" of step {step}" if step else ""))
-    found = []
-    for key, by_id in groups.items():
-        for of in by_id.values():
-            of.sort(key=lambda row: int(row["sample"]))
-        if training:  # what had been sampled, and the time, up to that step
-            label, spent = f"{name}@{key}", [row for row in rows if int(row["step"]) <= int(key)]
-            took = [line for line in lines if line["step"] <= int(key)]
-        else:
-            label, spent = " ".join(filter(None, [name, *key])), list(itertools.chain(*by_id.values()))
-            took = [line for line in lines if (line["model"], line["preamble"]) == key]
-        hours = sum(line.get("seconds", 0.0) for line in took) / 3600 * config.get("world_size", 1)
-        found.append(Answers(label, by_id, sum(int(row["tokens"]) for row in spent), hours))
-    return found
-
-
-OUTCOMES = ("right", "wrong", "wrong format", "no answer", "truncated")
-
-
-def outcome(row):
-    """One of OUTCOMES: right, or else what was wrong first."""
-    if int(row["correct"]):
-        return "right"
-    if not int(row["finished"]):
-        return "truncated"
-    if not row["extracted"]:
-        return "no answer"
-    return "wrong" if rewards.format([""], [row["completion"]], [""])[0] == 1 else "wrong format"
-
-
-def chosen_answers(names):
-    """The Answers to compare: of a training run alone its first and last evaluation, of several the last.
-
-    Of eval.py's directories all rows. Errors: ValueError if they did not answer the same questions.
-    """
-    chosen = []
-    for name in names:
-        found = stored_answers(name)
-        if Path(name.partition("@")[0], "eval.csv").exists():
-            found = [found[0], found[-1]] if len(names) == 1 and len(found) > 1 else found[-1:]
-        chosen += found
-    for other in chosen[1:]:
-        common = [id for id in chosen[0].rows if all(id in answers.rows for answers in chosen)]
-        if not common or any(chosen[0].rows[id][0]["answer"] != other.rows[id][0]["answer"] for id in common):
-            raise ValueError(f"{chosen[0].label} and {other.label} answered different questions: "
-                             "evaluate both with the same --data, --split, --limit and --seed")
-    return chosen
-
-
-def compare(options):
-    """Accuracy of each, paired differences from the first with interval and p, what changed: as Markdown."""
-    chosen = chosen_answers(options.runs)
-    first = chosen[0]
-    ids = [id for id in first.rows if all(id in other.rows for other in chosen)]
-    left_out = max(len(answers.rows) for answers in chosen) - len(ids)
-    print(f"{len(ids)} questions in common, {left_out} left out\n")
-    hits = {id: [int(row["correct"]) for row in first.rows[id]] for id in ids}  # of all its samples
-    groups = {"always": [id for id in ids if all(hits[id])],
-              "sometimes": [id for id in ids if any(hits[id]) and not all(hits[id])],
-              "never": [id for id in ids if not any(hits[id])]}
-    lines, examples, right = [], [], [{id: int(of.rows[id][0]["correct"]) for id in ids} for of in chosen]
-    for answers, scores in zip(chosen, right):
-        changes = [scores[id] - right[0][id] for id in ids]
-        better = [id for id, change in zip(ids, changes) if change > 0]
-        worse = [id for id, change in zip(ids, changes) if change < 0]
-        kinds = {id: outcome(answers.rows[id][0]) for id in ids}
-        share = sum(scores.values()) / len(ids)
-        line = {"run": answers.label, "pass@1": share}
-        line["pass@1/low"], line["pass@1/high"] = wilson(share, len(ids))
-        line["difference"] = sum(changes) / len(ids)
-        line["difference/low"], line["difference/high"] = bootstrap(changes)
-        line |= {"McNemar p": f"{mcnemar(len(better), len(worse)):.3g}", "wrong→right": len(better),
-                 "right→wrong": len(worse)}
-        line |= {kind: list(kinds.values()).count(kind) for kind in OUTCOMES}
-        for name, group in groups.items():
-            line[f"first {name} right ({len(group)})"] = (
-                sum(scores[id] for id in group) / len(group) if group else "-")
-        lines.append(line | {"tokens": answers.tokens, "hours": f"{answers.hours:.3g}"})
-        examples.append({"wrong→right": better, "right→wrong": worse} | {
-            kind: [id for id in ids if kinds[id] == kind] for kind in OUTCOMES[2:]})
-    print(table(lines))
-    for answers, kinds in list(zip(chosen, examples))[1:]:
-        for title, of in kinds.items():
-            for id in of[:options.examples]:
-                a, b = first.rows[id][0], answers.rows[id][0]
-                print(f"\n### {answers.label}: {title}, question {id} (gold {a['answer']})\n\n{a['prompt']}\n"
-                      f"\n- {first.label}: {a['completion']}\n- {answers.label}: {b['completion']}")
-
-
-def show(options):
-    """Print one rollout of a training run; with --replay also its tokens, sampled once more from its key."""
-    path = Path(options.run)
-    if not (path / "samples.csv").exists():
-        raise ValueError(f"{path}: no samples.csv in it")
-    rows = [row for row in read_csv(path / "samples.csv") if int(row["step"]) == options.step]
-    if not 0 <= options.row < len(rows):
-        raise ValueError(f"--row {options.row}: step {options.step} of {path} has {len(rows)} rows")
-    row = rows[options.row]
-    parts = ", ".join(f"{key[7:]} {float(row[key]):.3g}" for key in row if key.startswith("reward/"))
-    print(f"step {row['step']}, question {row['id']}, group {row.get('group', '-')}, sample {row['sample']}\n"
-          f"Q: {row['prompt']}\nA: {row['completion']}\n"
-          f"reward {float(row.get('reward') or 0):.4g} ({parts}), gold {row['answer']}, extracted "
-          f"{row['extracted']!r}, advantage {row.get('advantage', '-')}, {row['tokens']} tokens")
-    if options.replay:
-        replay(path, row)
-
-
-def replay(path, row):
+def replay(run, step, row):
     """Sample a row of a GRPO run once more, from the weights of its step, and print it token by token.
 
-    ratio: the trainer's probability (transformers' forward pass) over the sampler's, at the sampled weights.
-    Errors: ValueError if no checkpoint holds those weights, or what comes out is not what was recorded.
+    ratio: the trainer's probability (transformers' forward pass) over the sampler's, at the same weights.
+    Errors: ValueError if those weights were not kept, or what comes out is not what was recorded.
     """
+    path, row = Path(run), tables.rollout(run, step, row)
+    print(tables.rollout_text(row))
     if "group" not in row:
-        raise ValueError(f"--replay: {path} has no rollouts; only a row of grpo.py's samples.csv has a key")
+        raise ValueError(f"{path} has no rollouts; only those of grpo.py can be replayed")
     config = json.loads((path / "config.json").read_text())
-    args = argparse.Namespace(**{"quantize": "none"} | config["args"] | {"shard": False, "reshard": False})
-    step = int(row["step"])
-    folder = args.model if step == 1 else str(path / f"checkpoints/step-{step - 1}")
-    if step > 1 and not Path(folder).is_dir():
-        kept = sorted(int(p.name[5:]) + 1 for p in path.glob("checkpoints/step-*"))
-        raise ValueError(f"step {step} was sampled from the weights of step {step - 1}, which were not kept; "
-                         f"--replay can show steps {', '.join(map(str, [1, *kept]))} (see --keep)")
+    given = {"quantize": "none"} | config["args"] | {"shard": False, "reshard": False}
+    args = argparse.Namespace(**given)
+    folder = weights_before(path, step) or args.model
     device = dist.setup(config["device"].partition(":")[0])
     dtype, tokenizer = models.choose_dtype(args.dtype, device), models.load_tokenizer(args.model)
     train, _ = data.train_validation(
-        args.data, n_train=args.train_questions, n_validation=args.eval_questions, level=args.level or None,
-        seed=args.seed)
+        args.data, n_train=args.train_questions, n_validation=args.eval_questions,
+        level=args.level or None, seed=args.seed)
     question = next((e for e in train if str(e.id) == row["id"]), None)
     if question is None:
         raise ValueError(f"question {row['id']} is not in {args.data} any more")
@@ -621,70 +433,25 @@ def replay(path, row):
     for token, logprob, other in zip(completion.ids, completion.logprobs, trainer):
         print(f"{tokenizer.decode([token])!r:>24}  {logprob:8.4f}  {math.exp(other - logprob):8.5f}")
     total, recorded = sum(completion.logprobs), float(row["logprob"])
-    text = tokenizer.decode(completion.ids, skip_special_tokens=True)
-    if (text, len(completion.ids)) != (row["completion"], int(row["tokens"])) or (
-            abs(total - recorded) > 1e-3 * len(trainer)):
-        raise ValueError(f"sampled again it has {len(completion.ids)} tokens and log-prob {total:.4f}, but "
+    same = (completion.text(tokenizer), str(len(trainer))) == (row["completion"], row["tokens"])
+    if not same or abs(total - recorded) > 1e-3 * len(trainer):
+        raise ValueError(f"sampled again it has {len(trainer)} tokens and log-prob {total:.4f}, but "
                          f"{row['tokens']} and {recorded:.4f} are recorded: other weights, data or machine")
     print(f"equal to what was recorded: {row['tokens']} tokens, log-prob {total:.4f}")
 
 
-def status(options):
-    """One line per run under a folder: step, reward (or loss), time of its last sign of life, ETA."""
-    root, lines = Path(options.runs), []
-    for config in sorted([*root.glob("*/config.json"), *root.glob("config.json")]):
-        args = json.loads(config.read_text()).get("args")
-        if args is None:  # a model's
-            continue
-        limit = args.get("max_steps", 0)
-        steps = [line for line in curves.read_metrics(config.parent) if "seconds" in line]
-        first = steps[0] if steps else {"step": 0, "time": config.stat().st_mtime}
-        last = steps[-1] if steps else first
-        pace = (last["time"] - first["time"]) / max(1, last["step"] - first["step"])
-        shown = [name for name in ("reward", "loss", "pass@1") if last.get(name) is not None][:1]
-        eta = clock(pace * (limit - last["step"])) if pace and limit else "?"
-        eta = "done" if (config.parent / "final").exists() else eta
-        lines.append({"run": config.parent.name, "step": f"{last['step']}/{limit or '-'}",
-                      "value": "".join(f"{name} {last[name]:.3g}" for name in shown), "ETA": eta,
-                      "last sign of life": f"{clock(time.time() - last['time'])} ago"})
-    if not lines:
-        raise ValueError(f"{root}: no runs there (a run is a folder with a config.json)")
-    print(table(lines))
-
-
-def plot(options):
-    """Curves of training runs, overlaid, as a PNG."""
-    curves.draw(options.runs, options.out, chance=options.chance)
-    print(options.out)
-
-
 def command(argv):
-    """eval.py's subcommands, on stored runs; a user's mistake ends as one line."""
-    parser = argparse.ArgumentParser(prog="eval.py", description="Look at stored runs; no model is needed.")
-    commands = parser.add_subparsers(required=True)
-
-    def add(function):
-        sub = commands.add_parser(function.__name__, help=function.__doc__, description=function.__doc__)
-        sub.set_defaults(function=function)
-        return sub.add_argument
-
-    argument = add(compare)
-    argument("runs", nargs="+", help="run directories or RUN@STEP; the others are compared with the first")
-    argument("--examples", type=int, default=1, help="rows to show of each kind of change")
-    argument = add(plot)
-    argument("runs", nargs="+", help="run directories or metrics.jsonl files")
-    argument("--out", default="curves.png", help="the picture to write")
-    argument("--chance", type=float, help="draw a line at this accuracy: what guessing gives")
-    argument = add(show)
-    argument("run", help="run directory")
-    argument("--step", type=int, required=True)
-    argument("--row", type=int, default=0, help="number of the row within the step, from 0")
-    argument("--replay", action="store_true", help="sample it once more from its key; print its tokens")
-    argument = add(status)
-    argument("runs", nargs="?", default="runs", help="folder of run directories")
-    options = parser.parse_args(argv)
+    """`replay`, and the new names of what runs.py does now; a user's mistake ends as one line."""
+    purpose = replay.__doc__.splitlines()[0]
+    parser = argparse.ArgumentParser(prog="eval.py replay", description=purpose)
+    parser.add_argument("run", help="run directory")
+    parser.add_argument("--step", type=int, required=True)
+    parser.add_argument("--row", type=int, default=0, help="number of the row in the step, from 0")
     try:
-        options.function(options)
+        if argv[0] != "replay":
+            now = "eval.py replay" if "--replay" in argv else f"runs.py {argv[0]}"
+            raise ValueError(f"it is python {now} now")
+        replay(**vars(parser.parse_args(argv[1:])))
     except ValueError as error:
         sys.exit(f"error: {error}")
 
@@ -1300,7 +1067,7 @@ class Sampler:
 
 
 if __name__ == "__main__":
-    if sys.argv[1:2] and sys.argv[1] in ("compare", "plot", "show", "status"):
+    if sys.argv[1:] and sys.argv[1] in ("replay", "compare", "plot", "show", "status"):
         command(sys.argv[1:])
     else:
         cli(main, Args)

@@ -34,7 +34,6 @@ import traceback
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from contextlib import redirect_stdout, suppress
 from pathlib import Path
-from types import SimpleNamespace
 
 BEGUN = time.monotonic()  # importing torch is part of --seconds
 ROOT = Path(__file__).resolve().parents[1]
@@ -44,10 +43,10 @@ os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")  # asking for a card
 import torch
 import transformers
 
+import runs
 from common import curves, dist, models
-from common.run import Run, read_csv
-
-evaluation = importlib.import_module("eval")  # its name is a builtin's
+from common.run import Run
+from common.tables import read_csv
 
 TEMPLATE = '{prompt}\n\nSolve it step by step. End with "The answer is" and the number.'
 REWARDS = ("correctness=1", "digit=0.1")
@@ -221,13 +220,13 @@ class Bench:
         base = {row["id"]: int(row["correct"]) for row in read_csv(self.evaluated[first] / "samples.csv")}
         share = sum(right.values()) / len(right)
         found = {"of": name, "questions": len(right), "pass@1": share,
-                 "interval": evaluation.wilson(share, len(right))}
+                 "interval": runs.wilson(share, len(right))}
         if name != first:
             changes = [right[id] - base[id] for id in base]
             better, worse = changes.count(1), changes.count(-1)
             found |= {"from": first, "difference": sum(changes) / len(changes),
-                      "difference_interval": evaluation.bootstrap(changes), "wrong_to_right": better,
-                      "right_to_wrong": worse, "mcnemar_p": evaluation.mcnemar(better, worse)}
+                      "difference_interval": runs.bootstrap(changes), "wrong_to_right": better,
+                      "right_to_wrong": worse, "mcnemar_p": runs.mcnemar(better, worse)}
         return found
 
     def summary(self):
@@ -290,7 +289,7 @@ class Bench:
         if len(self.evaluated) > 1:
             text = io.StringIO()
             with redirect_stdout(text):
-                evaluation.compare(SimpleNamespace(runs=[*map(str, self.evaluated.values())], examples=2))
+                runs.compare([*map(str, self.evaluated.values())], examples=2)
             (self.out / "compare.md").write_text(text.getvalue().replace(str(self.runs) + "/", ""))
 
     def draw(self):

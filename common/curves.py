@@ -1,4 +1,4 @@
-"""Curves of training runs as one picture: drawn at the end of every run, and by `eval.py plot`."""
+"""Curves of training runs as one picture: drawn at the end of every run, and by `runs.py plot`."""
 
 import json
 from pathlib import Path

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from common import dist, shard
+from common import curves, dist, shard
 
 TINY = Path(__file__).parent / "tiny"  # the embedded model
 
@@ -200,6 +200,14 @@ def run_arguments(name: str) -> dict:
         if (run / "metrics.jsonl").exists() and (run / "config.json").exists():
             return json.loads((run / "config.json").read_text())["args"]
     return {}
+
+
+def step_of(name: str) -> int:
+    """The training step that a checkpoint, or the newest state of a run, holds; 0 for a plain model."""
+    folder = Path(resolve(name))
+    if (folder / "state.json").exists():
+        return json.loads((folder / "state.json").read_text())["step"]
+    return max((line["step"] for line in curves.read_metrics(folder.parent / "metrics.jsonl")), default=0)
 
 
 def is_embedded(name: str) -> bool:

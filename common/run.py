@@ -33,6 +33,7 @@ import torch
 from safetensors import SafetensorError
 
 from common import curves, dist, memory, models, rewards, shard
+from common.tables import clock, read_csv
 
 
 @dataclasses.dataclass
@@ -292,6 +293,23 @@ class Run:
         if self._line:
             sys.stderr.write("\r" + " " * self._line + "\r")
             self._line = 0
+
+    def count_answers(self, label, examples, tokenizer):
+        """For a sampler to call as answers end: how many, how many right, and when all are, on the terminal.
+
+        Errors: dist.Stopped if a signal asks to leave.
+        """
+        started, right = time.monotonic(), 0
+
+        def progress(done, total, ended):
+            nonlocal right
+            dist.check_stop()
+            if sys.stderr.isatty():
+                right += sum(rewards.judge([examples[p]], [c.text(tokenizer)])[0] for p, _, c in ended)
+                left = (time.monotonic() - started) / done * (total - done)
+                self.progress(f"{label}: {done}/{total} answers, {right / done:.1%} right, ETA {clock(left)}")
+
+        return progress
 
     def progress(self, text) -> None:
         """A line that the next one overwrites, on a terminal only. Errors: Stopped if a signal came."""
@@ -672,11 +690,17 @@ def damage(folder) -> str:
         return "state.json is not what was written"
 
 
-def read_csv(path) -> list[dict]:
-    """The rows of a CSV that `Run.write_rows` wrote, as text."""
-    csv.field_size_limit(2**31 - 1)  # completions can be long
-    with open(path, newline="", encoding="utf-8") as file:
-        return list(csv.DictReader(file))
+def weights_before(run, step) -> str:
+    """The checkpoint from which a run sampled a step; "" for its first, which the start model sampled.
+
+    Errors: ValueError if it was not kept, with the steps whose weights were.
+    """
+    folder = Path(run) / f"checkpoints/step-{step - 1}"
+    if step == 1 or folder.is_dir():
+        return str(folder) if step > 1 else ""
+    kept = sorted(int(path.name[5:]) + 1 for path in folder.parent.glob("step-*"))
+    raise ValueError(f"step {step} was sampled from the weights of step {step - 1}, which were not kept; "
+                     f"those of steps {', '.join(map(str, [1, *kept]))} were (see --keep)")
 
 
 def paired_interval(before, after):
@@ -754,9 +778,3 @@ def _version(package):
         return version(package)
     except PackageNotFoundError:
         return "not installed"
-
-
-def clock(seconds) -> str:
-    """1:02:03, or 2:03 under an hour."""
-    hours, rest = divmod(int(seconds), 3600)
-    return f"{hours}:{rest // 60:02d}:{rest % 60:02d}" if hours else f"{rest // 60}:{rest % 60:02d}"

@@ -28,8 +28,8 @@ if [ -z "$jobs" ]; then
     for method in grpo ppo; do
         bash "$here/train.sbatch" $method.py --out "$OUT/$method" "${training[@]}"
     done
-    bash "$here/train.sbatch" eval.py compare "$OUT/grpo" "$OUT/ppo" --examples 0
-    bash "$here/train.sbatch" eval.py plot "$OUT/grpo" "$OUT/ppo" --out "$OUT/curves.png"
+    bash "$here/train.sbatch" runs.py compare "$OUT/grpo" "$OUT/ppo" --examples 0
+    bash "$here/train.sbatch" runs.py plot "$OUT/grpo" "$OUT/ppo" --out "$OUT/curves.png"
     exit
 fi
 
@@ -60,5 +60,5 @@ for method in grpo ppo; do
     evaluated+=${evaluated:+:}$id
 done
 send compare "$evaluated" "${CPU:-$options}" \
-    eval.py compare "$OUT/eval-grpo" "$OUT/eval-ppo" "$OUT/baseline" --examples 0
-send plot "$evaluated" "${CPU:-$options}" eval.py plot "$OUT/grpo" "$OUT/ppo" --out "$OUT/curves.png"
+    runs.py compare "$OUT/eval-grpo" "$OUT/eval-ppo" "$OUT/baseline" --examples 0
+send plot "$evaluated" "${CPU:-$options}" runs.py plot "$OUT/grpo" "$OUT/ppo" --out "$OUT/curves.png"

@@ -1,6 +1,7 @@
 """Run a script's command in this process, faster than in one of its own."""
 
 import contextlib
+import csv
 import importlib
 import io
 import os
@@ -9,10 +10,13 @@ import sys
 from pathlib import Path
 from unittest import mock
 
+import pytest
+
 from common import curves, dist
 from common.run import cli
 
 ROOT = Path(__file__).resolve().parents[1]
+SMALL = ["--level", "1", "--max-new-tokens", "24"]  # of a quick evaluation
 ENV = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
 
 
@@ -29,7 +33,9 @@ def run(*words, cwd, fails=False, script="eval.py", draw=False):
     try:
         os.chdir(cwd)
         with contextlib.redirect_stdout(out):
-            if words and words[0] in ("compare", "plot", "show", "status"):
+            if script == "runs.py":
+                module.main(words)
+            elif words and words[0] == "replay":
                 module.command(words)
             else:
                 with contextlib.nullcontext() if draw else mock.patch.object(curves, "draw"):
@@ -44,3 +50,19 @@ def run(*words, cwd, fails=False, script="eval.py", draw=False):
     assert bool(error) == fails, out.getvalue() + error
     assert not error or (error.startswith("error: ") and "\n" not in error)
     return error or out.getvalue()
+
+
+def read(path):
+    """The rows of a CSV, by the standard library alone."""
+    with open(path, newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory):
+    """A short GRPO run of the embedded model with a checkpoint after every step."""
+    cwd = tmp_path_factory.mktemp("trained")
+    run("--out", "grpo", "--max-steps", 3, "--save-every", 1, "--keep", 3, "--eval-questions", 20,
+        "--train-questions", 50, "--prompts-per-step", 4, "--num-generations", 4, "--warmup-steps", 0,
+        "--max-new-tokens", 40, cwd=cwd, script="grpo.py", draw=True)
+    return cwd

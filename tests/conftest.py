@@ -8,5 +8,6 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import pytest
 
-pytest.register_assert_rewrite("tests.processes")
+pytest.register_assert_rewrite("tests.commands", "tests.processes")
+from tests.commands import trained  # noqa: F401
 from tests.processes import go, start, tiny  # noqa: F401

@@ -21,7 +21,7 @@ import grpo
 from bench import (algorithms, beside, gpu, gpu_parts, gpu_tools, grpo_step, models, pairs_step, ppo_memory,
                    real_gpu, sampling, scaling)
 from common import data
-from common.run import read_csv
+from common.tables import read_csv
 from tests.commands import run
 
 ROOT = Path(__file__).resolve().parents[1]

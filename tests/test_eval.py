@@ -1,4 +1,4 @@
-"""eval.py: estimators against their definitions, whole evaluations of small models, comparisons by hand."""
+"""eval.py: estimators by their definitions, whole evaluations of small models, rollouts sampled again."""
 
 import csv
 import itertools
@@ -7,26 +7,21 @@ import random
 import re
 import shutil
 import statistics
+import subprocess
+import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
 
 import eval
 from common import curves, data, models, rewards
-from eval import bootstrap, majority, mcnemar, pass_at_k, summarise, wilson
-from tests.commands import run
+from eval import majority, pass_at_k, summarise
+from tests.commands import SMALL, read, run
 
 torch.set_num_threads(1)
 ROOT = Path(__file__).resolve().parents[1]
 DATA = ROOT.parent / "shared" / "data"
-SMALL = ["--level", "1", "--max-new-tokens", "24"]
-
-
-def read(path):
-    with open(path, newline="", encoding="utf-8") as file:
-        return list(csv.DictReader(file))
 
 
 # ---- estimators ----
@@ -44,25 +39,6 @@ def test_pass_at_k_is_the_mean_over_all_subsets(n):
 
 def test_golden_pass_at_k():
     assert pass_at_k(10, 3, 5) == pytest.approx(0.916667, abs=1e-6)
-
-
-def test_mcnemar_and_wilson_agree_with_scipy():
-    stats = pytest.importorskip("scipy.stats")
-    for b, c in [(0, 0), (0, 5), (3, 9), (10, 10), (40, 17)]:
-        expected = stats.binomtest(b, b + c).pvalue if b + c else 1.0
-        assert mcnemar(b, c) == mcnemar(c, b) == pytest.approx(expected, abs=1e-12)
-    for c, n in [(0, 5), (3, 10), (500, 1000), (7, 7)]:
-        expected = stats.binomtest(c, n).proportion_ci(method="wilson")
-        assert wilson(c / n, n) == pytest.approx((expected.low, expected.high), abs=1e-6)
-
-
-def test_bootstrap_agrees_with_scipy():
-    """Two Monte Carlo estimates of a bound with spread 0.04: each is off by about 0.001."""
-    stats, np = pytest.importorskip("scipy.stats"), pytest.importorskip("numpy")
-    changes = [1] * 30 + [-1] * 12 + [0] * 158
-    expected = stats.bootstrap((changes,), np.mean, method="percentile", n_resamples=10_000, rng=1)
-    assert bootstrap(changes) == pytest.approx(tuple(expected.confidence_interval), abs=0.006)
-    assert bootstrap([0] * 20) == (0.0, 0.0)
 
 
 @pytest.mark.parametrize("answers, correct, expected", [
@@ -153,16 +129,6 @@ def test_non_latin_text_survives():
 
 
 # ---- whole evaluations ----
-
-
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory):
-    """A short GRPO run of the embedded model with a checkpoint after every step."""
-    cwd = tmp_path_factory.mktemp("trained")
-    run("--out", "grpo", "--max-steps", 3, "--save-every", 1, "--keep", 3, "--eval-questions", 20,
-        "--train-questions", 50, "--prompts-per-step", 4, "--num-generations", 4, "--warmup-steps", 0,
-        "--max-new-tokens", 40, cwd=cwd, script="grpo.py", draw=True)
-    return cwd
 
 
 @pytest.mark.parametrize("n", [1, 7, 13])
@@ -257,10 +223,7 @@ def test_one_prompt_and_dry_run_leave_nothing(tmp_path):
     (["--model", "base"], ["--model base"]),
     (["--preamble", "a", "a"], ["--preamble", "'a'"]),
     (["--few-shot", 9, "--data", "arithmetic", "--level", "9"], ["9"]),
-    (["compare", "nowhere"], ["nowhere"]),
-    (["plot", "nowhere"], ["nowhere"]),
-    (["show", "nowhere", "--step", 1], ["nowhere"]),
-    (["status", "nowhere"], ["nowhere"])])
+    (["replay", "nowhere", "--step", 1], ["nowhere"])])
 def test_mistakes_are_one_line(words, parts, tmp_path):
     error = run(*words, cwd=tmp_path, fails=True)
     assert all(part in error for part in parts) and list(tmp_path.iterdir()) == []
@@ -299,57 +262,12 @@ def test_latex_answers_are_judged_by_math_verify(tmp_path, monkeypatch):
     assert curves.read_metrics("f")[0]["reward_failed"] == 1
 
 
-# ---- stored runs ----
-
-
-def test_a_run_compared_with_itself_does_not_differ(trained):
-    run("--limit", 9, "--out", "self", *SMALL, cwd=trained)
-    out = run("compare", "self", "self", "--examples", 0, cwd=trained)
-    assert "9 questions in common, 0 left out" in out
-    same = out.splitlines()[-1]
-    assert "| 0.000 [0.000, 0.000] | 1 | 0 | 0 |" in same
-
-
-def write_answers(folder, rows):
-    folder.mkdir()
-    common = {"model": "m", "preamble": "", "step": 0, "sample": 0, "answer": "5", "prompt": "2+3?"}
-    with open(folder / "samples.csv", "w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(
-            file, [*common, "id", "correct", "completion", "extracted", "finished", "tokens"])
-        writer.writeheader()
-        writer.writerows([common | row for row in rows])
-
-
-def test_compare_by_hand(tmp_path):
-    """Right, then wrong format; wrong, then right; right twice; wrong, then without an answer."""
-    good = {"correct": 1, "completion": "<think>a</think><answer>5</answer>", "extracted": "5", "finished": 1,
-            "tokens": 10}
-    bad = good | {"correct": 0, "completion": "<think>b</think><answer>6</answer>", "extracted": "6"}
-    write_answers(tmp_path / "a", [good | {"id": 0}, bad | {"id": 1}, good | {"id": 2}, bad | {"id": 3}])
-    write_answers(tmp_path / "b", [bad | {"id": 0, "completion": "6?\n\"ọ̀\", maybe"}, good | {"id": 1},
-                                   good | {"id": 2}, bad | {"id": 3, "extracted": "", "completion": "hm"}])
-    out = run("compare", "a", "b", cwd=tmp_path)
-    header, _, first, second = [line.split(" | ") for line in out.splitlines() if line.startswith("|")]
-    cells = dict(zip([name.strip("| ") for name in header], [cell.strip("| ") for cell in second]))
-    assert cells["pass@1"].startswith("0.500") and cells["difference"].startswith("0.000")
-    assert (cells["wrong→right"], cells["right→wrong"], cells["McNemar p"]) == ("1", "1", "1")
-    assert (cells["right"], cells["wrong"], cells["wrong format"], cells["no answer"]) == ("2", "0", "1", "1")
-    assert cells["first always right (2)"] == cells["first never right (2)"] == "0.500"
-    assert cells["tokens"] == "40" and cells["run"] == "b m"
-    assert "### b m: right→wrong, question 0 (gold 5)" in out and "6?\n\"ọ̀\", maybe" in out
-    write_answers(tmp_path / "c", [good | {"id": 0, "answer": "8"}])
-    assert "different questions" in run("compare", "a", "c", cwd=tmp_path, fails=True)
-
-
-def test_training_runs_are_compared_by_step(trained):
-    out = run("compare", "grpo", "--examples", 0, cwd=trained)
-    assert "| grpo@0 |" in out and "| grpo@3 |" in out and "20 questions in common" in out
-    assert "| grpo@0 |" in run("compare", "grpo@0", "grpo@3", "--examples", 0, cwd=trained)
+# ---- a rollout sampled again ----
 
 
 @pytest.mark.parametrize("step, row", [(1, 0), (2, 7), (3, 15)])
 def test_a_rollout_sampled_again_is_what_was_recorded(trained, step, row):
-    out = run("show", "grpo", "--step", step, "--row", row, "--replay", cwd=trained)
+    out = run("replay", "grpo", "--step", step, "--row", row, cwd=trained)
     recorded = [r for r in read(trained / "grpo" / "samples.csv") if r["step"] == str(step)][row]
     assert recorded["completion"] in out and "equal to what was recorded" in out
     tokens = [line for line in out.splitlines() if re.search(r"-?\d\.\d{4}\s+\d\.\d{5}$", line)]
@@ -361,73 +279,14 @@ def test_a_rollout_sampled_again_is_what_was_recorded(trained, step, row):
 def test_steps_whose_weights_are_gone_are_named(trained, tmp_path):
     shutil.copytree(trained / "grpo", tmp_path / "grpo")
     shutil.rmtree(tmp_path / "grpo" / "checkpoints" / "step-1")
-    error = run("show", "grpo", "--step", 2, "--replay", cwd=tmp_path, fails=True)
+    error = run("replay", "grpo", "--step", 2, cwd=tmp_path, fails=True)
     assert "steps 1, 3, 4" in error
 
 
-def test_models_of_one_directory_are_compared(trained):
-    """Tokens and hours are each row's own; two directories of one name keep their answers apart."""
-    run("--model", "base", "grpo", "--limit", 8, "--max-new-tokens", 40, "--out", "x/e", cwd=trained)
-    shutil.copytree(trained / "x", trained / "y", dirs_exist_ok=True)
-    rows = read(trained / "x" / "e" / "samples.csv")
-    out = run("compare", "x/e", "y/e", cwd=trained)
-    table = [[cell.strip() for cell in line.strip("|").split("|")] for line in out.splitlines()
-             if line.startswith("|")]
-    found = {line[0]: dict(zip(table[0], line)) for line in table[2:]}
-    assert list(found) == ["x/e base", "x/e grpo", "y/e base", "y/e grpo"]
-    for model in ("base", "grpo"):
-        tokens = sum(int(row["tokens"]) for row in rows if row["model"] == model)
-        assert found[f"x/e {model}"]["tokens"] == found[f"y/e {model}"]["tokens"] == str(tokens)
-
-
-def test_status_of_everything(trained):
-    run("--model", "grpo", "--limit", 3, "--max-new-tokens", 40, "--out", "st/e", cwd=trained)
-    (trained / "st" / "model").mkdir()
-    (trained / "st" / "model" / "config.json").write_text("{}")
-    line = run("status", "st", cwd=trained).splitlines()[-1]
-    assert "| e |" in line and "pass@1" in line and "| ? |" in line
-
-
-def test_status(trained):
-    out = run("status", ".", cwd=trained)
-    line = next(line for line in out.splitlines() if "| grpo |" in line)
-    assert "| 3/3 |" in line and "reward" in line and "done" in line and "ago" in line
-
-
-def test_curves_show_what_the_metrics_hold(trained, tmp_path, monkeypatch):
-    """One panel per metric that is there, named axes, a legend for several runs, the line of guessing."""
-    figures = []
-    from matplotlib import figure
-
-    Figure = figure.Figure
-    monkeypatch.setattr(figure, "Figure", lambda **kwargs: figures.append(Figure(**kwargs)) or figures[-1])
-    curves.draw([trained / "grpo", trained / "grpo" / "metrics.jsonl"], tmp_path / "c.png", chance=0.25)
-    axes = {ax.get_title(): ax for ax in figures[0].axes if ax.get_visible()}
-    assert {"reward", "held-out pass@1", "entropy", "length", "gradient norm", "time of a step"} <= set(axes)
-    assert all(ax.get_xlabel() == "step" and ax.get_ylabel() for ax in axes.values())
-    lines = curves.read_metrics(trained / "grpo")
-    expected = [line["reward"] for line in lines if "reward" in line]
-    assert list(axes["reward"].lines[0].get_ydata()) == expected
-    assert 0.25 in [line.get_ydata()[0] for line in axes["held-out pass@1"].lines]
-    assert (trained / "grpo" / "curves.png").exists()  # the run drew its own
-    (tmp_path / "empty").mkdir()
-    with pytest.raises(ValueError, match="no metrics"):
-        curves.draw([tmp_path / "empty"], tmp_path / "d.png")
-
-
-def test_samples_survive_a_spreadsheet(tmp_path):
-    """Newlines, quotes, separators, any Unicode: csv -> rows -> csv is identical."""
-    text = 'a\n"b", c;\td\r\n\'=1+1 ṣé 😀 \u2028 \x0b'
-    from common.run import Run
-
-    writer = Run.__new__(Run)
-    writer.path, writer._wandb = tmp_path, None
-    rows = [{"id": 1, "prompt": text, "completion": ""}, {"id": 2, "prompt": "", "completion": text}]
-    Run.write_rows(writer, rows)
-    once = (tmp_path / "samples.csv").read_bytes()
-    again = read(tmp_path / "samples.csv")
-    assert [row["prompt"] for row in again] == [text, ""]
-    (tmp_path / "samples.csv").unlink()
-    Run.write_rows(writer, again)
-    assert (tmp_path / "samples.csv").read_bytes() == once
-    assert json.loads(json.dumps(again)) == again
+@pytest.mark.parametrize("words, now", [
+    (["compare", "a", "b"], "runs.py compare"), (["plot", "a"], "runs.py plot"),
+    (["status"], "runs.py status"), (["show", "a", "--step", "1"], "runs.py show"),
+    (["show", "a", "--step", "1", "--replay"], "eval.py replay")])
+def test_a_command_that_has_moved_is_named(words, now):
+    done = subprocess.run([sys.executable, ROOT / "eval.py", *words], capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (1, "", f"error: it is python {now} now\n")

@@ -414,7 +414,7 @@ def test_the_first_step(small):
 
 def test_logged_means_are_those_of_the_samples(small):
     """Recomputed from samples.csv: reward, its parts, correct, length, entropy."""
-    from common.run import read_csv
+    from common.tables import read_csv
 
     rows = read_csv(small / "samples.csv")
     for line in curves.read_metrics(small):
@@ -562,7 +562,7 @@ def test_dry_run_keeps_nothing(tmp_path):
 @pytest.mark.parametrize("script", ["ppo.py", "grpo.py"])
 def test_a_token_budget_ends_the_run(script, tmp_path):
     """With the step that reaches it; what was sampled is what samples.csv holds; resuming adds nothing."""
-    from common.run import read_csv
+    from common.tables import read_csv
 
     small = ["--max-steps", 99, "--prompts-per-step", 4, "--num-generations", 2, "--eval-questions", 4,
              "--max-new-tokens", 24, "--token-budget", 150, "--warmup-steps", 0, "--train-questions", 40]

@@ -28,12 +28,12 @@ def test_command_parses(words):
         done = subprocess.run([sys.executable, *words[at:], "--dry"], cwd=ROOT, capture_output=True, text=True)
         assert done.returncode == 0 and done.stdout.count("star.py") == 4, done.stderr
         return
-    if words[at + 1] in ("compare", "plot", "show", "status"):
+    module = importlib.import_module(words[at].removesuffix(".py"))
+    if words[at] == "runs.py" or words[at + 1] == "replay":
         with pytest.raises(SystemExit, match="error: runs"):  # it was understood; there are no such runs
-            importlib.import_module("eval").command(words[at + 1:])
+            (module.main if words[at] == "runs.py" else module.command)(words[at + 1:])
         return
-    Args = importlib.import_module(words[at].removesuffix(".py")).Args
-    tyro.cli(Args, args=words[at + 1:])
+    tyro.cli(module.Args, args=words[at + 1:])
 
 
 @pytest.mark.parametrize("switches", SWITCHES)

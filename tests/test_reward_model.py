@@ -13,7 +13,8 @@ from transformers import AutoModelForSequenceClassification
 import reward_model
 from common import curves, data, models, rewards
 from common.data import Example, Preference
-from common.run import Fitting, read_csv
+from common.run import Fitting
+from common.tables import read_csv
 from reward_model import (
     Args,
     Comparison,

@@ -173,10 +173,10 @@ def test_environments_are_activated(cluster, tmp_path):
 
 
 def test_the_run_directory(cluster):
-    """Of --out, of OUT, or named by the job, so that it is found again; eval.py compare makes none."""
+    """Of --out, of OUT, or named by the job, so that it is found again; runs.py compare makes none."""
     for words, env in [(["--out", "runs/a"], {"OUT": "runs/b"}), ([], {"OUT": "runs/b"}), ([], {})]:
         cluster("submit.sh", "grpo.py", *words, **env)
-    cluster("submit.sh", "--gpus-per-node=8", "eval.py", "compare", "runs/a", "runs/b", OUT="runs/c")
+    cluster("submit.sh", "--gpus-per-node=8", "runs.py", "compare", "runs/a", "runs/b", OUT="runs/c")
     assert [command[1:] for command, *_ in cluster.started] == [
         ["--out", "runs/a"], ["--out", "runs/b"], ["--out", "runs/grpo-3"], ["compare", "runs/a", "runs/b"]]
     (cluster.path / "runs/a/final").mkdir(parents=True)

@@ -20,7 +20,7 @@ import dpo
 import star
 from common import curves, data, models
 from common.data import HINT, Example
-from common.run import read_csv
+from common.tables import read_csv
 from star import (
     Args,
     Completion,
