@@ -208,9 +208,9 @@ def test_the_critic_has_a_rate_and_a_norm_of_its_own(clipped, policy, critic, go
     [line] = train_lines(folder)
     assert (line["lr"], line["critic_lr"]) == (1e-3, 4e-3)
     assert line["grad_norm"] > 1e-3 and line["critic_grad_norm"] > 1e-3  # before the clip
-    head = critic_head(folder, 1).abs().max().item()
-    assert largest_step(folder) == pytest.approx(1e-3, rel=0.01) if policy else largest_step(folder) < 2e-4
-    assert head == pytest.approx(4e-3, rel=0.01) if critic else head < 8e-4
+    steps = largest_step(folder) / 1e-3, critic_head(folder, 1).abs().max().item() / 4e-3
+    assert steps == (pytest.approx(policy, abs=0.01 if policy else 0.2),
+                     pytest.approx(critic, abs=0.01 if critic else 0.2))
 
 
 def test_the_critics_rate_is_twice_the_policys_by_default(go):
@@ -395,4 +395,4 @@ def test_hinted_answers_have_noise_of_their_own(asked_twice):
             first, again = column(of, "completion", str)
             assert not again.startswith(re.sub("^(<[^>]*>|.)", "", first))
             hinted += 1
-    assert hinted > 3
+    assert hinted > 5  # of some 35
