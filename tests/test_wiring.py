@@ -259,7 +259,7 @@ def test_the_adapted_beta_is_the_one_in_the_reward(go):
 
 
 def test_a_steps_updates_end_at_the_kl_of_a_token(go):
-    """Of the old policy to the new, k3, over all tokens: as transformers has it of the weights left behind."""
+    """Of the old policy to the new, k3, over all tokens: that of the weights it leaves behind."""
     flags = {"script": "ppo.py", "model": None, "max_steps": 1, "ppo_epochs": 2, "minibatches": 1, "lr": 1e-3}
     folder = go("run", target_kl=1e-9, **flags).folder
     [line] = train_lines(folder)
@@ -388,7 +388,7 @@ def test_a_cut_off_answer_solves_no_question(asked_twice):
 
 
 def test_hinted_answers_have_noise_of_their_own(asked_twice):
-    """The hint is a token: with the noise of the first answer they would be that, from its second token on."""
+    """The hint is a token: by the noise of the first answer they were that, from its second token on."""
     hinted = 0
     for of in by_question(rows(asked_twice["star"])):
         if len(of) == 2:
