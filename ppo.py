@@ -674,7 +674,9 @@ def main(args: Args) -> None:
                     dist.sum_gradients(critic_params)
                     norm = shard.clip_gradients(params, args.max_grad_norm)
                     critic_norm = shard.clip_gradients(critic_params, args.critic_max_grad_norm)
-                    optimizer.param_groups[0]["lr"] = learning_rate(max(1, step - args.critic_warmup), args)
+                    optimizer.param_groups[0]["lr"] = learning_rate(  # over the steps that are the policy's
+                        max(1, step - args.critic_warmup),
+                        replace(args, max_steps=args.max_steps - args.critic_warmup))
                     critic_optimizer.param_groups[0]["lr"] = learning_rate(
                         step, replace(args, lr=args.critic_lr))
                     if math.isfinite(norm) and math.isfinite(critic_norm) and finite:

@@ -650,7 +650,8 @@ def main(args: Args) -> None:
                    "sampled_tokens": sampled_tokens, "tokens_per_batch": fits.tokens_per_batch}
         if args.strategy == "dpo":
             metrics["accuracy"] = sums["accuracy"] / len(batch)
-        metrics = run.log(step, metrics, last_step(), show=("iteration", "loss", "accuracy", "grad_norm"))
+        metrics = run.log(step, metrics, min(last_step(), args.max_steps or math.inf),
+                          show=("iteration", "loss", "accuracy", "grad_norm"))
         if args.dry_run:
             break
 

@@ -144,6 +144,7 @@ def test_pairs_of_one_question():
     assert [(p.chosen, p.rejected) for p in pairs] == [([1, 9], [2, 9]), ([5, 9], [3, 9])]
     assert len(right_against_wrong([7], rows, [1, 0, 1, 0, 0, 1], 1)) == 1
     assert right_against_wrong([7], rows, [1] * 6, 4) == []
+    assert right_against_wrong([7], [rows[0], rows[4]], [1, 0], 4) == []  # cut off: neither right nor wrong
 
 
 @pytest.mark.parametrize("more, accuracy", [

@@ -230,6 +230,13 @@ def test_the_policy_warms_up_when_its_turn_comes(go):
     assert critic_head(folder, 1).abs().max().item() == pytest.approx(2e-3, rel=0.01)
 
 
+def test_the_policys_rate_falls_over_its_own_steps(go):
+    """Linear: of four steps the last three are the policy's; past the last, the rate would be 0."""
+    lines = train_lines(go("run", script="ppo.py", max_steps=4, lr=3e-3, warmup_steps=0, critic_warmup=1,
+                           lr_schedule="linear", **ONE_UPDATE).folder)
+    assert [line["lr"] for line in lines[1:]] == pytest.approx([2.25e-3, 1.5e-3, 0.75e-3])
+
+
 ADAPTIVE = {"script": "ppo.py", "beta": 1.0, "lr": 3e-3, "max_steps": 3, **ONE_UPDATE}
 
 
