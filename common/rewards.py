@@ -695,7 +695,7 @@ def _load(path, name):
     sys.path.insert(0, str(Path(path).parent))  # a reward may import its neighbours
     spec = importlib.util.spec_from_file_location("_reward_" + Path(path).stem, path)
     module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    exec(compile(Path(path).read_bytes(), path, "exec"), module.__dict__)  # leaves no bytecode beside it
     function = getattr(module, name)
     inspect.signature(function).bind_partial([], [], [])  # TypeError where it cannot take the three lists
     return function
