@@ -9,4 +9,5 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import pytest
 
 pytest.register_assert_rewrite("tests.processes")
+from tests.float64 import float64  # noqa: F401
 from tests.processes import go, start, tiny  # noqa: F401
