@@ -36,7 +36,7 @@ from math import exp, isfinite, isnan, nan
 from pathlib import Path
 
 TAGS = ("<think>", "</think>", "<answer>", "</answer>")
-LOAD_TIMEOUT_S = 120.0  # for importing a user's reward file, which may import torch
+LOAD_TIMEOUT_S = 120.0  # for importing a user's reward file (and torch, perhaps); no call's time includes it
 
 # ---- Comparing answers: as exact fractions where both are numbers, never as floats.
 
@@ -644,8 +644,7 @@ class _Worker:
         root = Path(__file__).resolve().parents[1]
         self.command = [sys.executable, "-u", "-c", _START, str(root), str(Path(path).resolve()), name]
         self.lock, self.process = threading.Lock(), None
-        _, error = self.ask(None, LOAD_TIMEOUT_S)
-        if error:
+        if error := self.load():
             self.kill()
             raise ValueError(f"reward {name!r}: {error}")
 
@@ -655,15 +654,19 @@ class _Worker:
             self.process.wait()
             self.process = None
 
+    def load(self):
+        """Start the process, unless it runs, until it has loaded the function; what went wrong, or ""."""
+        if self.process:
+            return ""
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+        # A session of its own: Ctrl-C reaches the run alone, which needs its rewards to finish the step.
+        self.process = subprocess.Popen(self.command, start_new_session=True, **pipes)
+        return self.ask(None, LOAD_TIMEOUT_S)[1]
+
     def ask(self, arguments, timeout_s):
-        """The reply (values, error) to one request; values is None where it failed."""
-        if self.process is None:
-            pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-            # A session of its own: Ctrl-C reaches the run alone, which needs its rewards to finish the step.
-            self.process = subprocess.Popen(self.command, start_new_session=True, **pipes)
-            _, error = self.ask(None, LOAD_TIMEOUT_S)
-            if error:
-                return None, error
+        """The reply (values, error) to one request, the time of `load` not counted; no values: it failed."""
+        if error := self.load():
+            return None, error
         process, reply = self.process, ""
         try:
             with suppress(BrokenPipeError):
@@ -681,13 +684,17 @@ class _Worker:
             values, error = self.ask([prompts, responses, answers, columns], timeout_s)
             if values is not None:
                 return values, error
-            values, deadline = [nan] * len(prompts), time.monotonic() + 2 * timeout_s
+            values, loading, calling = [nan] * len(prompts), 0.0, 0.0
             for i in range(len(prompts)):
-                if time.monotonic() < deadline:
-                    row = [column[i : i + 1] for column in (prompts, responses, answers)]
-                    row.append({name: column[i : i + 1] for name, column in columns.items()})
-                    found, _ = self.ask(row, max(1.0, timeout_s / len(prompts)))
-                    values[i] = found[0] if found else nan
+                begun = time.monotonic()
+                if calling >= 2 * timeout_s or loading >= LOAD_TIMEOUT_S or self.load():
+                    break
+                loaded = time.monotonic()
+                row = [column[i : i + 1] for column in (prompts, responses, answers)]
+                row.append({name: column[i : i + 1] for name, column in columns.items()})
+                found, _ = self.ask(row, max(1.0, timeout_s / len(prompts)))
+                values[i] = found[0] if found else nan
+                loading, calling = loading + loaded - begun, calling + time.monotonic() - loaded
             return values, error
 
 
@@ -695,9 +702,11 @@ def _load(path, name):
     sys.path.insert(0, str(Path(path).parent))  # a reward may import its neighbours
     spec = importlib.util.spec_from_file_location("_reward_" + Path(path).stem, path)
     module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    exec(compile(Path(path).read_bytes(), path, "exec"), module.__dict__)  # leaves no bytecode beside it
     function = getattr(module, name)
     inspect.signature(function).bind_partial([], [], [])  # TypeError where it cannot take the three lists
+    if path == str(Path(__file__).resolve()):  # `math`: importing and readying math_verify takes seconds
+        function([""], [r"\boxed{1+x}"], ["x+1"])
     return function
 
 

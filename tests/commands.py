@@ -17,7 +17,7 @@ from common.run import cli
 
 ROOT = Path(__file__).resolve().parents[1]
 SMALL = ["--level", "1", "--max-new-tokens", "24"]  # of a quick evaluation
-ENV = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
+ENV = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_WAIT_POLICY": "PASSIVE"}
 
 
 def run(*words, cwd, fails=False, script="eval.py", draw=False):

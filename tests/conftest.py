@@ -10,4 +10,5 @@ import pytest
 
 pytest.register_assert_rewrite("tests.commands", "tests.processes")
 from tests.commands import trained  # noqa: F401
+from tests.float64 import float64  # noqa: F401
 from tests.processes import go, start, tiny  # noqa: F401

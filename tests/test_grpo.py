@@ -990,9 +990,10 @@ def toy():
 RUN = SimpleNamespace(device=CPU, progress=lambda text: None, phase=lambda name: nullcontext())
 
 
-def test_identical_prompts_stay_groups_of_their_own(toy):
+def test_identical_prompts_stay_groups_of_their_own(toy, float64):
     """C-15, C-43: grouped by number, not by text, with noise of their own; any row can be replayed alone."""
-    sampler, examples, prompt_ids = toy
+    _, examples, prompt_ids = toy
+    sampler = Sampler(tiny_model("qwen2", vocab_size=16), {1}, 64)
     args = Args(num_generations=4, max_new_tokens=12, seed=5)
     questions = [(0, examples[6]), (1, examples[2]), (4, examples[9])]
     rollouts = sample_rollouts(sampler, questions, prompt_ids, args, 3, RUN)

@@ -132,11 +132,11 @@ def one_line(group):
 
 @pytest.mark.parametrize("victim, more", [(1, {}), (0, {}), (2, {"shard": True, "reshard": True})])
 def test_a_killed_rank_ends_all(go, victim, more):
-    """kill -9: within 30 seconds there is one line that names the rank, and no process left."""
+    """kill -9: soon there is one line that names the rank, and no process left."""
     run = go("run", ranks=3, wait=False, max_steps=10_000, **more)
     wait_for(lambda: n_steps(run) > 2)
     os.kill(run.group[victim].pid, signal.SIGKILL)
-    wait_for(lambda: None not in [process.poll() for process in run.group], run.said, seconds=30)
+    wait_for(lambda: None not in [process.poll() for process in run.group], run.said)
     assert f"rank {victim} of 3 is gone" in one_line(run.group)
     assert [process.code for process in run.group if process is not run.group[victim]] == [1, 1]
 
@@ -173,7 +173,7 @@ def policy_loss(*arguments, **more):
 original, script.policy_loss = script.policy_loss, policy_loss
 """)
     run = go("run", script=wrapper, ranks=2, wait=False, env={"UNROLLED_TIMEOUT": "4"})
-    wait_for(lambda: None not in [process.poll() for process in run.group], run.said, seconds=30)
+    wait_for(lambda: None not in [process.poll() for process in run.group], run.said)
     assert run.code == 1 and "did not answer in time" in one_line(run.group)
 
 

@@ -22,7 +22,7 @@ SWITCHES = re.findall(r"^\| .*? \| `(--.*?)` \|$", README, re.MULTILINE)
 
 
 @pytest.mark.parametrize("words", SCRIPTS, ids=" ".join)
-def test_command_parses(words):
+def test_command_parses(words, tmp_path, monkeypatch):
     at = next(i for i, word in enumerate(words) if word.endswith(".py"))
     if "/" in words[at]:
         done = subprocess.run([sys.executable, *words[at:], "--dry"], cwd=ROOT, capture_output=True, text=True)
@@ -30,6 +30,7 @@ def test_command_parses(words):
         return
     module = importlib.import_module(words[at].removesuffix(".py"))
     if words[at] == "runs.py" or words[at + 1] == "replay":
+        monkeypatch.chdir(tmp_path)  # the clone may hold runs
         with pytest.raises(SystemExit, match="error: runs"):  # it was understood; there are no such runs
             (module.main if words[at] == "runs.py" else module.command)(words[at + 1:])
         return

@@ -26,6 +26,7 @@ import common.models
 from common import rewards
 from common.data import Example
 from common.rewards import extract_answer, extract_choice, normalize_number, parse_rewards, same_answer, score
+from tests.processes import wait_for
 
 ROOT = Path(__file__).resolve().parents[1]
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
@@ -151,13 +152,13 @@ HOSTILE = {
 @pytest.mark.parametrize("name", HOSTILE)
 def test_hostile_text_is_linear(name):
     text = HOSTILE[name]
-    start = time.perf_counter()
+    start = time.process_time()  # not the clock's: the machine may be busy
     for task in ("math", "choice", "countdown"):
         rewards.correctness([""], [text], ["7"], tasks=[task], metas=[{"numbers": [7]}])
     rewards.digit([""], [text], ["7"])
     rewards.format([""], [text], ["7"])
     same_answer(text, "7")
-    assert time.perf_counter() - start < 2.0  # a quadratic pass over 100,000 characters takes minutes
+    assert time.process_time() - start < 5.0  # a quadratic pass over 100,000 characters takes minutes
 
 
 # Arithmetic
@@ -248,9 +249,9 @@ ATTACKS = [
 
 @pytest.mark.parametrize("attack", ATTACKS, ids=lambda attack: attack[:20])
 def test_attacks_score_nothing_fast(attack):
-    start = time.perf_counter()
+    start = time.process_time()
     assert rewards.safe_arithmetic(attack) is None
-    assert time.perf_counter() - start < 0.05
+    assert time.process_time() - start < 0.05
 
 
 def test_there_are_at_least_thirty_attacks():
@@ -471,9 +472,7 @@ def test_a_row_that_hangs_is_nan_and_costs_its_share_of_time(user):
         "    return [float(len(response)) for response in responses]\n"
     )
     first = functions[0].function.process.pid
-    start = time.monotonic()
     result = run(functions, ["a", "hang", "abc"], timeout_s=1.0)
-    assert time.monotonic() - start < 10
     assert result["rewards"]["f"][0] == 1.0 and result["rewards"]["f"][2] == 3.0 and result["failed"] == 1
     assert isnan(result["total"][1]) and "no result within 1 s" in result["error"]
     with pytest.raises(ProcessLookupError):
@@ -481,18 +480,39 @@ def test_a_row_that_hangs_is_nan_and_costs_its_share_of_time(user):
     assert run(functions, ["ab"])["total"] == [2.0]  # and the next batch has a process
 
 
-def test_all_rows_hanging_costs_at_most_about_three_limits(user):
-    functions = user("import time\ndef f(prompts, responses, answers): time.sleep(1000)\n")
-    start = time.monotonic()
-    result = run(functions, ["a"] * 40, timeout_s=0.5)
-    assert result["failed"] == 40 and time.monotonic() - start < 5
+def test_all_rows_hanging_costs_at_most_about_three_limits(user, tmp_path):
+    """The whole batch's, then two of single rows, which last a second at least: of 40 one is asked."""
+    functions = user(
+        "import time\n"
+        "def f(prompts, responses, answers):\n"
+        f"    print(len(prompts), file=open({str(tmp_path / 'calls')!r}, 'a'), flush=True)\n"
+        "    time.sleep(1000)\n"
+    )
+    assert run(functions, ["a"] * 40, timeout_s=0.5)["failed"] == 40
+    assert (tmp_path / "calls").read_text().split() == ["40", "1"]
+
+
+def test_loading_is_outside_the_limit_and_bounded(user, tmp_path, monkeypatch):
+    """A file that takes longer to import than a call may last loses no row; endless reloading ends."""
+    functions = user(
+        "import os, time\n"
+        "time.sleep(0.6)\n"
+        f"print('loaded', file=open({str(tmp_path / 'loads')!r}, 'a'), flush=True)\n"
+        "def f(prompts, responses, answers):\n"
+        "    'exit' in responses and os._exit(3)\n"
+        "    return [float(len(r)) for r in responses]\n"
+    )
+    values = run(functions, ["a", "exit", "abc"], timeout_s=0.5)["rewards"]["f"]
+    assert values[::2] == [1.0, 3.0] and isnan(values[1])
+    monkeypatch.setattr(rewards, "LOAD_TIMEOUT_S", 2.0)  # of at most four
+    before = len((tmp_path / "loads").read_text().split())
+    assert run(functions, ["exit"] * 40, timeout_s=30.0)["failed"] == 40
+    assert len((tmp_path / "loads").read_text().split()) <= before + 4
 
 
 def test_a_hang_that_never_lets_go_of_the_interpreter_is_ended(user):
     functions = user("def f(prompts, responses, answers): return [9**9**9 % 2 for _ in prompts]\n")
-    start = time.monotonic()
-    result = run(functions, ["a"], timeout_s=0.5)
-    assert result["failed"] == 1 and time.monotonic() - start < 5
+    assert run(functions, ["a"], timeout_s=0.5)["failed"] == 1
 
 
 @pytest.mark.parametrize("exit_call", ["import sys; sys.exit(3)", "import os; os._exit(3)"])
@@ -572,19 +592,25 @@ def test_it_works_from_threads(user):
     assert totals == {k: [[k, k + 0.5]] * 5 for k in range(4)}
 
 
-def test_an_interrupted_call_leaves_no_reply_for_the_next(user):
+def test_an_interrupted_call_leaves_no_reply_for_the_next(user, tmp_path):
     functions = user(
-        "import time\n"
+        "import pathlib, time\n"
         "def f(prompts, responses, answers):\n"
-        "    time.sleep(1.0 if responses == ['slow'] else 0)\n"
+        "    if responses == ['slow']:\n"
+        f"        pathlib.Path({str(tmp_path / 'called')!r}).touch()\n"
+        "        time.sleep(3.0)\n"
         "    return [float(len(r)) for r in responses]\n"
     )
+
+    def interrupt():
+        wait_for((tmp_path / "called").exists)
+        signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
+
     before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a run in this process took it over
-    threading.Timer(0.3, signal.pthread_kill, [threading.main_thread().ident, signal.SIGINT]).start()
+    threading.Thread(target=interrupt).start()
     with pytest.raises(KeyboardInterrupt):
         run(functions, ["slow"])
     signal.signal(signal.SIGINT, before)
-    time.sleep(0.2)
     assert run(functions, ["ab"])["total"] == [2.0]
 
 
@@ -608,18 +634,12 @@ def test_the_process_dies_with_its_parent_even_in_the_middle_of_a_call(tmp_path)
         "score(parse_rewards([sys.argv[1]]), [Example(0, 'q', 'a')], ['r'], timeout_s=3.0)\n"
     )
     parent = subprocess.Popen([sys.executable, "-c", code, f"{tmp_path / 'r.py'}:f"], cwd=ROOT)
-    deadline = time.monotonic() + 20
-    while (
-        not ((tmp_path / "pid").exists() and (tmp_path / "pid").read_text()) and time.monotonic() < deadline
-    ):
-        time.sleep(0.05)
+    wait_for(lambda: (tmp_path / "pid").exists() and (tmp_path / "pid").read_text())
     worker = int((tmp_path / "pid").read_text())
     assert alive(worker)
     parent.kill()
     parent.wait()
-    while alive(worker) and time.monotonic() < deadline:
-        time.sleep(0.05)
-    assert not alive(worker)
+    wait_for(lambda: not alive(worker))
 
 
 def test_built_in_rewards_start_no_process(monkeypatch):

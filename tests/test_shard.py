@@ -1,6 +1,7 @@
 """--shard: a model split over ranks makes the run that it makes whole on one.
 
-Gradients are clipped so far that AdamW is linear in them: tests/test_ranks.py says why.
+In float64, and gradients are clipped so far that AdamW is linear in them: tests/test_ranks.py says why, and
+tests what float32 leaves.
 """
 
 import json
@@ -10,6 +11,7 @@ import torch
 
 from common import models
 from tests.processes import (
+    FLOAT64,
     assert_same_runs,
     distance,
     listing,
@@ -59,16 +61,15 @@ def pairs(tmp_path):
 
 @pytest.mark.parametrize("name", CASES)
 def test_split_over_ranks_it_makes_the_same_run(go, tiny, tmp_path, pairs, name):
-    script = f"{name.split()[0]}.py"
     flags = {"model": tiny} | ALL | CASES[name]
     ranks = 3 if name == "grpo" else 2
+    script = patched(tmp_path, name.split()[0], FLOAT64 + WATCHED)
     one = go("one", script=script, bare=True, **flags | {"reshard": None}).folder
-    split = go("split", script=patched(tmp_path, script[:-3], WATCHED), ranks=ranks, shard=True, bare=True,
-               **flags).folder
-    assert_same_runs(split, one, to=1e-5)  # the samples of both token for token
+    split = go("split", script=script, ranks=ranks, shard=True, bare=True, **flags).folder
+    assert_same_runs(split, one)  # the samples of both token for token
     held, of = map(int, (tmp_path / "held-0.txt").read_text().split())
     assert held / of < 1 / ranks + 0.03
-    started = models.load_model(flags["model"] and str(tiny), torch.float32, torch.device("cpu"))
+    started = models.load_model(flags["model"] and str(tiny), torch.float64, torch.device("cpu"))
     ended = weights(one)
     moved = (distance({k: v for k, v in started.state_dict().items() if k in ended}, {
         k: v for k, v in ended.items() if k in started.state_dict()}) if "full" in flags else max(
@@ -83,16 +84,18 @@ def test_other_families(go, tmp_path, kind):
     model.save_pretrained(tmp_path / kind)
     models.load_tokenizer("").save_pretrained(tmp_path / kind)
     flags = ALL | GRPO | {"model": tmp_path / kind, "max_steps": 1, "prompts_per_step": 3}
-    one = go("one", bare=True, **flags).folder
+    script = patched(tmp_path, "grpo", FLOAT64)
+    one = go("one", script=script, bare=True, **flags).folder
     for more in ({}, {"reshard": True}):
-        split = go(f"split{len(more)}", ranks=2, shard=True, bare=True, **flags, **more).folder
-        assert_same_runs(split, one, to=1e-5)
+        split = go(f"split{len(more)}", script=script, ranks=2, shard=True, bare=True, **flags, **more).folder
+        assert_same_runs(split, one)
 
 
-def test_evaluation(go):
+def test_evaluation(go, tmp_path):
     flags = {"limit": 7, "k": [1, 2], "level": 1, "max_new_tokens": 24, "slots": 3}
-    one = go("one", script="eval.py", bare=True, **flags).folder
-    split = go("split", script="eval.py", ranks=2, shard=True, reshard=True, bare=True, **flags).folder
+    script = patched(tmp_path, "eval", FLOAT64)
+    one = go("one", script=script, bare=True, **flags).folder
+    split = go("split", script=script, ranks=2, shard=True, reshard=True, bare=True, **flags).folder
     assert_same_runs(split, one)
 
 
@@ -100,8 +103,9 @@ def test_evaluation(go):
 def test_resumed_on_another_number_of_ranks(go, tiny, tmp_path, full):
     """Weights and moments that two ranks wrote, read by three; nothing in the checkpoint is pickled code."""
     flags = {"model": tiny} | ALL | GRPO | {"full": full or None, "max_steps": 4, "save_every": 2, "lr": 0.03}
-    whole = go("whole", bare=True, ranks=2, shard=True, **flags).folder
-    stop = patched(tmp_path, "grpo", """
+    script = patched(tmp_path, "grpo", FLOAT64)
+    whole = go("whole", script=script, bare=True, ranks=2, shard=True, **flags).folder
+    stop = patched(tmp_path, "grpo", FLOAT64 + """
 step = script.learning_rate
 def learning_rate(number, args):
     if number == 3:
@@ -112,21 +116,22 @@ script.learning_rate = learning_rate
     killed = go("killed", script=stop, ranks=2, shard=True, bare=True, fails=True, **flags).folder
     files = listing(killed / "checkpoints/step-2")
     assert ("training/shard-00001-model-00001-of-00001.safetensors" in files) == full
-    go("killed", resume=True, bare=True, ranks=3)
-    assert_same_runs(killed, whole, to=1e-5)
+    go("killed", script=script, resume=True, bare=True, ranks=3)
+    assert_same_runs(killed, whole)
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
-def test_the_adapter_is_merged_into_what_was_split(go, tiny, dtype):
+def test_the_adapter_is_merged_into_what_was_split(go, tiny, tmp_path, dtype):
     """--merge: a plain model, as from one rank; bfloat16 passes the self-check, too."""
     flags = {"model": tiny, "dtype": dtype} | ALL | GRPO | {"merge": True, "max_steps": 1, "lr": 1e-3}
-    split = go("split", ranks=2, shard=True, bare=True, **flags).folder
+    script = patched(tmp_path, "grpo", FLOAT64 if dtype == "float32" else "")
+    split = go("split", script=script, ranks=2, shard=True, bare=True, **flags).folder
     merged = models.load_model(str(split / "final"), torch.float32, torch.device("cpu")).state_dict()
     plain = models.load_model(str(tiny), torch.float32, torch.device("cpu")).state_dict()
     assert 0 < distance(merged, plain) < 0.05
     if dtype == "float32":
-        one = go("one", bare=True, **flags).folder
-        assert distance(weights(split), weights(one)) < 1e-5
+        one = go("one", script=script, bare=True, **flags).folder
+        assert distance(weights(split), weights(one)) < 1e-12
 
 
 def test_mistakes(go, tiny):
