@@ -582,7 +582,7 @@ def test_the_recipe_compares_both(tmp_path):
     (tmp_path / "python").write_text('#!/bin/bash\nprintf "%s\\n" "$@" END >> commands.txt\n')
     (tmp_path / "python").chmod(0o755)
     env = ENV | {"OUT": "r", "TOKENS": "150", "PYTHON": str(tmp_path / "python")}
-    for started in (["grpo.py", "ppo.py", "eval.py", "eval.py"], ["eval.py", "eval.py"]):
+    for started in (["grpo.py", "ppo.py", "runs.py", "runs.py"], ["runs.py", "runs.py"]):
         subprocess.run(["bash", ROOT / "sbatch" / "ppo_vs_grpo.sh", *small], env=env, cwd=tmp_path,
                        check=True, capture_output=True)
         *commands, _ = (tmp_path / "commands.txt").read_text().split("\nEND\n")
