@@ -642,7 +642,8 @@ class _Worker:
 
     def __init__(self, path, name):
         root = Path(__file__).resolve().parents[1]
-        self.command = [sys.executable, "-u", "-c", _START, str(root), str(Path(path).resolve()), name]
+        self.command = [sys.executable, "-uB", "-c", _START,  # B: no bytecode in a user's folder
+                        str(root), str(Path(path).resolve()), name]
         self.lock, self.process = threading.Lock(), None
         if error := self.load():
             self.kill()
@@ -702,7 +703,7 @@ def _load(path, name):
     sys.path.insert(0, str(Path(path).parent))  # a reward may import its neighbours
     spec = importlib.util.spec_from_file_location("_reward_" + Path(path).stem, path)
     module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
-    exec(compile(Path(path).read_bytes(), path, "exec"), module.__dict__)  # leaves no bytecode beside it
+    spec.loader.exec_module(module)
     function = getattr(module, name)
     inspect.signature(function).bind_partial([], [], [])  # TypeError where it cannot take the three lists
     if path == str(Path(__file__).resolve()):  # `math`: importing and readying math_verify takes seconds
