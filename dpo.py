@@ -16,13 +16,12 @@ The first loss is ln 2 = 0.693 (robust too), IPO 1 / (4 beta^2), hinge 1, by con
     torchrun --nproc-per-node 8 dpo.py --model Qwen/Qwen2.5-3B-Instruct
 """
 
-import copy
 import hashlib
 import itertools
 import math
 from collections import Counter, deque
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Literal
 
@@ -30,23 +29,18 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from common import data, dist, models, rewards, shard
-from common.run import Fitting, Run, RunArgs, check_args, cli, retry_smaller
+from common import checks, data, dist, models, rewards, shard
+from common.run import Fitting, Run, RunState, TrainArgs, cli, defaults, retry_smaller
 
 # Shapes: B rows, T tokens, V vocabulary, P prompts, D hidden size, H heads, K head size, R LoRA rank, N rows
 # or tokens in all.
 
 
 @dataclass
-class Args(RunArgs):
+class Args(TrainArgs):
     # ---- run ----
-    max_steps: int = 0  # steps in all; 0: what the passes over the data make
-    # end with the step or iteration in which so many tokens have been sampled for training; 0: no limit
-    token_budget: int = 0
-    # steps between checkpoints (one is always written at the end, and on SIGTERM or Ctrl-C)
-    save_every: int = 50
-    keep: int = 2  # newest checkpoints to keep
-    profile: int = 0  # steps to trace with torch.profiler, from the first on
+    max_steps: int = 0  # steps in all; 0: as many as the passes over the data take
+    token_budget: int = 0  # tokens sampled for training after which the run ends; 0: no limit
 
     # ---- data ----
 
@@ -54,39 +48,14 @@ class Args(RunArgs):
     data: str = ""
     # preferences: name, hub id, URL, file, run's samples.csv, joined by commas; empty: samples of --data
     pairs: str = ""
-    # tokenizer of preference data that is token ids (lm-human-preferences): hub id or folder
-    label_tokenizer: str = "openai-community/gpt2"
+    label_tokenizer: str = "openai-community/gpt2"  # of preferences that are token ids: hub id or folder
     level: str = ""  # difficulty of a generated task, such as 3 or 1-4; empty: the task's own default
     train_questions: int = 0  # questions to train on; 0: all that are not held out
-    # questions held out of the training split for evaluation (never the official test split)
-    eval_questions: int = 500
-    # system message, or none; empty: asks for the <think>/<answer> format (embedded model: none)
-    system: str = ""
+    eval_questions: int = 500  # questions held out of the training split (never of the test split)
+    system: str = ""  # system message, or none; empty: asks for <think>/<answer> (embedded model: none)
     prompt_template: str = "{prompt}"  # text around the question, {prompt} in it
+    max_prompt_tokens: int = 0  # leave out questions with a longer prompt; 0: none
     max_tokens: int = 0  # leave out rows whose prompt and completion are longer; 0: none
-
-    # ---- model ----
-    model: str = ""  # hub id, local folder or run directory; empty: the embedded model
-    # of the frozen weights and the computation; auto: bfloat16 on CUDA, else float32
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    full: bool = False  # train all weights (kept in float32) instead of an adapter
-    # keep the frozen decoder layers in 4 bits (bitsandbytes; QLoRA, arXiv 2305.14314)
-    quantize: Literal["none", "nf4"] = "none"
-    # recompute the layers in the backward pass: less memory, about a third more time
-    gradient_checkpointing: bool = False
-    # split the weights over the ranks of torchrun (FSDP2): the frozen base, or with --full all there is
-    shard: bool = False
-    # with --shard, gather them layer by layer while sampling too: slower, for what one GPU cannot hold
-    reshard: bool = False
-    # padded tokens per forward and backward pass and GPU, halved if out of memory; 0: what fits, CPU 2048
-    tokens_per_batch: int = 0
-
-    # ---- LoRA ----
-    lora_r: int = 32  # rank
-    lora_alpha: float = 64  # the adapter's output is scaled by lora_alpha / lora_r
-    lora_targets: tuple[str, ...] = models.PROJECTIONS  # linear layers to adapt
-    train_layers: str = ""  # decoder layers to adapt, such as 20-27; empty: all
-    merge: bool = False  # write final/ as a plain model with the adapter merged in, not as an adapter
 
     # ---- sampling ----
     questions: int = 256  # questions to sample answers to, in each iteration
@@ -98,32 +67,27 @@ class Args(RunArgs):
     # ---- method ----
     pairs_per_step: int = 32  # pairs per optimizer step, over all ranks
     pairs_per_question: int = 4  # most pairs that one question's samples give
-    # rounds of sampling pairs from the present policy and training on them; 1 with --pairs
-    iterations: int = 1
+    iterations: int = 1  # rounds of sampling pairs from the present policy and training; 1 with --pairs
     passes: int = 1  # passes over the pairs of an iteration
     # of h: DPO; robust (arXiv 2403.00409); IPO (2310.12036); hinge; SimPO, without reference (2405.14734)
     loss: Literal["sigmoid", "robust", "ipo", "hinge", "simpo"] = "sigmoid"
     beta: float = 0.1  # strength of the pull to the reference (SimPO: scale of the mean log-probs, 2 or more)
-    # share of pairs that may be labelled wrongly: cDPO with sigmoid; robust corrects for it
-    label_smoothing: float = 0.0
-    # divide each log-ratio by its completion's length before h (SimPO always does)
-    length_normalize: bool = False
+    label_smoothing: float = 0.0  # share of wrong labels: cDPO with sigmoid; robust corrects for it
+    length_normalize: bool = False  # divide each log-ratio by its completion's length (SimPO always does)
     simpo_gamma: float = 1.0  # SimPO's margin
-    # the start model, or the policy at the start of the iteration
-    reference: Literal["base", "previous"] = "base"
+    reference: Literal["base", "previous"] = "base"  # the start model; or that of the iteration's start
 
     # ---- optimizer ----
 
-    # AdamW's peak learning rate; 0: by the kind of model and training (`resolve`), printed at the start
-    lr: float = 0.0
+    lr: float = 0.0  # AdamW's peak rate; 0: 1e-3 for the embedded model, 5e-7 with --full, else 1e-5
     warmup_steps: int = 5  # steps of linear warm-up
+    lr_schedule: Literal["constant", "linear", "cosine"] = "constant"  # after the warm-up
     weight_decay: float = 0.0  # AdamW's decoupled decay
     max_grad_norm: float = 1.0  # clip the gradient's norm to this
 
     # ---- evaluation ----
 
-    # steps between evaluations; one before the first step and one after the last are always made
-    eval_every: int = 20
+    eval_every: int = 20  # steps between evaluations; the first and the last are always made
 
 
 def preference_loss(chosen, rejected, ref_chosen, ref_rejected, chosen_tokens, rejected_tokens, *, loss, beta,
@@ -175,26 +139,54 @@ class Pair:
         return len(self.prompt_ids) + max(len(self.chosen), len(self.rejected))
 
 
+@dataclass
+class State(RunState):
+    """What a checkpoint holds beside weights, optimizer and the reference's log-probs of given pairs."""
+
+    iteration: int = 0
+    first_step: int = 1  # of the iteration
+    pairs: list[Pair] = field(default_factory=list)  # of the iteration, where they are sampled
+
+
+def load_pairs(args, tokenizer, dropped):
+    """(pairs to train on, held out) of --pairs; what is left out, and why, is counted in `dropped`."""
+    if not args.pairs:
+        return [], []
+    preferences = data.load_preferences(
+        args.pairs, seed=args.seed, level=args.level if args.pairs in data.GENERATED else None,
+        pairs_per_question=args.pairs_per_question, label_tokenizer=args.label_tokenizer, dropped=dropped)
+    train, held_out = (encode_pairs(tokenizer, part, args, dropped) for part in data.carve(
+        preferences, n_validation=min(args.eval_questions, len(preferences) // 10), seed=args.seed,
+        name=args.pairs))
+    if not train:
+        raise ValueError(f"--max-tokens {args.max_tokens} leaves no pair of {args.pairs}")
+    if args.dry_run:
+        train = sorted(train, key=len, reverse=True)[:args.pairs_per_step]
+    return train, held_out
+
+
 def encode_pairs(tokenizer, preferences, args, dropped):
-    """Pairs of token ids, those longer than --max-tokens left out and counted in `dropped`."""
+    """Pairs of token ids, those longer than --max-tokens left out."""
     pairs = [Pair(data.encode_prompt(tokenizer, p.prompt, args.system, args.prompt_template),
                   data.encode_completion(tokenizer, p.chosen, tokenizer.eos_token_id),
                   data.encode_completion(tokenizer, p.rejected, tokenizer.eos_token_id)) for p in preferences]
     kept = [pair for pair in pairs if not args.max_tokens or len(pair) <= args.max_tokens]
-    if len(kept) < len(pairs):
-        dropped["too long"] += len(pairs) - len(kept)
+    dropped["too long"] += len(pairs) - len(kept)
     return kept
 
 
-def sample_pairs(sampler, questions, prompt_ids, args, iteration, step, tokenizer, run):
-    """(pairs from G samples of each question under the present policy, their tokens), the same on all ranks.
+def sample_pairs(sampler, train, prompt_ids, args, state, tokenizer, run):
+    """Pairs from G samples of each question of the iteration under the present policy: the same on all ranks.
 
-    All samples go to samples.csv, as of `step`, the first that trains on them: `--pairs` reads it back.
+    All samples go to samples.csv, as of the first step that trains on them: `--pairs` reads it back.
     """
-    mine = dist.share(list(enumerate(questions)))
-    keys = [[noise_key(args.seed, iteration, i, g) for g in range(args.num_generations)] for i, _ in mine]
+    picked = data.batch_indices(len(train), (state.iteration - 1) * args.questions,
+                                min(args.questions, len(train)), args.seed)
+    mine = dist.share([(i, train[row]) for i, row in enumerate(picked)])
+    keys = [[noise_key(args.seed, state.iteration, i, g) for g in range(args.num_generations)]
+            for i, _ in mine]
     sampled = sample_all(sampler, [prompt_ids[e.id] for _, e in mine], keys, args.max_new_tokens,
-                         args.sample_temperature, run, f"iteration {iteration}")
+                         args.sample_temperature, run, run.counter(f"iteration {state.iteration}"))
     found = []
     for (i, e), row in zip(mine, sampled):
         if args.dry_run:  # at the largest sizes, right or wrong
@@ -203,12 +195,17 @@ def sample_pairs(sampler, questions, prompt_ids, args, iteration, step, tokenize
         texts = [c.text(tokenizer) for c in row]
         correct = rewards.judge([e] * len(row), texts)
         pairs = right_against_wrong(prompt_ids[e.id], row, correct, args.pairs_per_question)
-        found.append((i, pairs, [{"step": step} | rewards.answer_row(e, g, c, text, right)
+        found.append((i, pairs, [{"step": state.first_step} | rewards.answer_row(e, g, c, text, right)
                                  for g, (c, text, right) in enumerate(zip(row, texts, correct))]))
     found = sorted(itertools.chain(*dist.gather(found)), key=lambda row: row[0])
-    run.write_rows([row for _, _, rows in found for row in rows])
-    return ([pair for _, pairs, _ in found for pair in pairs],
-            sum(row["tokens"] for _, _, rows in found for row in rows))
+    rows = [row for _, _, of_question in found for row in of_question]
+    run.write_rows(rows)
+    state.sampled_tokens += sum(row["tokens"] for row in rows)
+    pairs = [pair for _, of_question, _ in found for pair in of_question]
+    if not pairs:
+        raise ValueError(f"iteration {state.iteration}: no question had a right and a wrong finished answer "
+                         f"among {args.num_generations}: take more --questions or another --level")
+    return pairs
 
 
 def right_against_wrong(prompt_ids, completions, correct, most):
@@ -222,15 +219,27 @@ def right_against_wrong(prompt_ids, completions, correct, most):
     return [Pair(prompt_ids, good, bad) for good, bad in list(zip(chosen, rejected))[:most]]
 
 
-def summed_logprobs(model, pairs, fits, device):
-    """(chosen, rejected) log-probs of every pair, summed over tokens: lists, the same on all ranks."""
-    mine = dist.share(list(range(len(pairs))))
-    prompt_ids = [pairs[i].prompt_ids for i in mine] * 2
-    completion_ids = [pairs[i].chosen for i in mine] + [pairs[i].rejected for i in mine]
-    values = fits(completion_logprobs, model, prompt_ids, completion_ids, 1.0, device=device)
-    sums = [row.sum().item() for row in values]
-    rows = sorted(itertools.chain(*dist.gather(list(zip(mine, sums, sums[len(mine):])))))
-    return [row[1] for row in rows], [row[2] for row in rows]
+def add_reference(pairs, model, reference, args, fits, device):
+    """Fill in the log-probs of the reference as it stands now, where the loss looks at it."""
+    new = [pair for pair in pairs if math.isnan(pair.ref_chosen)]
+    if not new or args.loss == "simpo":
+        return
+    with use_adapter(model, None) if args.reference == "base" else nullcontext():
+        refs = summed_logprobs(reference or model, new, fits, device)
+    for pair, chosen, rejected in zip(new, *refs):
+        pair.ref_chosen, pair.ref_rejected = chosen, rejected
+
+
+def steps_of(pairs, args):
+    """The steps of an iteration on these pairs."""
+    return math.ceil(args.passes * len(pairs) / args.pairs_per_step)
+
+
+def last_step(pairs, args, state):
+    """The run's last step, as far as the number of the present pairs tells."""
+    spent = 0 < args.token_budget <= state.sampled_tokens
+    left = 1 if spent else args.iterations - state.iteration + 1
+    return min(args.max_steps or math.inf, state.first_step - 1 + steps_of(pairs, args) * left)
 
 
 def accumulate_gradients(model, pairs, args, n_pairs, tokens_per_batch, device):
@@ -240,7 +249,7 @@ def accumulate_gradients(model, pairs, args, n_pairs, tokens_per_batch, device):
     """
     model.zero_grad()  # of an attempt that ran out of memory
     names = ("loss", "margin", "accuracy", "chosen", "rejected", "chosen_tokens", "rejected_tokens")
-    sums = {name: torch.zeros((), device=device) for name in names}
+    sums = Counter()
     batches = pack([2 * len(pair) for pair in pairs], tokens_per_batch)
     for picked in shard.micro_batches(model, batches, partial(token_logprobs, model)):
         batch = [pairs[i] for i in picked]
@@ -252,31 +261,27 @@ def accumulate_gradients(model, pairs, args, n_pairs, tokens_per_batch, device):
         loss, margin = preference_loss(
             chosen, rejected, *refs.unbind(1), chosen_tokens, rejected_tokens, **loss_switches(args))
         (loss.sum() / n_pairs).backward()
-        for name, value in zip(names, (loss, margin, margin > 0, chosen, rejected, chosen_tokens,
-                                       rejected_tokens)):
-            sums[name] = sums[name] + value.detach().sum()
-    return {name: value.item() for name, value in sums.items()}
+        measured = loss, margin, margin > 0, chosen, rejected, chosen_tokens, rejected_tokens
+        sums.update(dict(zip(names, [value.detach().sum() for value in measured])))
+    return {name: float(sums[name]) for name in names}
 
 
 def evaluate(model, sampler, questions, prompt_ids, pairs, args, step, fits, tokenizer, run):
     """Greedy pass@1 on held-out questions, ranking accuracy on held-out pairs; answers go to eval.csv."""
     metrics, mine = {}, dist.share(questions)
     completions = sample_all(sampler, [prompt_ids[e.id] for e in mine], [[0]] * len(mine),
-                             args.max_new_tokens, 0.0, run, "evaluation")
-    texts = [c.text(tokenizer) for (c,) in completions]
-    rows = [rewards.answer_row(e, 0, c, text, right)
-            for e, text, right, (c,) in zip(mine, texts, rewards.judge(mine, texts), completions)]
+                             args.max_new_tokens, 0.0, run, run.counter("evaluation"))
     if pairs:
         columns = zip(*summed_logprobs(model, pairs, fits, run.device),
                       *zip(*[(p.ref_chosen, p.ref_rejected, len(p.chosen), len(p.rejected)) for p in pairs]))
         _, margin = preference_loss(*torch.tensor(list(columns)).unbind(1), **loss_switches(args))
         metrics["eval/ranking_accuracy"] = (margin.sign() + 1).mean().item() / 2  # a tie is half right
+    rows = rewards.answer_rows(mine, completions, tokenizer)
     run.log_evaluation(step, dist.gather_rows(rows, "id"), metrics)
 
 
-def resolve(args, device):
-    """Fill in the defaults that depend on others, and refuse what cannot work, before any load or write."""
-    embedded = models.is_embedded(args.model)
+def check(args):
+    """Refuse what cannot work with this method; what no script can do, `defaults` refuses."""
     if args.num_generations < 2 and not args.pairs:
         raise ValueError(f"--num-generations {args.num_generations}: a pair takes two samples; use 2 or more")
     if args.pairs and args.iterations > 1:
@@ -285,211 +290,119 @@ def resolve(args, device):
         raise ValueError(f"--label-smoothing {args.label_smoothing}: from 0 to below 0.5 (half is no label)")
     if args.label_smoothing and args.loss not in ("sigmoid", "robust"):
         raise ValueError(f"--label-smoothing {args.label_smoothing}: only with --loss sigmoid or robust")
-    return replace(
-        args, data=args.data or ("arithmetic" if embedded else "" if args.pairs else "gsm8k"),
-        system=args.system or ("" if embedded or args.pairs else data.THINK_ANSWER_SYSTEM),
-        # a CPU's caches are small
-        tokens_per_batch=args.tokens_per_batch or {"cpu": 2048, "cuda": 0}.get(device.type, 8192),
-        lr=args.lr or (1e-3 if embedded else 5e-7 if args.full else 1e-5))
 
 
 def main(args: Args) -> None:
-    # ---- set up: whatever can be wrong is found here ----
+    # ---- set up: whatever can be wrong is found before the model is loaded ----
     device = dist.setup(args.device)
-    asked = args = resolve(args, device)
-    if args.dry_run:
-        args = replace(args, max_steps=1, wandb=False, resume=False)
-    check_args(args)
-    tokenizer = models.load_tokenizer(args.model)
-    train, held_out, fixed, held_pairs, dropped = [], [], [], [], Counter()
-    if args.data:
-        train, held_out = data.train_validation(args.data, n_train=args.train_questions,
-                                                n_validation=args.eval_questions, level=args.level or None,
-                                                seed=args.seed)
-    if args.pairs:
-        preferences = data.load_preferences(
-            args.pairs, seed=args.seed, level=args.level if args.pairs in data.GENERATED else None,
-            pairs_per_question=args.pairs_per_question, label_tokenizer=args.label_tokenizer,
-            dropped=dropped)
-        n_held = min(args.eval_questions, len(preferences) // 10)
-        fixed, held_pairs = (encode_pairs(tokenizer, part, args, dropped) for part in data.carve(
-            preferences, n_validation=n_held, seed=args.seed, name=args.pairs))
-        if not fixed:
-            raise ValueError(f"--max-tokens {args.max_tokens} leaves no pair of {args.pairs}")
-    prompt_ids = {e.id: data.encode_prompt(tokenizer, e.prompt, args.system, args.prompt_template)
-                  for e in train + held_out}
+    args = defaults(args, device, lr={"embedded": 1e-3, "full": 5e-7, "adapter": 1e-5},
+                    **dict(data="", system="") if args.pairs else {})
+    check(args)
+    dtype, tokenizer = models.choose_dtype(args.dtype, device), models.load_tokenizer(args.model)
+    train, held_out, prompt_ids, longest = data.load_questions(args, tokenizer, args.pairs_per_step)
+    fixed, held_pairs = load_pairs(args, tokenizer, dropped := Counter())
+    longest = max([longest, *map(len, fixed + held_pairs)])
+    if args.pairs and args.max_steps:  # as many passes as these take
+        args.passes = math.ceil(args.max_steps * args.pairs_per_step / len(fixed))
     if args.download_only:
         return models.download(args.model)
-    longest = max([len(pair) for pair in fixed + held_pairs]
-                  + [len(ids) + args.max_new_tokens for ids in prompt_ids.values()])
-    if args.dry_run:  # the longest of all
-        fixed = sorted(fixed, key=lambda pair: -len(pair))[:args.pairs_per_step]
-        train = sorted(train, key=lambda e: -len(prompt_ids[e.id]))[:args.pairs_per_step]
+
+    # ---- policy, reference, optimizer, sampler ----
     torch.manual_seed(args.seed)
-    dtype = models.choose_dtype(args.dtype, device)
     load_model = partial(models.load_model, args.model, torch.float32 if args.full else dtype, device,
                          longest, split=args.shard, quantize=args.quantize)
-    model = load_model()
-    models.check_token_ids(model, tokenizer)
-    reference = None  # the frozen start: the base with the adapter off; with --full a copy
-    if args.full:
-        params = [p.requires_grad_() for p in model.parameters()]
-        if args.loss != "simpo" and args.reference == "base":
-            reference = load_model().requires_grad_(False)
-    else:
-        params = add_lora(model, "policy", args.lora_r, args.lora_alpha, args.lora_targets,
-                          models.layer_range(args.train_layers, model))
-    adapter = None if args.full else adapter_tensors(model, "policy")
-    save_weights = partial(models.save_trained, model, tokenizer, adapter, args)
-    if args.gradient_checkpointing:
-        enable_checkpointing(model)
-    model.train()  # dropout is off (load_model); gradient checkpointing acts in this mode alone
+    model, reference = load_model(), None
+    params, adapter = trainable(model, "policy", args)
+    if args.full and args.loss != "simpo" and args.reference == "base":  # else the base, its adapter off
+        reference = load_model().requires_grad_(False)
     optimizer = torch.optim.AdamW(params, lr=args.lr, weight_decay=args.weight_decay,
-                                  foreach=False if args.shard else None,
-                                  fused=device.type == "cuda" and not args.shard)
-    stop_ids = models.stop_ids(model, tokenizer)
-    sampler = Sampler(model, () if args.dry_run else stop_ids, args.slots, dtype,  # dry run: full length
-                      by_layer=args.reshard)
-    if not args.tokens_per_batch:
-        args = replace(args, tokens_per_batch=models.tokens_that_fit(
-            model, params, dtype, sampler.cache_bytes(longest)))
+                                  **shard.optimizer_kernel(args, device))
+    stop_ids = models.stop_ids(model, tokenizer, args.dry_run)
+    sampler = Sampler(model, stop_ids, args.slots, dtype, by_layer=args.reshard)
+    state = State(tokens_per_batch=args.tokens_per_batch or models.tokens_that_fit(
+        model, params, dtype, sampler.cache_bytes(longest)))
+    fits = Fitting(state, device, smallest=2 * longest)
+
+    # ---- the run directory, where --resume goes on, the self-check ----
     run = Run(args, __file__, device, tags=models.run_tags(args.model, args.pairs or args.data))
-    optimizer.register_step_pre_hook(run.weights_move)
-    compute = partial(torch.autocast, device.type, torch.bfloat16,
-                      enabled=args.full and dtype == torch.bfloat16, cache_enabled=False)
     run.print(models.describe(args, model, params, dtype))
     run.print(f"data: {args.pairs or args.data}, {len(fixed)} pairs and {len(train)} questions to train on, "
               f"{len(held_pairs)} and {len(held_out)} held out, up to {longest} tokens; left out: "
-              f"{', '.join(f'{name} {n}' for name, n in dropped.items()) or 'none'}")
+              f"{', '.join(f'{name} {n}' for name, n in dropped.items() if n) or 'none'}")
     for source in models.of_other_models(args.pairs, args.model):
-        run.print(f"--pairs {source}: another model's samples; DPO moves this one's odds most where it would "
-                  "have given these answers itself")
+        run.print(f"--pairs {source}: another model's samples; DPO moves most what this one would have said")
+    save_weights = partial(models.save_trained, model, tokenizer, adapter, args)
+    saved = run.restore(state, partial(models.load_trained, model=model, adapter=adapter), save_weights,
+                        sampler, optimizer=optimizer)
+    state.pairs = [Pair(**pair) for pair in state.pairs]
+    for pair, refs in zip(fixed + held_pairs, saved.get("refs", torch.zeros(0)).tolist()):
+        pair.ref_chosen, pair.ref_rejected = refs
+    autocast = partial(models.autocast, device, dtype, args.full)
+    with autocast():
+        run.self_check(checks.before_training(
+            model, params, sampler,
+            [p.prompt_ids for p in fixed[:3]] or [prompt_ids[e.id] for e in train[:3]], args, 1.0,
+            token_logprobs, completion_logprobs, make_batch, use_adapter))
+        add_reference(held_pairs, model, reference, args, fits, device)
+        if state.step == 0 and not args.dry_run:
+            evaluate(model, sampler, held_out, prompt_ids, held_pairs, args, 0, fits, tokenizer, run)
 
-    def add_reference(pairs):
-        """Fill in the log-probs of the reference as it stands now, where the loss looks at it."""
-        new = [pair for pair in pairs if math.isnan(pair.ref_chosen)]
-        if not new or args.loss == "simpo":
-            return
-        with use_adapter(model, None) if args.reference == "base" else nullcontext():
-            refs = summed_logprobs(reference or model, new, fits, device)
-        for pair, chosen, rejected in zip(new, *refs):
-            pair.ref_chosen, pair.ref_rejected = chosen, rejected
-
-    step, bad_steps, iteration, begun, pairs = 0, 0, 0, 0, []  # begun: the iteration's first step, less one
-    fits, sampled_tokens = Fitting(args.tokens_per_batch, device, 2 * longest), 0
-    if args.resume:
-        folder, saved = run.load()
-        if folder:
-            models.load_trained(folder, model, adapter)
-            optimizer.load_state_dict(saved["optimizer"])
-            torch.set_rng_state(saved["rng"])
-            step, iteration, begun, sampled_tokens = (saved[name] for name in (
-                "step", "iteration", "begun", "sampled_tokens"))
-            fits.tokens_per_batch = min(fits.tokens_per_batch, saved["tokens_per_batch"])
-            sampler.slots = min(sampler.slots, saved.get("slots", sampler.slots))
-            pairs = fixed if args.pairs else [Pair(*row) for row in saved["pairs"]]
-            for pair, refs in zip(fixed + held_pairs, saved["refs"].tolist()):
-                pair.ref_chosen, pair.ref_rejected = refs
-    with compute():
-        some = [pair.prompt_ids for pair in fixed[:3]] or [prompt_ids[e.id] for e in train[:3]]
-        run.self_check(self_check(model, params, sampler, some, args, 1.0, device))
-        add_reference(held_pairs)
-        if step == 0 and not args.dry_run:
-            evaluate(model, sampler, held_out, prompt_ids, held_pairs, args, step, fits, tokenizer, run)
-
-    def steps_of(pairs):
-        if pairs and args.pairs and args.max_steps:
-            return args.max_steps
-        return math.ceil(args.passes * len(pairs) / args.pairs_per_step)
-
-    def end():
-        """The last step, as far as the number of the present pairs tells."""
-        spent = 0 < args.token_budget <= sampled_tokens
-        left = 1 if spent else args.iterations - iteration + 1
-        return min(args.max_steps or math.inf, begun + steps_of(pairs) * left)
-
-    stop, last_step = False, end() if iteration else math.inf
-    while step < last_step and not stop:
-        # ---- pairs of the next iteration ----
-        if step == begun + steps_of(pairs):
-            with run.phase("pairs"), compute():
-                iteration, begun = iteration + 1, step
-                if args.pairs:
-                    pairs = fixed
-                else:
-                    rows = data.batch_indices(len(train), (iteration - 1) * args.questions,
-                                              min(args.questions, len(train)), args.seed)
-                    pairs, n_tokens = sample_pairs(
-                        sampler, [train[i] for i in rows], prompt_ids, args, iteration, step + 1, tokenizer,
-                        run)
-                    sampled_tokens += n_tokens
-                if not pairs:
-                    raise ValueError(
-                        f"iteration {iteration}: no question had a right and a wrong finished answer among "
-                        f"{args.num_generations}: take more --questions or another --level")
+    pairs, stop = fixed or state.pairs, False
+    last = last_step(pairs, args, state) if state.iteration else math.inf
+    while state.step < last and not stop:
+        # ---- sample: the pairs of the next iteration ----
+        if not state.iteration or state.step == state.first_step - 1 + steps_of(pairs, args):
+            state.iteration, state.first_step = state.iteration + 1, state.step + 1
+            with run.phase("pairs"), autocast():
+                if not args.pairs:
+                    pairs = state.pairs = sample_pairs(
+                        sampler, train, prompt_ids, args, state, tokenizer, run)
                 if args.reference == "previous":  # which the next step moves
-                    add_reference(pairs)
-            run.print(f"iteration {iteration}: {len(pairs)} pairs")
-        last_step = end()
-        step += 1
-        first = (step - 1 - begun) * args.pairs_per_step
-        n = args.pairs_per_step
-        if not (args.pairs and args.max_steps):  # the last step takes what is left
-            n = min(n, args.passes * len(pairs) - first)
-        batch = [pairs[i] for i in data.batch_indices(len(pairs), first, n, noise_key(args.seed, iteration))]
+                    add_reference(pairs, model, reference, args, fits, device)
+            run.print(f"iteration {state.iteration}: {len(pairs)} pairs")
+        last = last_step(pairs, args, state)
+        state.step += 1
+        first = (state.step - state.first_step) * args.pairs_per_step
+        n = min(args.pairs_per_step, args.passes * len(pairs) - first)  # the last step takes what is left
+        batch = [pairs[i] for i in data.batch_indices(len(pairs), first, n,
+                                                      noise_key(args.seed, state.iteration))]
 
         # ---- update ----
-        with run.profile(step), compute():
+        with run.profile(state.step), autocast():
             with run.phase("reference"):
-                add_reference(batch)
+                add_reference(batch, model, reference, args, fits, device)
             with run.phase("update"):
                 sums = fits(accumulate_gradients, model, dist.share(batch), args, len(batch), device=device)
                 dist.sum_gradients(params)
                 norm = shard.clip_gradients(params, args.max_grad_norm)
-                for group in optimizer.param_groups:
-                    group["lr"] = args.lr * min(1.0, step / max(1, args.warmup_steps))
-                if math.isfinite(norm):
-                    optimizer.step()
-                    bad_steps = 0
-                else:
-                    bad_steps += 1
-                    run.print(f"step {step}: the gradient is not finite; the update is skipped "
-                              f"({bad_steps} in a row)")
-                optimizer.zero_grad()
+                optimizer.param_groups[0]["lr"] = learning_rate(state.step, replace(args, max_steps=last))
+                run.take_step(norm, optimizer)
 
         # ---- log ----
         sums = dist.sum_dict(sums, device)
-        metrics = {name: value / len(batch) for name, value in sums.items()} | {
-            "grad_norm": norm, "lr": optimizer.param_groups[0]["lr"], "iteration": iteration,
-            "pairs": len(pairs), "sampled_tokens": sampled_tokens, "tokens_per_batch": fits.tokens_per_batch}
-        metrics = run.log(step, metrics, last_step, show=("loss", "accuracy", "margin", "grad_norm"))
+        metrics = run.log(state.step, {name: value / len(batch) for name, value in sums.items()} | {
+            "grad_norm": norm, "lr": optimizer.param_groups[0]["lr"], "iteration": state.iteration,
+            "pairs": len(pairs), "sampled_tokens": state.sampled_tokens,
+            "tokens_per_batch": state.tokens_per_batch}, last,
+            show=("loss", "accuracy", "margin", "grad_norm"))
         if args.dry_run:
             break
 
         # ---- evaluate ----
-        if step % args.eval_every == 0 or step == last_step:
-            with compute():
-                evaluate(model, sampler, held_out, prompt_ids, held_pairs, args, step, fits, tokenizer, run)
+        if state.step % args.eval_every == 0 or state.step == last:
+            with autocast():
+                evaluate(model, sampler, held_out, prompt_ids, held_pairs, args, state.step, fits, tokenizer,
+                         run)
 
         # ---- save ----
-        due = step % args.save_every == 0 or step == last_step or bad_steps >= 5
-        stop = run.remember(step, due, save_weights, {
-            "optimizer": optimizer.state_dict(), "rng": torch.get_rng_state(), "step": step,
-            "iteration": iteration, "begun": begun, "tokens_per_batch": fits.tokens_per_batch,
-            "slots": sampler.slots, "sampled_tokens": sampled_tokens,
-            "pairs": lambda pairs=pairs: [] if args.pairs else [tuple(vars(pair).values()) for pair in pairs],
-            "refs": lambda: torch.tensor([(pair.ref_chosen, pair.ref_rejected)
-                                          for pair in fixed + held_pairs], dtype=torch.float64)})
-        if bad_steps >= 5:
-            raise ValueError(f"the gradient was not finite in {bad_steps} updates in a row; "
-                             f"the state is in {run.path}: lower --lr")
+        stop = run.save(due=state.step % args.save_every == 0 or state.step == last, refs=torch.tensor(
+            [(p.ref_chosen, p.ref_rejected) for p in fixed + held_pairs], dtype=torch.float64))
 
     # ---- the end ----
     if args.dry_run:
-        run.dry_run_report(metrics, asked.max_steps or steps_of(pairs),
-                           sums["chosen_tokens"] + sums["rejected_tokens"], model.config, longest, sampler)
-        return
-    if step == last_step:
+        return run.dry_run_report(metrics, args.max_steps or steps_of(pairs, args),
+                                  sums["chosen_tokens"] + sums["rejected_tokens"])
+    if state.step == last:
         run.save_final(partial(models.save_plain, model, tokenizer, merged_state_dict(model)) if args.merge
                        else save_weights)
         run.before_after()
@@ -602,6 +515,18 @@ def adapter_tensors(model, name: str) -> dict[str, tuple[nn.Parameter, nn.Parame
     """(A, B) of adapter `name` by its layer's path: what `models.save_adapter` and `load_adapter` take."""
     return {path: (module.A[name], module.B[name])
             for path, module in lora_modules(model).items() if name in module.A}
+
+
+# Copied from grpo.py::trainable
+def trainable(model, name: str, args):
+    """(the parameters to train, the tensors of adapter `name`): all weights and None with --full."""
+    if args.gradient_checkpointing:
+        enable_checkpointing(model)
+    if args.full:
+        return [p.requires_grad_() for p in model.parameters()], None
+    params = add_lora(model, name, args.lora_r, args.lora_alpha, args.lora_targets,
+                      models.layer_range(args.train_layers, model))
+    return params, adapter_tensors(model, name)
 
 
 # Copied from grpo.py::merged_state_dict
@@ -736,6 +661,17 @@ def completion_logprobs(model, prompt_ids, completion_ids, temperature, tokens_p
         for i, row, of_row in zip(rows, logprobs.cpu(), mask):
             values[i] = row[of_row]
     return values
+
+
+def summed_logprobs(model, pairs, fits, device):
+    """(chosen, rejected) log-probs of every pair, summed over tokens: lists, the same on all ranks."""
+    mine = dist.share(list(range(len(pairs))))
+    prompt_ids = [pairs[i].prompt_ids for i in mine] * 2
+    completion_ids = [pairs[i].chosen for i in mine] + [pairs[i].rejected for i in mine]
+    values = fits(completion_logprobs, model, prompt_ids, completion_ids, 1.0, device=device)
+    sums = [row.sum().item() for row in values]
+    rows = sorted(itertools.chain(*dist.gather(list(zip(mine, sums, sums[len(mine):])))))
+    return [row[1] for row in rows], [row[2] for row in rows]
 
 
 # Copied from grpo.py::pack
@@ -1278,98 +1214,28 @@ class Sampler:
 
 
 # Copied from grpo.py::sample_all
-def sample_all(sampler, prompt_ids, keys, max_new_tokens, temperature, run, doing):
-    """`Sampler.sample` with progress shown; memory that runs out on one rank halves the slots of all."""
-    most_rows = max(1, *dist.gather(sum(map(len, keys))))  # of a rank: only fewer slots save memory
+def sample_all(sampler, prompt_ids, keys, max_new_tokens, temperature, run, progress):
+    """`Sampler.sample` on all ranks; memory that runs out on one of them halves the slots of all."""
+    most_rows = max(dist.gather(sum(map(len, keys))))  # of a rank: only fewer slots save memory
+    if not most_rows:
+        return [[] for _ in keys]
 
     def attempt(slots):
         if slots < min(sampler.slots, most_rows):
             sampler.slots, sampler.cache, sampler.graphs = slots, None, {}
-        return sampler.sample(prompt_ids, keys, max_new_tokens, temperature,
-                              lambda done, total, _: run.progress(f"{doing}: sampled {done}/{total}"))
+        return sampler.sample(prompt_ids, keys, max_new_tokens, temperature, progress)
 
     return retry_smaller(attempt, min(sampler.slots, most_rows), run.device, 1, "slots")[0]
 
 
-# Copied from grpo.py::gap_in_float64
-@torch.no_grad()
-def gap_in_float64(model, prompt_ids, args, temperature, device):
-    """Largest gap of sampler and trainer on a cut-out of the model in float64, where rounding hides no error.
-
-    It has two decoder layers (the first that have an adapter, if any do) and the first 1024 tokens; prompts
-    are made of those. The head and the adapters' B are drawn anew: the model's own head may be so sure of the
-    next token that its log-prob is 0 whatever the sampler does, and a B of zero would hide an adapter that
-    the sampler leaves out.
-    """
-    device = torch.device("cpu") if device.type == "mps" else device  # which has no float64
-    base, embedding, head = model.base_model, model.get_input_embeddings(), model.get_output_embeddings()
-    layers = nn.ModuleList(sorted(base.layers, key=lambda layer: not lora_modules(layer))[:2])
-    generator = torch.Generator().manual_seed(args.seed)
-
-    def double(tensor):
-        return tensor.detach().to(device=device, dtype=torch.float64)
-
-    def drawn(std, *shape):
-        return nn.Parameter((std * torch.randn(shape, generator=generator, dtype=torch.float64)).to(device))
-
-    table = double(embedding.weight[:1024])  # [V, D]
-    new_head = nn.utils.skip_init(nn.Linear, table.shape[1], len(table), bias=False)
-    new_head.weight = drawn(table.shape[1] ** -0.5, *table.shape)
-    copies = {id(embedding.weight): nn.Parameter(table), id(head): new_head}  # by what they stand for
-    for part in (layers, base.norm, base.rotary_emb):
-        copies |= {id(p): nn.Parameter(double(p), p.requires_grad) for p in part.parameters()}
-        copies |= {id(b): double(b) for b in part.buffers()}
-    copies |= {id(b): double(b) for b in embedding.buffers()}  # Gemma's scale
-    copies |= {id(B): drawn(0.02, *B.shape) for module in lora_modules(layers).values()
-               for B in module.B.values()}
-    copies[id(base.layers)] = copy.deepcopy(layers, copies)
-    small = copy.deepcopy(model, copies)
-    small.get_input_embeddings().padding_idx = None
-    prompts = [[i % 1024 for i in ids[:8 + 8 * p]] for p, ids in enumerate(prompt_ids)]
-    keys = [[noise_key(args.seed, -3, p)] for p in range(len(prompts))]
-    samples = [c for (c,) in Sampler(small, ()).sample(prompts, keys, 12, temperature)]
-    logprobs = completion_logprobs(small, prompts, [c.ids for c in samples], temperature, 10**9, device)
-    return (torch.stack(logprobs) - torch.tensor([c.logprobs for c in samples])).abs().max().item()
-
-
-# Copied from grpo.py::self_check
-def self_check(model, params, sampler, prompt_ids, args, temperature, device):
-    """Measure on a few short samples what must hold before training: name -> (value, largest right value).
-
-    The sampler agrees with the trainer (in bfloat16 roughly, and exactly on two layers in float64); a row's
-    padding changes nothing; a fresh adapter equals the base; the stop token is in the mask; every adapter
-    gets gradient; no frozen weight does.
-    """
-    exact = device.type == "cpu" and sampler.dtype == torch.float32
-    measure, limit = (torch.max, 1e-4) if exact else (torch.mean, 0.3)  # rounding to bfloat16 makes up to 0.1
-    samples = sampler.sample(prompt_ids, [[noise_key(args.seed, -2, p)] for p in range(len(prompt_ids))],
-                             16, temperature)
-    # a row that did not stop by itself gets a stop token, so that each has one to look for
-    completion_ids = [c.ids if c.finished else c.ids + [min(sampler.stop_ids, default=0)] for (c,) in samples]
-    input_ids, mask = make_batch(prompt_ids, completion_ids, device)
-    logprobs = token_logprobs(model, input_ids, mask, temperature)
-    logprobs.sum().backward()
-    gap = torch.cat([row[of_row][:len(c.logprobs)] - torch.tensor(c.logprobs)
-                     for row, of_row, (c,) in zip(logprobs.detach().cpu(), mask, samples)]).abs()
-    under = partial(completion_logprobs, model, prompt_ids, completion_ids, temperature)
-    alone, padded = torch.cat(under(1, device)), torch.cat(under(10**9, device))
-    adapters = [module for module in lora_modules(model).values() if module.active]
-    checks = {
-        "sampler-trainer": (measure(gap).item(), limit),
-        "padding": (measure((alone - padded).abs()).item(), limit),
-        "stop tokens left out": (sum(not row[len(p) + len(c) - 1]
-                                     for row, p, c in zip(mask, prompt_ids, completion_ids)), 0),
-        "adapters without gradient": (sum(not module.B[module.active].grad.any() for module in adapters), 0),
-        "frozen weights with gradient": (sum(p.grad is not None for p in model.parameters()
-                                             if not p.requires_grad), 0)}
-    if not (exact or sampler.split or sampler.layers[0].qkv.quantized):
-        checks["in float64"] = gap_in_float64(model, prompt_ids, args, temperature, device), 1e-4
-    if adapters and not args.resume:
-        with use_adapter(model, None):
-            checks["step-0 KL"] = ((torch.cat(under(10**9, device)) - padded).abs().max().item(), 0)
-    for p in params:
-        p.grad = None
-    return checks
+# Copied from grpo.py::learning_rate
+def learning_rate(step, args):
+    """Rate of step 1, 2, ...: linear warm-up to args.lr, then constant or linear/cosine to 0 past the end."""
+    if step < args.warmup_steps:
+        return args.lr * step / args.warmup_steps
+    done = (step - args.warmup_steps) / max(1, args.max_steps - args.warmup_steps + 1)
+    return args.lr * {"constant": 1.0, "linear": 1 - done,
+                      "cosine": (1 + math.cos(math.pi * done)) / 2}[args.lr_schedule]
 
 
 if __name__ == "__main__":

@@ -10,8 +10,6 @@
     python eval.py --model runs/a --preamble "" "Think logically."    # a row for each preamble
     python eval.py --model runs/a --prompt "Compute 3+4-5."           # one answer and its rewards
     python eval.py replay RUN --step 40 --row 3                       # one rollout, sampled once more
-
-runs.py compares what is stored, with no model.
 """
 
 import argparse
@@ -34,9 +32,10 @@ import torch.nn.functional as F
 from torch import nn
 
 from common import curves, data, dist, models, rewards, shard, tables
-from common.run import Run, RunArgs, check_args, cli, replace_text, retry_smaller, weights_before
+from common.run import Run, RunArgs, check_args, cli, mean, replace_text, retry_smaller, weights_before
 
 # Shapes: B rows, V vocabulary, P prompts, D hidden size, H heads, K head size, R LoRA rank, N tokens in all.
+EVALUATION = -1  # in noise keys, where training has a step's number
 
 
 @dataclass
@@ -44,8 +43,7 @@ class Args(RunArgs):
     # ---- run ----
     resume: bool = False  # go on with the evaluation in --out: what it has measured is not measured again
     seed: int = 0  # seed of the choice of questions and of sampling noise
-    # answer the longest few questions at full length, print the projected time, keep nothing
-    dry_run: bool = False
+    dry_run: bool = False  # answer the longest questions at full length, project the time, keep nothing
 
     # ---- data ----
 
@@ -56,8 +54,7 @@ class Args(RunArgs):
     level: str = ""  # difficulty of a generated task, such as 3 or 1-4; empty: the task's own default
     few_shot: int = 0  # worked examples of the train split before each question, as turns of the chat
     preamble: tuple[str, ...] = ("",)  # text in front of the question; a row of results for each
-    # system message, or none; empty: asks for the <think>/<answer> format (embedded model: none)
-    system: str = ""
+    system: str = ""  # system message, or none; empty: asks for <think>/<answer> (embedded model: none)
     prompt_template: str = "{prompt}"  # text around the question, {prompt} in it
     prompt: str = ""  # answer this question alone, print its rewards and leave nothing behind
     answer: str = ""  # gold answer of --prompt
@@ -86,22 +83,10 @@ class Args(RunArgs):
 
     # with weights: correctness, format, digit, mark, math, model:RUN, or your file.py:name=1
     rewards: tuple[str, ...] = ("correctness=1", "format=0.2")
-    # seconds that a call of a reward of your own may take; its row is left out and counted
-    reward_timeout: float = 30.0
+    reward_timeout: float = 30.0  # seconds for a call of your own reward; its row is left out and counted
 
     # ---- evaluation ----
     eval_temperature: float = 0.5  # of those samples
-
-
-# Copied from grpo.py::pass_at_k
-def pass_at_k(n, c, k):
-    """Unbiased chance that k of n samples, c of them right, hold a right one (Codex, arXiv 2107.03374 eq. 1).
-
-    Errors: ValueError if k > n.
-    """
-    if k > n:
-        raise ValueError(f"pass@{k} needs {k} samples, there are {n}")
-    return 1.0 - math.comb(n - c, k) / math.comb(n, k)
 
 
 def wilson(share, n):
@@ -135,9 +120,6 @@ def majority(answers, correct):
     return float(max(votes, key=lambda vote: vote[1])[2]) if votes else 0.0
 
 
-# ---- measuring ----
-
-
 def answer_all(sampler, questions, prompts, prompt_ids, reward_functions, args, tokenizer, run, label):
     """Every question's greedy answer (sample 0) and --samples more: rows of samples.csv, of all ranks.
 
@@ -146,19 +128,10 @@ def answer_all(sampler, questions, prompts, prompt_ids, reward_functions, args, 
     """
     mine, rows = dist.share(questions), []
     for temperature, n in ((0.0, 1), (args.eval_temperature, args.samples)):
-        if n == 0:
-            continue
-        keys = [[noise_key(args.seed, -1, e.id, g) for g in range(n)] for e in mine]
-        most_rows = max(1, *dist.gather(sum(map(len, keys))))  # of a rank: only fewer slots save memory
-
-        def attempt(slots):
-            if slots < min(sampler.slots, most_rows):
-                sampler.slots, sampler.cache, sampler.graphs = slots, None, {}
-            progress = run.count_answers(f"{label} T={temperature:g}", mine, tokenizer)
-            return sampler.sample(
-                [prompt_ids[e.id] for e in mine], keys, args.max_new_tokens, temperature, progress)
-
-        completions = retry_smaller(attempt, min(sampler.slots, most_rows), run.device, 1, "slots")[0]
+        keys = [[noise_key(args.seed, EVALUATION, e.id, g) for g in range(n)] for e in mine]
+        completions = sample_all(
+            sampler, [prompt_ids[e.id] for e in mine], keys, args.max_new_tokens, temperature, run,
+            run.counter(f"{label} T={temperature:g}", mine, tokenizer))
         flat = [(e, g, c, c.text(tokenizer)) for e, row in zip(mine, completions) for g, c in enumerate(row)]
         for part in range(0, len(flat), 100):  # so that a reward that hangs has few rows to try one by one
             rows += scored_rows(flat[part:part + 100], prompts, reward_functions, args, temperature, run)
@@ -204,9 +177,6 @@ def summarise(rows, ks, temperature, mixed=None, learned=()):
             samples.setdefault(row["id"], []).append(row)
     metrics = {"questions": len(first)}
 
-    def mean(values):
-        return sum(values) / max(1, len(values))
-
     def report(name, values):
         metrics[name] = mean(values)
         metrics[f"{name}/low"], metrics[f"{name}/high"] = wilson(metrics[name], len(first))
@@ -216,7 +186,7 @@ def summarise(rows, ks, temperature, mixed=None, learned=()):
         right = {id: [row["correct"] for row in of] for id, of in samples.items()}
         n, at = len(samples[first[0]["id"]]), f"T={temperature:g}"
         for k in ks:
-            report(f"pass@{k} {at}", [pass_at_k(n, sum(correct), k) for correct in right.values()])
+            report(f"pass@{k} {at}", [rewards.pass_at_k(n, sum(correct), k) for correct in right.values()])
         report(f"maj@{n} {at}", [
             majority([row["extracted"] for row in of], right[id]) for id, of in samples.items()])
         for name in learned:
@@ -265,13 +235,12 @@ class OneBase:
             add_lora(self.model, "adapter", r, alpha, settings["target_modules"],
                      settings.get("layers_to_transform"))
             models.load_adapter(folder, adapter_tensors(self.model, "adapter"))
-        models.check_token_ids(self.model, tokenizer)
         return Sampler(self.model, models.stop_ids(self.model, tokenizer), self.args.slots, self.dtype,
                        by_layer=self.args.reshard)
 
 
-def resolve(args):
-    """Fill in the defaults that depend on others, and refuse what cannot work, before any load or write."""
+def check_and_fill(args):
+    """The arguments with the defaults of the run that is measured; what cannot work is refused."""
     named = [name for name in args.model if name != "base"]
     embedded = all(models.is_embedded(name) for name in named)
     of_run = next(filter(None, map(models.run_arguments, named)), {})  # asked as it was trained
@@ -286,30 +255,31 @@ def resolve(args):
             raise ValueError(f"--{name}: {Counter(twice).most_common(1)[0][0]!r} is there twice")
     if samples and not args.eval_temperature > 0:
         raise ValueError(f"--eval-temperature {args.eval_temperature}: samples must differ; use more than 0")
-    trained_on, level, template = of_run.get("data", ""), args.level, args.prompt_template
+    trained_on = of_run.get("data", "")
     if Path(trained_on).exists() or trained_on.startswith("mmmlu/"):  # these have no test split
         trained_on = ""
-    if not args.data:
-        level = level or of_run.get("level", "")
-    if template == "{prompt}":
-        template = of_run.get("prompt_template", template)
-    dry_run = args.dry_run or bool(args.prompt)  # these leave nothing behind
+    template, dry_run = args.prompt_template, args.dry_run or bool(args.prompt)  # these leave nothing behind
     return replace(
-        args, samples=samples, level=level, prompt_template=template,
+        args, samples=samples, dry_run=dry_run, resume=args.resume and not dry_run,
+        level=args.level or ("" if args.data else of_run.get("level", "")),
+        prompt_template=of_run.get("prompt_template", template) if template == "{prompt}" else template,
         data=args.data or trained_on or ("arithmetic" if embedded else "gsm8k"),
-        system=args.system or of_run.get("system", "" if embedded else data.THINK_ANSWER_SYSTEM),
-        dry_run=dry_run, wandb=args.wandb and not dry_run, resume=args.resume and not dry_run)
+        system=args.system or of_run.get("system", "" if embedded else data.THINK_ANSWER_SYSTEM))
 
 
 def choose_questions(args):
-    """(questions, worked examples for --few-shot, none of them a question)."""
+    """(questions, in a dry run the longest; worked examples for --few-shot; the number of all questions)."""
     if args.prompt:
-        return [data.Example(0, args.prompt, args.answer, task="math")], []
+        return [data.Example(0, args.prompt, args.answer, task="math")], [], 1
     level, seed = args.level or None, args.seed
     questions = data.load_examples(args.data, args.split, level=level, limit=args.limit, seed=seed)
     if args.data in data.GENERATED and not args.limit:
         questions = questions[:500]
-    return questions, data.worked_examples(args.data, args.few_shot, questions, level=level, seed=seed)
+    n, examples = len(questions), data.worked_examples(args.data, args.few_shot, questions, level=level,
+                                                       seed=seed)
+    if args.dry_run:
+        questions = sorted(questions, key=lambda e: -len(e.text))[:args.slots * dist.world_size()]
+    return questions, examples, n
 
 
 def forget_unfinished(run, results, done):
@@ -324,14 +294,14 @@ def forget_unfinished(run, results, done):
 def main(args: Args) -> None:
     # ---- set up: whatever can be wrong is found here ----
     device = dist.setup(args.device)
-    args = resolve(args)
+    args = check_and_fill(args)
     check_args(args)
     dtype = models.choose_dtype(args.dtype, device)
     reward_functions = rewards.parse_rewards(args.rewards, partial(
         rewards.LearnedReward, dtype=dtype, device=device, tokens_per_batch=16384))
     family = OneBase(args.model, dtype, device, args)
     tokenizers = {name: models.load_tokenizer(family.names[name]) for name in args.model}
-    questions, examples = choose_questions(args)
+    questions, examples, n_all = choose_questions(args)
     if args.download_only:
         for name in args.model:
             models.download(family.names[name])
@@ -343,10 +313,7 @@ def main(args: Args) -> None:
     if any(spec.partition("=")[0].endswith(":math") for spec in args.rewards):
         raise ValueError("--rewards: a reward of your own cannot be named math, which judges LaTeX answers")
     learned = [r.name for r in reward_functions if isinstance(r.function, rewards.LearnedReward)]
-    n_all, only_measure = len(questions), args.dry_run and not args.prompt
-    if only_measure:
-        questions = sorted(questions, key=lambda e: -len(data.prompt_text(e.prompt)))
-        questions = questions[:args.slots * dist.world_size()]
+    only_measure = args.dry_run and not args.prompt
     run = Run(args, __file__, device, tags=models.run_tags(args.model[-1], args.data))
     if judged and not judge:
         run.print("math_verify is not installed: LaTeX answers are compared as text")
@@ -391,9 +358,9 @@ def main(args: Args) -> None:
     # ---- the end ----
     if only_measure:
         seconds = time.monotonic() - started
-        run.print(f"dry run: {len(questions)} questions at full length took {seconds:.1f} s, so {n_all} take "
-                  f"at most {tables.clock(seconds * n_all / len(questions))}; nothing was kept")
-        run.print_memory(sampler.model.config, 0, sampler)
+        run.print(f"dry run: {run.memory_text()}; {len(questions)} questions at full length took "
+                  f"{seconds:.1f} s, so {n_all} take at most "
+                  f"{tables.clock(seconds * n_all / len(questions))}; nothing was kept")
     elif not args.prompt:
         run.print("\n" + tables.table([{k: v for k, v in row.items() if k != "time"} for row in results]))
         run.finish()
@@ -440,18 +407,14 @@ def replay(run, step, row):
     print(f"equal to what was recorded: {row['tokens']} tokens, log-prob {total:.4f}")
 
 
-def command(argv):
-    """`replay`, and the new names of what runs.py does now; a user's mistake ends as one line."""
-    purpose = replay.__doc__.splitlines()[0]
-    parser = argparse.ArgumentParser(prog="eval.py replay", description=purpose)
+def replay_command(words):
+    """`eval.py replay RUN --step N --row N`; a user's mistake ends as one line."""
+    parser = argparse.ArgumentParser(prog="eval.py replay", description=replay.__doc__.splitlines()[0])
     parser.add_argument("run", help="run directory")
     parser.add_argument("--step", type=int, required=True)
     parser.add_argument("--row", type=int, default=0, help="number of the row in the step, from 0")
     try:
-        if argv[0] != "replay":
-            now = "eval.py replay" if "--replay" in argv else f"runs.py {argv[0]}"
-            raise ValueError(f"it is python {now} now")
-        replay(**vars(parser.parse_args(argv[1:])))
+        replay(**vars(parser.parse_args(words)))
     except ValueError as error:
         sys.exit(f"error: {error}")
 
@@ -1066,8 +1029,23 @@ class Sampler:
         return done
 
 
+# Copied from grpo.py::sample_all
+def sample_all(sampler, prompt_ids, keys, max_new_tokens, temperature, run, progress):
+    """`Sampler.sample` on all ranks; memory that runs out on one of them halves the slots of all."""
+    most_rows = max(dist.gather(sum(map(len, keys))))  # of a rank: only fewer slots save memory
+    if not most_rows:
+        return [[] for _ in keys]
+
+    def attempt(slots):
+        if slots < min(sampler.slots, most_rows):
+            sampler.slots, sampler.cache, sampler.graphs = slots, None, {}
+        return sampler.sample(prompt_ids, keys, max_new_tokens, temperature, progress)
+
+    return retry_smaller(attempt, min(sampler.slots, most_rows), run.device, 1, "slots")[0]
+
+
 if __name__ == "__main__":
-    if sys.argv[1:] and sys.argv[1] in ("replay", "compare", "plot", "show", "status"):
-        command(sys.argv[1:])
+    if sys.argv[1:2] == ["replay"]:
+        replay_command(sys.argv[2:])
     else:
         cli(main, Args)

@@ -17,13 +17,12 @@ With --aggregation sequence the loss is near 0 at every step, by construction: w
     python grpo.py --out runs/a --resume                 # go on where it was killed
 """
 
-import copy
 import hashlib
 import itertools
 import math
-from collections import deque
+from collections import Counter, deque
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Literal
 
@@ -31,23 +30,19 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from common import data, dist, models, rewards, shard
-from common.run import Fitting, Run, RunArgs, check_args, cli, retry_smaller
+from common import checks, data, dist, models, rewards, shard
+from common.run import Fitting, Run, RunState, TrainArgs, cli, defaults, retry_smaller
 
 # Shapes: B rows, T tokens, V vocabulary, P prompts, G samples per prompt, D hidden size, L layers or a row's
 # completion tokens, H heads, K head size, R LoRA rank, N rows or tokens in all.
+EVALUATION = -1  # in noise keys, where training has a step's number
 
 
 @dataclass
-class Args(RunArgs):
+class Args(TrainArgs):
     # ---- run ----
     max_steps: int = 60  # steps in all
-    # end with the step or iteration in which so many tokens have been sampled for training; 0: no limit
-    token_budget: int = 0
-    # steps between checkpoints (one is always written at the end, and on SIGTERM or Ctrl-C)
-    save_every: int = 50
-    keep: int = 2  # newest checkpoints to keep
-    profile: int = 0  # steps to trace with torch.profiler, from the first on
+    token_budget: int = 0  # tokens sampled for training after which the run ends; 0: no limit
 
     # ---- data ----
 
@@ -55,35 +50,10 @@ class Args(RunArgs):
     data: str = ""
     level: str = ""  # difficulty of a generated task, such as 3 or 1-4; empty: the task's own default
     train_questions: int = 0  # questions to train on; 0: all that are not held out
-    # questions held out of the training split for evaluation (never the official test split)
-    eval_questions: int = 500
-    # system message, or none; empty: asks for the <think>/<answer> format (embedded model: none)
-    system: str = ""
+    eval_questions: int = 500  # questions held out of the training split (never of the test split)
+    system: str = ""  # system message, or none; empty: asks for <think>/<answer> (embedded model: none)
     prompt_template: str = "{prompt}"  # text around the question, {prompt} in it
     max_prompt_tokens: int = 0  # leave out questions with a longer prompt; 0: none
-
-    # ---- model ----
-    model: str = ""  # hub id, local folder or run directory; empty: the embedded model
-    # of the frozen weights and the computation; auto: bfloat16 on CUDA, else float32
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    full: bool = False  # train all weights (kept in float32) instead of an adapter
-    # keep the frozen decoder layers in 4 bits (bitsandbytes; QLoRA, arXiv 2305.14314)
-    quantize: Literal["none", "nf4"] = "none"
-    # recompute the layers in the backward pass: less memory, about a third more time
-    gradient_checkpointing: bool = False
-    # split the weights over the ranks of torchrun (FSDP2): the frozen base, or with --full all there is
-    shard: bool = False
-    # with --shard, gather them layer by layer while sampling too: slower, for what one GPU cannot hold
-    reshard: bool = False
-    # padded tokens per forward and backward pass and GPU, halved if out of memory; 0: what fits, CPU 2048
-    tokens_per_batch: int = 0
-
-    # ---- LoRA ----
-    lora_r: int = 32  # rank
-    lora_alpha: float = 64  # the adapter's output is scaled by lora_alpha / lora_r
-    lora_targets: tuple[str, ...] = models.PROJECTIONS  # linear layers to adapt
-    train_layers: str = ""  # decoder layers to adapt, such as 20-27; empty: all
-    merge: bool = False  # write final/ as a plain model with the adapter merged in, not as an adapter
 
     # ---- sampling ----
     prompts_per_step: int = 16  # questions per step, over all ranks
@@ -96,41 +66,33 @@ class Args(RunArgs):
 
     # with weights: correctness, format, digit, mark, math, answer-prob, model:RUN, or your file.py:name=1
     rewards: tuple[str, ...] = ("correctness=1", "format=0.2")
-    # seconds that a call of a reward of your own may take; its row is left out and counted
-    reward_timeout: float = 30.0
+    reward_timeout: float = 30.0  # seconds for a call of your own reward; its row is left out and counted
     # reward - group mean: over the deviation (std, GRPO), as is (none, Dr. GRPO), leave-one-out (RLOO)
     group_scaling: Literal["std", "none", "loo"] = "std"
     # mean token loss: per row, then of rows (GRPO); of all tokens (DAPO); by max_new_tokens (Dr. GRPO)
     aggregation: Literal["sequence", "token", "constant"] = "sequence"
-    # probability ratio per token, or its geometric mean per row (GSPO)
-    ratio: Literal["token", "sequence"] = "token"
-    # min: PPO's clipped objective; detach: the clipped ratio is a constant weight (CISPO)
-    clip: Literal["min", "detach"] = "min"
+    ratio: Literal["token", "sequence"] = "token"  # of each token, or its geometric mean per row (GSPO)
+    clip: Literal["min", "detach"] = "min"  # PPO's objective; or the ratio as a constant weight (CISPO)
     clip_eps_low: float = 0.2  # lower clip: the ratio counts as at least 1 - this (arXiv 1707.06347 eq. 7)
     clip_eps_high: float = 0.2  # upper clip: the ratio counts as at most 1 + this; DAPO takes 0.28
-    # with a negative advantage the loss is at most this many times it (arXiv 1912.09729); 0: off
-    dual_clip: float = 0.0
+    dual_clip: float = 0.0  # a negative advantage counts at most so many times (arXiv 1912.09729); 0: off
     beta: float = 0.0  # KL coefficient towards the start model; 0: no reference pass at all
     kl_estimator: Literal["k1", "k2", "k3"] = "k3"  # estimator of the KL term
     kl_in: Literal["loss", "reward"] = "loss"  # KL as a loss term, or subtracted from the rewards
     updates_per_batch: int = 1  # optimizer steps on each batch of samples (mu in arXiv 2402.03300 alg. 1)
-    # old log-probs by a pass of the trainer, not the sampler's own; always so with --ratio sequence
-    recompute_old: bool = False
+    recompute_old: bool = False  # old log-probs by a pass of the trainer; always with --ratio sequence
     # weight tokens by trainer's over sampler's probability: capped, or dropped when outside [1/cap, cap]
     sampler_correction: Literal["none", "truncate", "mask"] = "none"
     sampler_correction_cap: float = 2.0  # cap of that weight
-    # draw further questions in place of groups whose samples are all right or all wrong (DAPO)
-    dynamic_sampling: bool = False
+    dynamic_sampling: bool = False  # draw more questions for groups that are all right or all wrong (DAPO)
     max_refills: int = 4  # most further draws per step with --dynamic-sampling
-    # the last tokens before max_new_tokens over which the reward falls by up to 1 (DAPO); 0: off
-    overlong_buffer: int = 0
+    overlong_buffer: int = 0  # last tokens, over which the reward falls by up to 1 (DAPO); 0: off
     # leave truncated rows out of the loss and its denominators (their reward stays in the group's mean)
     mask_truncated: bool = False
 
     # ---- optimizer ----
 
-    # AdamW's peak learning rate; 0: by the kind of model and training (`resolve`), printed at the start
-    lr: float = 0.0
+    lr: float = 0.0  # AdamW's peak rate; 0: 1e-3 for the embedded model, 1e-6 with --full, else 2e-5
     warmup_steps: int = 5  # steps of linear warm-up
     lr_schedule: Literal["constant", "linear", "cosine"] = "constant"  # after the warm-up
     weight_decay: float = 0.0  # AdamW's decoupled decay
@@ -138,8 +100,7 @@ class Args(RunArgs):
 
     # ---- evaluation ----
 
-    # steps between evaluations; one before the first step and one after the last are always made
-    eval_every: int = 20
+    eval_every: int = 20  # steps between evaluations; the first and the last are always made
     eval_samples: int = 0  # samples per held-out question for pass@k, beside the greedy one; 0: none
     eval_temperature: float = 0.5  # of those samples
     eval_k: tuple[int, ...] = ()  # report pass@k for these k (each at most eval_samples)
@@ -254,21 +215,33 @@ class Rollout:
     def __len__(self):
         return len(self.prompt_ids) + len(self.completion.ids)
 
+    def row(self, step):
+        """Its line in samples.csv."""
+        return {"step": step, "group": self.group, "reward": self.reward,
+                **{f"reward/{k}": v for k, v in self.rewards.items()}, "advantage": self.advantage,
+                **rewards.answer_row(self.example, self.sample, self.completion, self.response, self.correct)}
 
-def sample_rollouts(sampler, questions, prompt_ids, args, step, run):
+
+@dataclass
+class State(RunState):
+    """What a checkpoint holds beside weights and optimizer."""
+
+    position: int = 0  # in the endless sequence of shuffled questions
+    accumulated_reward: float = 0.0
+
+
+def sample_rollouts(sampler, questions, prompt_ids, args, step, tokenizer, run):
     """G rollouts of each (group, example), group by group."""
     keys = [[noise_key(args.seed, step, group, g) for g in range(args.num_generations)]
             for group, _ in questions]
     completions = sample_all(sampler, [prompt_ids[e.id] for _, e in questions], keys, args.max_new_tokens,
-                             args.temperature, run, f"step {step}")
-    return [Rollout(example, group, g, prompt_ids[example.id], completion)
+                             args.temperature, run, run.counter(f"step {step}"))
+    return [Rollout(example, group, g, prompt_ids[example.id], completion, completion.text(tokenizer))
             for (group, example), row in zip(questions, completions) for g, completion in enumerate(row)]
 
 
-def score_rollouts(rollouts, reward_functions, args, tokenizer):
-    """Fill in response, rewards, correct and reward. Returns a line on the first failed reward, or ""."""
-    for r in rollouts:
-        r.response = r.completion.text(tokenizer)
+def score_rollouts(rollouts, reward_functions, args, run):
+    """Fill in rewards, correct and reward; report the first reward that failed."""
     scored = rewards.score(reward_functions, [r.example for r in rollouts], [r.response for r in rollouts],
                            timeout_s=args.reward_timeout)
     for i, r in enumerate(rollouts):
@@ -278,41 +251,56 @@ def score_rollouts(rollouts, reward_functions, args, tokenizer):
             r.rewards["overlong"] = overlong_penalty(
                 len(r.completion.ids), args.max_new_tokens, args.overlong_buffer)
             r.reward += r.rewards["overlong"]
-    return scored["error"]
+    if scored["error"]:
+        run.print(f"step {run.state.step}: {scored['error']}")
 
 
-def collect(sampler, questions, prompt_ids, reward_functions, args, step, position, tokenizer, run):
-    """This rank's scored rollouts, the groups (of all ranks) to train on, questions drawn, a reward's error.
+def collect(sampler, train, prompt_ids, reward_functions, args, state, tokenizer, run):
+    """This rank's scored rollouts of a step, and the groups (of all ranks) to train on.
 
     With dynamic sampling further questions are drawn until enough groups hold right and wrong samples (or,
     without the reward `correctness`, rewards that differ); the first prompts_per_step such groups are trained
     on, in the order of the questions whatever the number of ranks.
     """
-    rollouts, groups, drawn, error = [], [], 0, ""
+    rollouts, mixed, drawn = [], [], 0
     while True:
-        rows = data.batch_indices(len(questions), position + drawn, args.prompts_per_step, args.seed)
-        mine = dist.share([(drawn + i, questions[row]) for i, row in enumerate(rows)])
-        drawn += args.prompts_per_step
+        rows = data.batch_indices(len(train), state.position, args.prompts_per_step, args.seed)
+        questions = dist.share([(drawn + i, train[row]) for i, row in enumerate(rows)])
+        drawn, state.position = drawn + len(rows), state.position + len(rows)
         with run.phase("sample"):
-            fresh = sample_rollouts(sampler, mine, prompt_ids, args, step, run)
+            fresh = sample_rollouts(sampler, questions, prompt_ids, args, state.step, tokenizer, run)
         with run.phase("reward"):
-            error = score_rollouts(fresh, reward_functions, args, tokenizer) or error
+            score_rollouts(fresh, reward_functions, args, run)
         rollouts += fresh
         if not args.dynamic_sampling:
-            return rollouts, set(range(drawn)), drawn, error
+            return rollouts, set(range(drawn))
         scores = {g: {r.rewards.get("correctness", r.reward) for r in fresh
-                      if r.group == g and not math.isnan(r.reward)} for g, _ in mine}
-        mixed = [g for g in scores if len(scores[g]) > 1]
-        groups += sorted(itertools.chain(*dist.gather(mixed)))
-        if len(groups) >= args.prompts_per_step or drawn > args.max_refills * args.prompts_per_step:
-            return rollouts, set(groups[:args.prompts_per_step]), drawn, error
+                      if r.group == g and not math.isnan(r.reward)} for g, _ in questions}
+        mixed += sorted(itertools.chain(*dist.gather([g for g in scores if len(scores[g]) > 1])))
+        if len(mixed) >= args.prompts_per_step or drawn > args.max_refills * args.prompts_per_step:
+            return rollouts, set(mixed[:args.prompts_per_step])
+
+
+def add_logprobs(rollouts, model, reference, args, fits, device):
+    """Fill in the old log-probs, those of the reference, and the KL, which --kl-in reward subtracts."""
+    ids = [r.prompt_ids for r in rollouts], [r.completion.ids for r in rollouts]
+    old = ref = [torch.tensor(r.completion.logprobs) for r in rollouts]
+    if args.recompute_old:
+        old = fits(completion_logprobs, model, *ids, args.temperature, device=device)
+    if args.beta:
+        with use_adapter(model, None):
+            ref = fits(completion_logprobs, reference or model, *ids, args.temperature, device=device)
+    for i, r in enumerate(rollouts):
+        r.old_logprobs, r.ref_logprobs = old[i], ref[i]
+        r.kl = kl_estimate(old[i], ref[i], args.kl_estimator).sum().item() if args.beta else 0.0
+        if args.kl_in == "reward":
+            r.reward -= args.beta * r.kl
 
 
 def accumulate_gradients(model, rollouts, args, n_sequences, n_tokens, tokens_per_batch, device):
     """The gradient of the step's loss over this rank's rollouts; returns token sums for the metrics."""
     model.zero_grad()  # of an attempt that ran out of memory
-    names = "loss", "kl", "clip_low", "clip_high", "gap", "gap_max", "tokens"
-    sums = {name: torch.zeros((), device=device) for name in names}
+    sums, gap_max = Counter(), torch.zeros((), device=device)
     batches = pack([len(r) for r in rollouts], tokens_per_batch)
     for rows in shard.micro_batches(model, batches, partial(token_logprobs, model)):
         batch = [rollouts[i] for i in rows]
@@ -322,7 +310,6 @@ def accumulate_gradients(model, rollouts, args, n_sequences, n_tokens, tokens_pe
         old = pad_logprobs([r.old_logprobs for r in batch], cpu_mask).to(device)
         sampled = pad_logprobs([r.completion.logprobs for r in batch], cpu_mask).to(device)
         advantages = torch.tensor([r.advantage for r in batch], dtype=torch.float32).to(device)
-        lengths = cpu_mask.sum(1).to(device)
         logprobs = token_logprobs(model, input_ids, cpu_mask, args.temperature)  # [B, T]
         loss, low, high = policy_loss(
             logprobs, old, advantages, mask, ratio=args.ratio, clip=args.clip, clip_eps_low=args.clip_eps_low,
@@ -330,314 +317,173 @@ def accumulate_gradients(model, rollouts, args, n_sequences, n_tokens, tokens_pe
         if args.beta and args.kl_in == "loss":
             ref = pad_logprobs([r.ref_logprobs for r in batch], cpu_mask).to(device)
             kl = torch.where(mask, kl_estimate(logprobs, ref, args.kl_estimator), 0.0)
-            loss, sums["kl"] = loss + args.beta * kl, sums["kl"] + kl.detach().sum()
+            loss = loss + args.beta * kl
+            sums["kl"] += kl.detach().sum()
         if args.sampler_correction != "none":
             loss = loss * sampler_weights(
                 old, sampled, mask, args.sampler_correction, args.sampler_correction_cap)
-        weights = row_weights(args.aggregation, lengths, n_sequences, n_tokens, args.max_new_tokens)
+        weights = row_weights(args.aggregation, mask.sum(1), n_sequences, n_tokens, args.max_new_tokens)
         loss = (loss.sum(1) * weights).sum()
         loss.backward()
         gap = torch.where(mask, (logprobs.detach() - sampled).abs(), 0.0)
-        sums["gap_max"] = torch.maximum(sums["gap_max"], gap.max())
-        for name, value in (("loss", loss.detach()), ("clip_low", low.sum()), ("clip_high", high.sum()),
-                            ("gap", gap.sum()), ("tokens", mask.sum())):
-            sums[name] = sums[name] + value
-    return {name: value.item() for name, value in sums.items()}
+        gap_max = torch.maximum(gap_max, gap.max())
+        sums.update(loss=loss.detach(), clip_low=low.sum(), clip_high=high.sum(), gap=gap.sum(),
+                    tokens=mask.sum())
+    names = "loss", "kl", "clip_low", "clip_high", "gap", "tokens"
+    return {name: float(sums[name]) for name in names} | {"gap_max": gap_max.item()}
 
 
-def csv_row(r, step):
-    return {"step": step, "group": r.group, "reward": r.reward,
-            **{f"reward/{k}": v for k, v in r.rewards.items()}, "advantage": r.advantage,
-            **rewards.answer_row(r.example, r.sample, r.completion, r.response, r.correct)}
-
-
-def log_step(run, step, args, sampled, sums, accumulated_reward, sampled_tokens, more):
-    """Metrics of a step over all ranks, its rollouts to samples.csv, and now and then one to the terminal."""
-    rows = dist.gather_rows([csv_row(r, step) for r in sampled], "group", "sample")
-    run.write_rows(rows)
-
-    def column(name):
-        return [row[name] for row in rows if not math.isnan(row[name])]
-
-    known, n_tokens = column("reward"), sum(column("tokens"))
-    sums = dist.sum_dict({k: v for k, v in sums.items() if k != "gap_max"}, run.device) | {
-        "gap_max": max(dist.gather(sums["gap_max"]))}
-    live_tokens = max(1, sums["tokens"])
-    average = mean(known)
-    metrics = {
-        "reward": average, "reward/std": mean([(x - average) ** 2 for x in known]) ** 0.5,
-        "reward/min": min(known, default=0.0), "reward/max": max(known, default=0.0),
-        **{name: mean(column(name)) for name in rows[0] if name.startswith("reward/")},
-        "accumulated_reward": accumulated_reward + sum(known), "sampled_tokens": sampled_tokens + n_tokens,
-        "correct": mean(column("correct")), "tokens": n_tokens / len(rows),
-        "tokens/max": max(column("tokens")), "truncated": 1 - mean(column("finished")),
-        "entropy": -sum(row["logprob"] for row in rows) / n_tokens, "reward_failed": len(rows) - len(known),
-        "loss": sums["loss"], "kl": sums["kl"] / max(1, sums.get("kl_tokens", live_tokens)),
-        "clip_low": sums["clip_low"] / live_tokens,
-        "clip_high": sums["clip_high"] / live_tokens, "sampler_gap": sums["gap"] / live_tokens,
-        "sampler_gap/max": sums["gap_max"], "tokens_trained": sums["tokens"],
-        "rows_trained": sums["rows"], **more}
-    last_step = args.max_steps
-    if args.token_budget:  # as many more steps as this pace needs
-        last_step = min(last_step, math.ceil(step * args.token_budget / metrics["sampled_tokens"]))
-    metrics = run.log(step, metrics, max(step, last_step),
-                      show=("reward", "correct", "tokens", "kl", "sampler_gap", "grad_norm"))
-    if metrics["truncated"] > 0.5:
-        run.print(f"  {metrics['truncated']:.0%} of the answers hit --max-new-tokens {args.max_new_tokens}")
-    if step % args.show_every == 0:
-        row = rows[0]
-        parts = ", ".join(f"{key[7:]} {value:.2g}" for key, value in row.items() if key.startswith("reward/"))
-        run.print(f"  Q: {row['prompt']}\n  A: {row['completion']}\n"
-                  f"  reward {row['reward']:.3g} ({parts}), gold {row['answer']}")
-    return metrics
+def loss_metrics(sums, rollouts, args, device):
+    """Metrics of a step's update, over the tokens that all ranks have trained on."""
+    gap_max = max(dist.gather(sums.pop("gap_max")))
+    if args.kl_in == "reward":  # of rows that the loss leaves out, too
+        sums |= {"kl": sum(r.kl for r in rollouts), "kl_tokens": sum(len(r.completion.ids) for r in rollouts)}
+    sums = dist.sum_dict(sums, device)
+    n_tokens = max(1, sums["tokens"])
+    return {"loss": sums["loss"], "kl": sums["kl"] / max(1, sums.get("kl_tokens", n_tokens)),
+            "clip_low": sums["clip_low"] / n_tokens, "clip_high": sums["clip_high"] / n_tokens,
+            "sampler_gap": sums["gap"] / n_tokens, "sampler_gap/max": gap_max,
+            "tokens_trained": sums["tokens"], "rows_trained": sums["rows"]}
 
 
 def evaluate(sampler, questions, prompt_ids, args, step, tokenizer, run):
-    """Metrics of held-out questions: greedy pass@1, pass@k if asked for, lengths; all answers go to eval.csv.
-
-    The questions are split over ranks, each answered once. Sampling noise is keyed apart from training's.
-    """
-    plan = [(0.0, 1)] + ([(args.eval_temperature, args.eval_samples)] if args.eval_samples else [])
+    """Held-out questions, split over the ranks: a greedy answer to each, --eval-samples more; to eval.csv."""
     rows, mine = [], dist.share(questions)
-    for temperature, n in plan:
-        keys = [[noise_key(args.seed, -1, e.id, g) for g in range(n)] for e in mine]
+    for temperature, n in ((0.0, 1), (args.eval_temperature, args.eval_samples)):
+        keys = [[noise_key(args.seed, EVALUATION, e.id, g) for g in range(n)] for e in mine]
         completions = sample_all(sampler, [prompt_ids[e.id] for e in mine], keys, args.max_new_tokens,
-                                 temperature, run, "evaluation")
-        rollouts = [Rollout(e, e.id, g, [], completion) for e, row in zip(mine, completions)
-                    for g, completion in enumerate(row)]
-        score_rollouts(rollouts, [], args, tokenizer)
-        rows += [csv_row(r, step) | {"sample": r.sample + (temperature > 0), "temperature": temperature}
+                                 temperature, run, run.counter("evaluation"))
+        rollouts = [Rollout(e, e.id, g, [], completion, completion.text(tokenizer))
+                    for e, row in zip(mine, completions) for g, completion in enumerate(row)]
+        score_rollouts(rollouts, [], args, run)
+        rows += [r.row(step) | {"sample": r.sample + (temperature > 0), "temperature": temperature}
                  for r in rollouts]
-    rows, right = dist.gather_rows(rows, "id", "sample"), {}
-    for row in rows:
-        if row["sample"] > 0:
-            right.setdefault(row["id"], []).append(row["correct"])
-    run.log_evaluation(step, rows, {
-        f"eval/pass@{k} T={args.eval_temperature:g}": mean(
-            [pass_at_k(len(row), sum(row), k) for row in right.values()]) for k in args.eval_k})
+    run.log_evaluation(step, dist.gather_rows(rows, "id", "sample"), ks=args.eval_k)
 
 
-def pass_at_k(n, c, k):
-    """Unbiased chance that k of n samples, c of them right, hold a right one (Codex, arXiv 2107.03374 eq. 1).
-
-    Errors: ValueError if k > n.
-    """
-    if k > n:
-        raise ValueError(f"pass@{k} needs {k} samples, there are {n}")
-    return 1.0 - math.comb(n - c, k) / math.comb(n, k)
-
-
-def mean(values):
-    return sum(values) / len(values) if values else 0.0
-
-
-def resolve(args, device):
-    """Fill in the defaults that depend on others, and refuse what cannot work, before any load or write."""
-    embedded = models.is_embedded(args.model)
+def check(args):
+    """Refuse what cannot work with this method; what no script can do, `defaults` refuses."""
     if args.num_generations < 2:
         raise ValueError(f"--num-generations {args.num_generations}: "
                          "a group of one has no mean to beat; use 2 or more")
     if args.beta and args.kl_in == "loss" and args.kl_estimator == "k1":
         raise ValueError("--kl-estimator k1 in the loss has an expected gradient of 0; "
                          "use k2 or k3, or --kl-in reward")
-    if args.eval_k and max(args.eval_k) > args.eval_samples:
-        raise ValueError(f"--eval-k {max(args.eval_k)} needs --eval-samples {max(args.eval_k)} or more")
-    recompute = args.recompute_old or args.ratio == "sequence"  # whose clip is finer than bfloat16's gap
-    if args.sampler_correction != "none" and not recompute:
+    if args.sampler_correction != "none" and not args.recompute_old:
         raise ValueError("--sampler-correction compares the trainer's old log-probs with the sampler's: "
                          "add --recompute-old")
-    return replace(
-        args, recompute_old=recompute,
-        data=args.data or ("arithmetic" if embedded else "gsm8k"),
-        system=args.system or ("" if embedded else data.THINK_ANSWER_SYSTEM),
-        # a CPU's caches are small
-        tokens_per_batch=args.tokens_per_batch or {"cpu": 2048, "cuda": 0}.get(device.type, 8192),
-        lr=args.lr or (1e-3 if embedded else 1e-6 if args.full else 2e-5))
 
 
 def main(args: Args) -> None:
-    # ---- set up: whatever can be wrong is found here ----
+    # ---- set up: whatever can be wrong is found before the model is loaded ----
     device = dist.setup(args.device)
-    asked = args = resolve(args, device)
-    if args.dry_run:
-        args = replace(args, max_steps=1, wandb=False, resume=False)
-    check_args(args)
-    dtype = models.choose_dtype(args.dtype, device)
-    tokenizer = models.load_tokenizer(args.model)
+    args = defaults(args, device, lr={"embedded": 1e-3, "full": 1e-6, "adapter": 2e-5})
+    args.recompute_old |= args.ratio == "sequence"  # whose clip is finer than bfloat16's gap
+    check(args)
+    dtype, tokenizer = models.choose_dtype(args.dtype, device), models.load_tokenizer(args.model)
     reward_functions = rewards.parse_rewards(
-        args.rewards,
-        partial(rewards.LearnedReward, dtype=dtype, device=device,
-                tokens_per_batch=args.tokens_per_batch or 8192),
-        partial(rewards.AnswerProbability, tokenizer, lambda e: prompt_ids[e.id],
-                lambda *ids: fits(completion_logprobs, model, *ids, 1.0, device=device),  # as it is by then
-                args.max_new_tokens))
-    train, held_out = data.train_validation(args.data, n_train=args.train_questions,
-                                            n_validation=args.eval_questions, level=args.level or None,
-                                            seed=args.seed)
-    prompt_ids = {e.id: data.encode_prompt(tokenizer, e.prompt, args.system, args.prompt_template)
-                  for e in train + held_out}
-    if args.max_prompt_tokens:
-        train, held_out = ([e for e in part if len(prompt_ids[e.id]) <= args.max_prompt_tokens]
-                           for part in (train, held_out))
-        if not train or not held_out:
-            raise ValueError(f"--max-prompt-tokens {args.max_prompt_tokens} leaves {len(train)} questions "
-                             f"to train on and {len(held_out)} held out")
+        args.rewards, partial(rewards.LearnedReward, dtype=dtype, device=device,
+                              tokens_per_batch=args.tokens_per_batch or 8192),
+        partial(rewards.AnswerProbability, tokenizer, args.max_new_tokens))
+    train, held_out, prompt_ids, longest = data.load_questions(args, tokenizer, args.prompts_per_step)
     if args.download_only:
         return models.download(args.model)
-    longest = max(len(prompt_ids[e.id]) for e in train + held_out)
-    if args.dry_run:
-        train = sorted(train, key=lambda e: -len(prompt_ids[e.id]))[:args.prompts_per_step]
+
+    # ---- policy, reference, optimizer, sampler ----
     torch.manual_seed(args.seed)
     load_model = partial(models.load_model, args.model, torch.float32 if args.full else dtype, device,
-                         longest + args.max_new_tokens, split=args.shard, quantize=args.quantize)
+                         longest, split=args.shard, quantize=args.quantize)
     model = load_model()
-    models.check_token_ids(model, tokenizer)
-    reference = None  # the KL's frozen model: the base with the adapter off; with --full a copy of the start
-    if args.full:
-        params = [p.requires_grad_() for p in model.parameters()]
-        reference = load_model().requires_grad_(False) if args.beta else None
-    else:
-        params = add_lora(model, "policy", args.lora_r, args.lora_alpha, args.lora_targets,
-                          models.layer_range(args.train_layers, model))
-    adapter = None if args.full else adapter_tensors(model, "policy")
-    save_weights = partial(models.save_trained, model, tokenizer, adapter, args)
-    if args.gradient_checkpointing:
-        enable_checkpointing(model)
-    model.train()  # dropout is off (load_model); gradient checkpointing acts in this mode alone
+    params, adapter = trainable(model, "policy", args)
+    # of the KL: with --full a copy of the start, else the base with the adapter off
+    reference = load_model().requires_grad_(False) if args.full and args.beta else None
     optimizer = torch.optim.AdamW(params, lr=args.lr, weight_decay=args.weight_decay,
-                                  foreach=False if args.shard else None,
-                                  fused=device.type == "cuda" and not args.shard)
-    stop_ids = models.stop_ids(model, tokenizer)
-    sampler = Sampler(model, () if args.dry_run else stop_ids, args.slots, dtype,  # dry run: full length
-                      by_layer=args.reshard)
-    if not args.tokens_per_batch:
-        args = replace(args, tokens_per_batch=models.tokens_that_fit(
-            model, params, dtype, sampler.cache_bytes(longest + args.max_new_tokens)))
+                                  **shard.optimizer_kernel(args, device))
+    stop_ids = models.stop_ids(model, tokenizer, args.dry_run)
+    sampler = Sampler(model, stop_ids, args.slots, dtype, by_layer=args.reshard)
+    state = State(tokens_per_batch=args.tokens_per_batch or models.tokens_that_fit(
+        model, params, dtype, sampler.cache_bytes(longest)))
+    fits = Fitting(state, device, smallest=longest)
+    rewards.ask_policy(reward_functions, prompt_ids,
+                       partial(fits, completion_logprobs, model, temperature=1.0, device=device))
+
+    # ---- the run directory, where --resume goes on, the self-check ----
     run = Run(args, __file__, device, tags=models.run_tags(args.model, args.data))
-    optimizer.register_step_pre_hook(run.weights_move)
-    compute = partial(torch.autocast, device.type, torch.bfloat16,
-                      enabled=args.full and dtype == torch.bfloat16, cache_enabled=False)
     run.print(models.describe(args, model, params, dtype))
     run.print(f"data: {args.data}, {len(train)} questions to train on, {len(held_out)} held out, prompts "
-              f"up to {longest} tokens; {args.prompts_per_step} x {args.num_generations} samples a step")
+              f"up to {longest - args.max_new_tokens} tokens; {args.prompts_per_step} x {args.num_generations} samples a step")
+    save_weights = partial(models.save_trained, model, tokenizer, adapter, args)
+    run.restore(state, partial(models.load_trained, model=model, adapter=adapter), save_weights, sampler,
+                optimizer=optimizer)
+    autocast = partial(models.autocast, device, dtype, args.full)
+    with autocast():
+        run.self_check(checks.before_training(
+            model, params, sampler, [prompt_ids[e.id] for e in train[:3]], args, args.temperature,
+            token_logprobs, completion_logprobs, make_batch, use_adapter))
+        if state.step == 0 and not args.dry_run:
+            evaluate(sampler, held_out, prompt_ids, args, 0, tokenizer, run)
 
-    fits = Fitting(args.tokens_per_batch, device, longest + args.max_new_tokens)
-    step, position, accumulated_reward, bad_steps, sampled_tokens = 0, 0, 0.0, 0, 0
-    if args.resume:
-        folder, saved = run.load()
-        if folder:
-            models.load_trained(folder, model, adapter)
-            optimizer.load_state_dict(saved["optimizer"])
-            torch.set_rng_state(saved["rng"])
-            step, position, accumulated_reward, sampled_tokens = (saved[name] for name in (
-                "step", "position", "accumulated_reward", "sampled_tokens"))
-            fits.tokens_per_batch = min(fits.tokens_per_batch, saved["tokens_per_batch"])
-            sampler.slots = min(sampler.slots, saved.get("slots", sampler.slots))
-    with compute():
-        run.self_check(self_check(model, params, sampler, [prompt_ids[e.id] for e in train[:3]], args,
-                                  args.temperature, device))
-        if step == 0 and not args.dry_run:
-            evaluate(sampler, held_out, prompt_ids, args, step, tokenizer, run)
-
-    stop, last = False, step == args.max_steps or 0 < args.token_budget <= sampled_tokens
+    last, stop = run.is_last(state), False
     while not (last or stop):
-        step += 1
-        with run.profile(step), compute():
+        state.step += 1
+        with run.profile(state.step), autocast():
             # ---- sample and reward ----
-            sampled, groups, drawn, error = collect(sampler, train, prompt_ids, reward_functions, args, step,
-                                                    position, tokenizer, run)
-            position += drawn
+            first = state.position
+            sampled, groups = collect(
+                sampler, train, prompt_ids, reward_functions, args, state, tokenizer, run)
             rollouts = [r for r in sampled if r.group in groups]
-
-            # ---- old and reference log-probs, advantage ----
             with run.phase("logprobs"):
-                ids = [r.prompt_ids for r in rollouts], [r.completion.ids for r in rollouts]
-                old = [torch.tensor(r.completion.logprobs) for r in rollouts]
-                if args.recompute_old:
-                    old = fits(completion_logprobs, model, *ids, args.temperature, device=device)
-                for r, values in zip(rollouts, old):
-                    r.old_logprobs = values
-                if args.beta:
-                    with use_adapter(model, None):
-                        ref = fits(completion_logprobs, reference or model, *ids, args.temperature,
-                                   device=device)
-                    for r, values in zip(rollouts, ref):
-                        r.ref_logprobs = values
-                        r.kl = kl_estimate(r.old_logprobs, values, args.kl_estimator).sum().item()
-                        if args.kl_in == "reward":
-                            r.reward -= args.beta * r.kl
+                add_logprobs(rollouts, model, reference, args, fits, device)
+
+            # ---- advantage ----
             advantages = group_advantages(
                 torch.tensor([r.reward for r in rollouts], dtype=torch.float64),
                 torch.tensor([r.group for r in rollouts], dtype=torch.int64), args.group_scaling)
             for r, advantage in zip(rollouts, advantages.tolist()):
                 r.advantage = advantage
+            counted = [r for r in rollouts if not math.isnan(r.reward)
+                       and (r.completion.finished or not args.mask_truncated)]
+            # rows that cannot move the weights are skipped but stay in the denominators: no number changes
+            live = [r for r in counted if r.advantage or (args.beta and args.kl_in == "loss")]
+            if args.dry_run:  # whose rows all run to full length and earn about the same
+                counted = live = rollouts
+            counts = dist.sum_dict({"sequences": len(counted),
+                                    "tokens": sum(len(r.completion.ids) for r in counted),
+                                    "broken": sum(math.isnan(sum(r.completion.logprobs)) for r in sampled)},
+                                   device)
 
             # ---- update ----
-            # Rows that cannot move the weights are skipped but stay in the denominators: no number changes.
-            # (A dry run's rows all run to full length and earn about the same: it trains on every one.)
-            counted = [r for r in rollouts if args.dry_run or not math.isnan(r.reward)
-                       and (r.completion.finished or not args.mask_truncated)]
-            moves_all = args.dry_run or args.beta and args.kl_in == "loss"
-            live = [r for r in counted if r.advantage or moves_all]
-            counts = dist.sum_dict({"sequences": len(counted),
-                                    "tokens": sum(len(r.completion.ids) for r in counted)}, device)
-            finite = not dist.any_rank(any(math.isnan(sum(r.completion.logprobs)) for r in sampled), device)
             with run.phase("update"):
                 for update in range(args.updates_per_batch):
                     sums = fits(accumulate_gradients, model, live, args, counts["sequences"],
                                 counts["tokens"], device=device)
+                    first_sums = sums if update == 0 else first_sums
                     dist.sum_gradients(params)
                     norm = shard.clip_gradients(params, args.max_grad_norm)
-                    for group in optimizer.param_groups:
-                        group["lr"] = learning_rate(step, args)
-                    if math.isfinite(norm) and finite:
-                        optimizer.step()
-                        bad_steps = 0
-                    else:
-                        bad_steps += 1
-                        what = "gradient" if finite else "model"
-                        run.print(f"step {step}: the {what} is not finite; the update is skipped "
-                                  f"({bad_steps} in a row)")
-                    if update == 0:
-                        first_sums = sums
-            optimizer.zero_grad()
+                    optimizer.param_groups[0]["lr"] = learning_rate(state.step, args)
+                    run.take_step(norm, optimizer, finite=not counts["broken"])
 
         # ---- log ----
-        if error:
-            run.print(f"step {step}: {error}")
-        if args.kl_in == "reward":  # of rows that the loss leaves out, too
-            first_sums |= {"kl": sum(r.kl for r in rollouts),
-                           "kl_tokens": sum(len(r.completion.ids) for r in rollouts)}
-        metrics = log_step(run, step, args, sampled, first_sums | {"rows": len(live)}, accumulated_reward,
-                           sampled_tokens, {
-            "grad_norm": norm, "lr": optimizer.param_groups[0]["lr"], "questions_drawn": drawn,
-            "tokens_per_batch": fits.tokens_per_batch})
-        accumulated_reward, sampled_tokens = metrics["accumulated_reward"], metrics["sampled_tokens"]
-        last = step == args.max_steps or 0 < args.token_budget <= sampled_tokens
+        metrics = run.log_rollouts(state, [r.row(state.step) for r in sampled], {
+            **loss_metrics(first_sums | {"rows": len(live)}, rollouts, args, device),
+            "grad_norm": norm, "lr": optimizer.param_groups[0]["lr"],
+            "questions_drawn": state.position - first, "tokens_per_batch": state.tokens_per_batch},
+            show=("reward", "correct", "tokens", "kl", "sampler_gap", "grad_norm"))
+        last = run.is_last(state)
         if args.dry_run:
             break
 
         # ---- evaluate ----
-        if step % args.eval_every == 0 or last:
-            with compute():
-                evaluate(sampler, held_out, prompt_ids, args, step, tokenizer, run)
+        if state.step % args.eval_every == 0 or last:
+            with autocast():
+                evaluate(sampler, held_out, prompt_ids, args, state.step, tokenizer, run)
 
         # ---- save ----
-        due = step % args.save_every == 0 or last or bad_steps >= 5
-        stop = run.remember(step, due, save_weights, {
-            "optimizer": optimizer.state_dict(), "rng": torch.get_rng_state(), "step": step,
-            "position": position, "accumulated_reward": accumulated_reward,
-            "sampled_tokens": sampled_tokens, "tokens_per_batch": fits.tokens_per_batch,
-            "slots": sampler.slots})
-        if bad_steps >= 5:
-            raise ValueError(f"the loss was not finite in {bad_steps} updates in a row; "
-                             f"the state is in {run.path}: lower --lr")
+        stop = run.save(due=state.step % args.save_every == 0 or last)
 
     # ---- the end ----
     if args.dry_run:
-        run.dry_run_report(metrics, asked.max_steps, metrics["tokens_trained"], model.config,
-                           longest + args.max_new_tokens, sampler)
-        return
+        return run.dry_run_report(metrics, args.max_steps, metrics["tokens_trained"])
     if last:
         run.save_final(partial(models.save_plain, model, tokenizer, merged_state_dict(model)) if args.merge
                        else save_weights)
@@ -745,6 +591,17 @@ def adapter_tensors(model, name: str) -> dict[str, tuple[nn.Parameter, nn.Parame
     """(A, B) of adapter `name` by its layer's path: what `models.save_adapter` and `load_adapter` take."""
     return {path: (module.A[name], module.B[name])
             for path, module in lora_modules(model).items() if name in module.A}
+
+
+def trainable(model, name: str, args):
+    """(the parameters to train, the tensors of adapter `name`): all weights and None with --full."""
+    if args.gradient_checkpointing:
+        enable_checkpointing(model)
+    if args.full:
+        return [p.requires_grad_() for p in model.parameters()], None
+    params = add_lora(model, name, args.lora_r, args.lora_alpha, args.lora_targets,
+                      models.layer_range(args.train_layers, model))
+    return params, adapter_tensors(model, name)
 
 
 @torch.no_grad()
@@ -1410,96 +1267,18 @@ class Sampler:
         return done
 
 
-def sample_all(sampler, prompt_ids, keys, max_new_tokens, temperature, run, doing):
-    """`Sampler.sample` with progress shown; memory that runs out on one rank halves the slots of all."""
-    most_rows = max(1, *dist.gather(sum(map(len, keys))))  # of a rank: only fewer slots save memory
+def sample_all(sampler, prompt_ids, keys, max_new_tokens, temperature, run, progress):
+    """`Sampler.sample` on all ranks; memory that runs out on one of them halves the slots of all."""
+    most_rows = max(dist.gather(sum(map(len, keys))))  # of a rank: only fewer slots save memory
+    if not most_rows:
+        return [[] for _ in keys]
 
     def attempt(slots):
         if slots < min(sampler.slots, most_rows):
             sampler.slots, sampler.cache, sampler.graphs = slots, None, {}
-        return sampler.sample(prompt_ids, keys, max_new_tokens, temperature,
-                              lambda done, total, _: run.progress(f"{doing}: sampled {done}/{total}"))
+        return sampler.sample(prompt_ids, keys, max_new_tokens, temperature, progress)
 
     return retry_smaller(attempt, min(sampler.slots, most_rows), run.device, 1, "slots")[0]
-
-
-@torch.no_grad()
-def gap_in_float64(model, prompt_ids, args, temperature, device):
-    """Largest gap of sampler and trainer on a cut-out of the model in float64, where rounding hides no error.
-
-    It has two decoder layers (the first that have an adapter, if any do) and the first 1024 tokens; prompts
-    are made of those. The head and the adapters' B are drawn anew: the model's own head may be so sure of the
-    next token that its log-prob is 0 whatever the sampler does, and a B of zero would hide an adapter that
-    the sampler leaves out.
-    """
-    device = torch.device("cpu") if device.type == "mps" else device  # which has no float64
-    base, embedding, head = model.base_model, model.get_input_embeddings(), model.get_output_embeddings()
-    layers = nn.ModuleList(sorted(base.layers, key=lambda layer: not lora_modules(layer))[:2])
-    generator = torch.Generator().manual_seed(args.seed)
-
-    def double(tensor):
-        return tensor.detach().to(device=device, dtype=torch.float64)
-
-    def drawn(std, *shape):
-        return nn.Parameter((std * torch.randn(shape, generator=generator, dtype=torch.float64)).to(device))
-
-    table = double(embedding.weight[:1024])  # [V, D]
-    new_head = nn.utils.skip_init(nn.Linear, table.shape[1], len(table), bias=False)
-    new_head.weight = drawn(table.shape[1] ** -0.5, *table.shape)
-    copies = {id(embedding.weight): nn.Parameter(table), id(head): new_head}  # by what they stand for
-    for part in (layers, base.norm, base.rotary_emb):
-        copies |= {id(p): nn.Parameter(double(p), p.requires_grad) for p in part.parameters()}
-        copies |= {id(b): double(b) for b in part.buffers()}
-    copies |= {id(b): double(b) for b in embedding.buffers()}  # Gemma's scale
-    copies |= {id(B): drawn(0.02, *B.shape) for module in lora_modules(layers).values()
-               for B in module.B.values()}
-    copies[id(base.layers)] = copy.deepcopy(layers, copies)
-    small = copy.deepcopy(model, copies)
-    small.get_input_embeddings().padding_idx = None
-    prompts = [[i % 1024 for i in ids[:8 + 8 * p]] for p, ids in enumerate(prompt_ids)]
-    keys = [[noise_key(args.seed, -3, p)] for p in range(len(prompts))]
-    samples = [c for (c,) in Sampler(small, ()).sample(prompts, keys, 12, temperature)]
-    logprobs = completion_logprobs(small, prompts, [c.ids for c in samples], temperature, 10**9, device)
-    return (torch.stack(logprobs) - torch.tensor([c.logprobs for c in samples])).abs().max().item()
-
-
-def self_check(model, params, sampler, prompt_ids, args, temperature, device):
-    """Measure on a few short samples what must hold before training: name -> (value, largest right value).
-
-    The sampler agrees with the trainer (in bfloat16 roughly, and exactly on two layers in float64); a row's
-    padding changes nothing; a fresh adapter equals the base; the stop token is in the mask; every adapter
-    gets gradient; no frozen weight does.
-    """
-    exact = device.type == "cpu" and sampler.dtype == torch.float32
-    measure, limit = (torch.max, 1e-4) if exact else (torch.mean, 0.3)  # rounding to bfloat16 makes up to 0.1
-    samples = sampler.sample(prompt_ids, [[noise_key(args.seed, -2, p)] for p in range(len(prompt_ids))],
-                             16, temperature)
-    # a row that did not stop by itself gets a stop token, so that each has one to look for
-    completion_ids = [c.ids if c.finished else c.ids + [min(sampler.stop_ids, default=0)] for (c,) in samples]
-    input_ids, mask = make_batch(prompt_ids, completion_ids, device)
-    logprobs = token_logprobs(model, input_ids, mask, temperature)
-    logprobs.sum().backward()
-    gap = torch.cat([row[of_row][:len(c.logprobs)] - torch.tensor(c.logprobs)
-                     for row, of_row, (c,) in zip(logprobs.detach().cpu(), mask, samples)]).abs()
-    under = partial(completion_logprobs, model, prompt_ids, completion_ids, temperature)
-    alone, padded = torch.cat(under(1, device)), torch.cat(under(10**9, device))
-    adapters = [module for module in lora_modules(model).values() if module.active]
-    checks = {
-        "sampler-trainer": (measure(gap).item(), limit),
-        "padding": (measure((alone - padded).abs()).item(), limit),
-        "stop tokens left out": (sum(not row[len(p) + len(c) - 1]
-                                     for row, p, c in zip(mask, prompt_ids, completion_ids)), 0),
-        "adapters without gradient": (sum(not module.B[module.active].grad.any() for module in adapters), 0),
-        "frozen weights with gradient": (sum(p.grad is not None for p in model.parameters()
-                                             if not p.requires_grad), 0)}
-    if not (exact or sampler.split or sampler.layers[0].qkv.quantized):
-        checks["in float64"] = gap_in_float64(model, prompt_ids, args, temperature, device), 1e-4
-    if adapters and not args.resume:
-        with use_adapter(model, None):
-            checks["step-0 KL"] = ((torch.cat(under(10**9, device)) - padded).abs().max().item(), 0)
-    for p in params:
-        p.grad = None
-    return checks
 
 
 def learning_rate(step, args):

@@ -20,12 +20,11 @@ The first update's policy loss is near 0 and its clip shares are 0, by construct
     torchrun --nproc-per-node 8 ppo.py --model Qwen/Qwen2.5-3B-Instruct
 """
 
-import copy
 import hashlib
 import itertools
 import math
 import random
-from collections import deque
+from collections import Counter, deque
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -35,23 +34,19 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from common import data, dist, models, rewards, shard
-from common.run import Fitting, Run, RunArgs, check_args, cli, retry_smaller
+from common import checks, data, dist, models, rewards, shard
+from common.run import Fitting, Run, RunState, TrainArgs, cli, defaults, mean, retry_smaller
 
 # Shapes: B rows, T tokens, V vocabulary, P prompts, G samples per prompt, D hidden size, L layers or a row's
 # completion tokens, H heads, K head size, R LoRA rank, N rows or tokens in all.
+EVALUATION = -1  # in noise keys, where training has a step's number
 
 
 @dataclass
-class Args(RunArgs):
+class Args(TrainArgs):
     # ---- run ----
     max_steps: int = 40  # steps in all
-    # end with the step or iteration in which so many tokens have been sampled for training; 0: no limit
-    token_budget: int = 0
-    # steps between checkpoints (one is always written at the end, and on SIGTERM or Ctrl-C)
-    save_every: int = 50
-    keep: int = 2  # newest checkpoints to keep
-    profile: int = 0  # steps to trace with torch.profiler, from the first on
+    token_budget: int = 0  # tokens sampled for training after which the run ends; 0: no limit
 
     # ---- data ----
 
@@ -59,35 +54,10 @@ class Args(RunArgs):
     data: str = ""
     level: str = ""  # difficulty of a generated task, such as 3 or 1-4; empty: the task's own default
     train_questions: int = 0  # questions to train on; 0: all that are not held out
-    # questions held out of the training split for evaluation (never the official test split)
-    eval_questions: int = 500
-    # system message, or none; empty: asks for the <think>/<answer> format (embedded model: none)
-    system: str = ""
+    eval_questions: int = 500  # questions held out of the training split (never of the test split)
+    system: str = ""  # system message, or none; empty: asks for <think>/<answer> (embedded model: none)
     prompt_template: str = "{prompt}"  # text around the question, {prompt} in it
     max_prompt_tokens: int = 0  # leave out questions with a longer prompt; 0: none
-
-    # ---- model ----
-    model: str = ""  # hub id, local folder or run directory; empty: the embedded model
-    # of the frozen weights and the computation; auto: bfloat16 on CUDA, else float32
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    full: bool = False  # train all weights (kept in float32) instead of an adapter
-    # keep the frozen decoder layers in 4 bits (bitsandbytes; QLoRA, arXiv 2305.14314)
-    quantize: Literal["none", "nf4"] = "none"
-    # recompute the layers in the backward pass: less memory, about a third more time
-    gradient_checkpointing: bool = False
-    # split the weights over the ranks of torchrun (FSDP2): the frozen base, or with --full all there is
-    shard: bool = False
-    # with --shard, gather them layer by layer while sampling too: slower, for what one GPU cannot hold
-    reshard: bool = False
-    # padded tokens per forward and backward pass and GPU, halved if out of memory; 0: what fits, CPU 2048
-    tokens_per_batch: int = 0
-
-    # ---- LoRA ----
-    lora_r: int = 32  # rank
-    lora_alpha: float = 64  # the adapter's output is scaled by lora_alpha / lora_r
-    lora_targets: tuple[str, ...] = models.PROJECTIONS  # linear layers to adapt
-    train_layers: str = ""  # decoder layers to adapt, such as 20-27; empty: all
-    merge: bool = False  # write final/ as a plain model with the adapter merged in, not as an adapter
 
     # ---- sampling ----
     prompts_per_step: int = 128  # questions per step, over all ranks
@@ -100,32 +70,26 @@ class Args(RunArgs):
 
     # with weights: correctness, format, digit, mark, math, answer-prob, model:RUN, or your file.py:name=1
     rewards: tuple[str, ...] = ("correctness=1", "format=0.2")
-    # seconds that a call of a reward of your own may take; its row is left out and counted
-    reward_timeout: float = 30.0
+    reward_timeout: float = 30.0  # seconds for a call of your own reward; its row is left out and counted
     gamma: float = 1.0  # discount per token
-    # GAE's lambda: 1 is the plain return less the value, 0 one step ahead (arXiv 1506.02438 eq. 16)
-    gae_lambda: float = 0.95
+    gae_lambda: float = 0.95  # 1: the plain return less the value, 0: one step ahead (arXiv 1506.02438)
     ppo_epochs: int = 2  # passes over a step's samples
     minibatches: int = 2  # optimizer steps per pass, each on as many rows
-    # stop a step's updates once KL(old || new), k3 per token, exceeds this, such as 0.02; 0: never
-    target_kl: float = 0.0
+    target_kl: float = 0.0  # KL(old || new) per token that ends a step's updates, such as 0.02; 0: none
     clip_eps_low: float = 0.2  # lower clip: the ratio counts as at least 1 - this (arXiv 1707.06347 eq. 7)
     clip_eps_high: float = 0.2  # upper clip: the ratio counts as at most 1 + this; DAPO takes 0.28
-    # the critic's loss does not reward moving a value further than this from its old one; 0: off
-    value_clip: float = 0.2
+    value_clip: float = 0.2  # the critic gains nothing by moving a value further than this; 0: off
     critic_warmup: int = 0  # first steps in which only the critic learns
     entropy_bonus: float = 0.0  # times -log p of each sampled token, in its reward
     beta: float = 0.0  # KL coefficient towards the start model; 0: no reference pass at all
     kl_estimator: Literal["k1", "k2", "k3"] = "k1"  # estimator of the KL term
     kl_in: Literal["loss", "reward"] = "reward"  # KL as a loss term, or subtracted from the rewards
-    # move beta until a completion's summed KL (k1) is this, in nats (arXiv 1909.08593 eq. 4); 0: fixed
-    kl_target: float = 0.0
+    kl_target: float = 0.0  # beta moves until a completion's KL is this, in nats (arXiv 1909.08593); 0: fixed
     recompute_old: bool = False  # old log-probs by a pass of the trainer, not the sampler's own
 
     # ---- optimizer ----
 
-    # AdamW's peak learning rate; 0: by the kind of model and training (`resolve`), printed at the start
-    lr: float = 0.0
+    lr: float = 0.0  # AdamW's peak rate; 0: 5e-4 for the embedded model, 1e-6 with --full, else 2e-5
     warmup_steps: int = 5  # steps of linear warm-up
     lr_schedule: Literal["constant", "linear", "cosine"] = "constant"  # after the warm-up
     weight_decay: float = 0.0  # AdamW's decoupled decay
@@ -135,8 +99,7 @@ class Args(RunArgs):
 
     # ---- evaluation ----
 
-    # steps between evaluations; one before the first step and one after the last are always made
-    eval_every: int = 20
+    eval_every: int = 20  # steps between evaluations; the first and the last are always made
     eval_samples: int = 0  # samples per held-out question for pass@k, beside the greedy one; 0: none
     eval_temperature: float = 0.5  # of those samples
     eval_k: tuple[int, ...] = ()  # report pass@k for these k (each at most eval_samples)
@@ -250,29 +213,58 @@ class Rollout:
     def __len__(self):
         return len(self.prompt_ids) + len(self.completion.ids)
 
+    def row(self, step):
+        """Its line in samples.csv: the mean advantage, the first value."""
+        return {"step": step, "group": self.group, "reward": self.reward,
+                **{f"reward/{k}": v for k, v in self.rewards.items()},
+                "advantage": 0.0 if self.advantages is None else mean(self.advantages.tolist()),
+                "value": 0.0 if self.values is None else self.values[0].item(),
+                **rewards.answer_row(self.example, self.sample, self.completion, self.response, self.correct)}
+
+
+@dataclass
+class State(RunState):
+    """What a checkpoint holds beside policy, critic and optimizers."""
+
+    position: int = 0  # in the endless sequence of shuffled questions
+    accumulated_reward: float = 0.0
+    beta: float = 0.0
+
 
 # Copied from grpo.py::sample_rollouts
-def sample_rollouts(sampler, questions, prompt_ids, args, step, run):
+def sample_rollouts(sampler, questions, prompt_ids, args, step, tokenizer, run):
     """G rollouts of each (group, example), group by group."""
     keys = [[noise_key(args.seed, step, group, g) for g in range(args.num_generations)]
             for group, _ in questions]
     completions = sample_all(sampler, [prompt_ids[e.id] for _, e in questions], keys, args.max_new_tokens,
-                             args.temperature, run, f"step {step}")
-    return [Rollout(example, group, g, prompt_ids[example.id], completion)
+                             args.temperature, run, run.counter(f"step {step}"))
+    return [Rollout(example, group, g, prompt_ids[example.id], completion, completion.text(tokenizer))
             for (group, example), row in zip(questions, completions) for g, completion in enumerate(row)]
 
 
 # Adapted from grpo.py::score_rollouts: no penalty for overlong answers, whose value goes on
-def score_rollouts(rollouts, reward_functions, args, tokenizer):
-    """Fill in response, rewards, correct and reward. Returns a line on the first failed reward, or ""."""
-    for r in rollouts:
-        r.response = r.completion.text(tokenizer)
+def score_rollouts(rollouts, reward_functions, args, run):
+    """Fill in rewards, correct and reward; report the first reward that failed."""
     scored = rewards.score(reward_functions, [r.example for r in rollouts], [r.response for r in rollouts],
                            timeout_s=args.reward_timeout)
     for i, r in enumerate(rollouts):
         r.rewards = {name: values[i] for name, values in scored["rewards"].items()}
         r.reward, r.correct = scored["total"][i], scored["correct"][i]
-    return scored["error"]
+    if scored["error"]:
+        run.print(f"step {run.state.step}: {scored['error']}")
+
+
+# Adapted from grpo.py::collect: no further draws
+def collect(sampler, train, prompt_ids, reward_functions, args, state, tokenizer, run):
+    """This rank's scored rollouts of a step."""
+    rows = data.batch_indices(len(train), state.position, args.prompts_per_step, args.seed)
+    state.position += len(rows)
+    questions = dist.share([(i, train[row]) for i, row in enumerate(rows)])
+    with run.phase("sample"):
+        rollouts = sample_rollouts(sampler, questions, prompt_ids, args, state.step, tokenizer, run)
+    with run.phase("reward"):
+        score_rollouts(rollouts, reward_functions, args, run)
+    return rollouts
 
 
 def shared_reward(path, name, args, model, device):
@@ -290,6 +282,22 @@ def shared_reward(path, name, args, model, device):
              settings["layers_to_transform"])
     models.load_adapter(models.resolve(path), adapter_tensors(model, name))
     return make(body=model, switched_on=partial(use_adapter, model, name))
+
+
+def policy_and_critic(model, load_model, head, args):
+    """(the policy's parameters and adapter; the critic's model, what switches it on, its parameters)."""
+    if args.full:
+        params, adapter = trainable(model, "policy", args)
+        critic = load_model()
+        trainable(critic, "critic", args)
+        return params, adapter, critic, nullcontext, [*critic.base_model.parameters(), head]
+    critic_params = [*trainable(model, "critic", args)[0], head]
+    params, adapter = trainable(model, "policy", args)
+    for p in critic_params:  # which adding the next adapter has frozen
+        p.requires_grad_()
+    for module in lora_modules(model).values():  # a reward's adapter may stand on more layers
+        module.active = "policy" if "policy" in module.A else None
+    return params, adapter, model, partial(use_adapter, model, "critic"), critic_params
 
 
 def token_values(model, head, input_ids, completion_mask):
@@ -318,6 +326,22 @@ def completion_values(model, head, prompt_ids, completion_ids, tokens_per_batch,
         for i, row, of_row, end in zip(rows, values, mask, after):
             found[i] = torch.cat([row[of_row], end[None]])
     return found
+
+
+def add_logprobs_and_values(rollouts, model, reference, critic, critic_on, head, args, fits, device):
+    """Fill in the old log-probs, those of the reference with the KL, and the critic's values."""
+    ids = [r.prompt_ids for r in rollouts], [r.completion.ids for r in rollouts]
+    old = ref = [torch.tensor(r.completion.logprobs) for r in rollouts]
+    if args.recompute_old:
+        old = fits(completion_logprobs, model, *ids, args.temperature, device=device)
+    with critic_on():
+        values = fits(completion_values, critic, head, *ids, device=device)
+    if args.beta:
+        with use_adapter(model, None):
+            ref = fits(completion_logprobs, reference or model, *ids, args.temperature, device=device)
+    for i, r in enumerate(rollouts):
+        r.old_logprobs, r.values, r.ref_logprobs = old[i], values[i], ref[i]
+        r.kl = (old[i] - ref[i]).sum().item() if args.beta else 0.0
 
 
 def set_advantages(rollouts, args, beta, device):
@@ -354,6 +378,14 @@ def draw_minibatches(rows, args, step):
         yield from filter(None, (order[part::args.minibatches] for part in range(args.minibatches)))
 
 
+def set_rates(optimizer, critic_optimizer, step, args):
+    """The step's learning rates: the policy's over its own steps, 0 as long as the critic alone learns."""
+    own_step, own_steps = step - args.critic_warmup, args.max_steps - args.critic_warmup
+    optimizer.param_groups[0]["lr"] = (
+        learning_rate(own_step, replace(args, max_steps=own_steps)) if own_step > 0 else 0.0)
+    critic_optimizer.param_groups[0]["lr"] = learning_rate(step, replace(args, lr=args.critic_lr))
+
+
 def accumulate_gradients(model, critic, critic_on, head, rollouts, args, beta, n_tokens, tokens_per_batch,
                          device, train_policy=True):
     """Both losses' gradients over this rank's rollouts, over n_tokens; token sums for the metrics.
@@ -364,7 +396,7 @@ def accumulate_gradients(model, critic, critic_on, head, rollouts, args, beta, n
     critic.zero_grad()
     head.grad = None
     names = ("loss", "value_loss", "approx_kl", "clip_low", "clip_high", "value_clip", "gap")
-    sums = {name: torch.zeros((), device=device) for name in names}
+    sums = Counter()
 
     def policy_logprobs(input_ids, mask):  # [B, T]
         with nullcontext() if train_policy else torch.no_grad():
@@ -402,102 +434,47 @@ def accumulate_gradients(model, critic, critic_on, head, rollouts, args, beta, n
         sampled = pad_logprobs([r.completion.logprobs for r in batch], cpu_mask).to(device)
         gap = torch.where(mask, (logprobs.detach() - sampled).abs(), 0.0)
         moved = torch.where(mask, kl_estimate(old, logprobs.detach(), "k3"), 0.0)
-        for name, value in (("loss", loss), ("value_loss", critic_loss), ("approx_kl", moved),
-                            ("clip_low", low), ("clip_high", high), ("value_clip", clipped), ("gap", gap)):
-            sums[name] = sums[name] + value.detach().sum()
-    return {name: value.item() for name, value in sums.items()}
+        measured = loss, critic_loss, moved, low, high, clipped, gap
+        sums.update(dict(zip(names, [value.detach().sum() for value in measured])))
+    return {name: float(sums[name]) for name in names}
 
 
-# Adapted from grpo.py::csv_row: mean advantage, first value
-def csv_row(r, step):
-    return {"step": step, "group": r.group, "reward": r.reward,
-            **{f"reward/{k}": v for k, v in r.rewards.items()},
-            "advantage": mean(r.advantages.tolist()) if r.advantages is not None else 0.0,
-            "value": r.values[0].item() if r.values is not None else 0.0,
-            **rewards.answer_row(r.example, r.sample, r.completion, r.response, r.correct)}
-
-
-# Adapted from grpo.py::log_step: the critic's metrics
-def log_step(run, step, args, sampled, accumulated_reward, sampled_tokens, more):
-    """Metrics of a step over all ranks, its rollouts to samples.csv, and now and then one to the terminal."""
-    rows = dist.gather_rows([csv_row(r, step) for r in sampled], "group", "sample")
-    run.write_rows(rows)
-
-    def column(name):
-        return [row[name] for row in rows if not math.isnan(row[name])]
-
-    known, n_tokens = column("reward"), sum(column("tokens"))
-    average = mean(known)
-    metrics = {
-        "reward": average, "reward/std": mean([(x - average) ** 2 for x in known]) ** 0.5,
-        "reward/min": min(known, default=0.0), "reward/max": max(known, default=0.0),
-        **{name: mean(column(name)) for name in rows[0] if name.startswith("reward/")},
-        "accumulated_reward": accumulated_reward + sum(known), "sampled_tokens": sampled_tokens + n_tokens,
-        "correct": mean(column("correct")), "tokens": n_tokens / len(rows),
-        "tokens/max": max(column("tokens")), "truncated": 1 - mean(column("finished")),
-        "entropy": -sum(row["logprob"] for row in rows) / n_tokens, "reward_failed": len(rows) - len(known),
-        **more}
-    last_step = args.max_steps
-    if args.token_budget:  # as many more steps as this pace needs
-        last_step = min(last_step, math.ceil(step * args.token_budget / metrics["sampled_tokens"]))
-    metrics = run.log(step, metrics, max(step, last_step),
-                      show=("reward", "correct", "tokens", "kl", "approx_kl", "explained_variance",
-                            "grad_norm"))
-    if metrics["truncated"] > 0.5:
-        run.print(f"  {metrics['truncated']:.0%} of the answers hit --max-new-tokens {args.max_new_tokens}")
-    if step % args.show_every == 0:
-        row = rows[0]
-        parts = ", ".join(f"{key[7:]} {value:.2g}" for key, value in row.items() if key.startswith("reward/"))
-        run.print(f"  Q: {row['prompt']}\n  A: {row['completion']}\n"
-                  f"  reward {row['reward']:.3g} ({parts}), gold {row['answer']}")
-    return metrics
+def step_metrics(updates, rollouts, device):
+    """(metrics of a step's updates and of what the critic foresaw, mean KL of a completion, all tokens)."""
+    totals = dist.sum_dict({"kl": sum(r.kl for r in rollouts), "rows": len(rollouts),
+                            "tokens": sum(len(r.completion.ids) for r in rollouts),
+                            "value": sum(r.values[:-1].sum().item() for r in rollouts),
+                            "return": sum(r.returns.sum().item() for r in rollouts)}, device)
+    n_tokens, nothing = max(1, totals["tokens"]), torch.zeros(0)
+    first = updates[0] if updates else dict.fromkeys(("clip_low", "clip_high", "gap"), 0.0)  # no rewards
+    names = ("loss", "value_loss", "clip_low", "clip_high", "value_clip", "grad_norm", "critic_grad_norm")
+    return {**{name: mean([update[name] for update in updates]) for name in names},
+            "clip_first": first["clip_low"] + first["clip_high"], "sampler_gap": first["gap"],
+            "updates": len(updates), "explained_variance": explained_variance(
+                torch.cat([r.values[:-1] for r in rollouts] or [nothing]),
+                torch.cat([r.returns for r in rollouts] or [nothing]), device),
+            "value": totals["value"] / n_tokens, "return": totals["return"] / n_tokens,
+            "kl": totals["kl"] / n_tokens}, totals["kl"] / max(1, totals["rows"]), totals["tokens"]
 
 
 # Copied from grpo.py::evaluate
 def evaluate(sampler, questions, prompt_ids, args, step, tokenizer, run):
-    """Metrics of held-out questions: greedy pass@1, pass@k if asked for, lengths; all answers go to eval.csv.
-
-    The questions are split over ranks, each answered once. Sampling noise is keyed apart from training's.
-    """
-    plan = [(0.0, 1)] + ([(args.eval_temperature, args.eval_samples)] if args.eval_samples else [])
+    """Held-out questions, split over the ranks: a greedy answer to each, --eval-samples more; to eval.csv."""
     rows, mine = [], dist.share(questions)
-    for temperature, n in plan:
-        keys = [[noise_key(args.seed, -1, e.id, g) for g in range(n)] for e in mine]
+    for temperature, n in ((0.0, 1), (args.eval_temperature, args.eval_samples)):
+        keys = [[noise_key(args.seed, EVALUATION, e.id, g) for g in range(n)] for e in mine]
         completions = sample_all(sampler, [prompt_ids[e.id] for e in mine], keys, args.max_new_tokens,
-                                 temperature, run, "evaluation")
-        rollouts = [Rollout(e, e.id, g, [], completion) for e, row in zip(mine, completions)
-                    for g, completion in enumerate(row)]
-        score_rollouts(rollouts, [], args, tokenizer)
-        rows += [csv_row(r, step) | {"sample": r.sample + (temperature > 0), "temperature": temperature}
+                                 temperature, run, run.counter("evaluation"))
+        rollouts = [Rollout(e, e.id, g, [], completion, completion.text(tokenizer))
+                    for e, row in zip(mine, completions) for g, completion in enumerate(row)]
+        score_rollouts(rollouts, [], args, run)
+        rows += [r.row(step) | {"sample": r.sample + (temperature > 0), "temperature": temperature}
                  for r in rollouts]
-    rows, right = dist.gather_rows(rows, "id", "sample"), {}
-    for row in rows:
-        if row["sample"] > 0:
-            right.setdefault(row["id"], []).append(row["correct"])
-    run.log_evaluation(step, rows, {
-        f"eval/pass@{k} T={args.eval_temperature:g}": mean(
-            [pass_at_k(len(row), sum(row), k) for row in right.values()]) for k in args.eval_k})
+    run.log_evaluation(step, dist.gather_rows(rows, "id", "sample"), ks=args.eval_k)
 
 
-# Copied from grpo.py::pass_at_k
-def pass_at_k(n, c, k):
-    """Unbiased chance that k of n samples, c of them right, hold a right one (Codex, arXiv 2107.03374 eq. 1).
-
-    Errors: ValueError if k > n.
-    """
-    if k > n:
-        raise ValueError(f"pass@{k} needs {k} samples, there are {n}")
-    return 1.0 - math.comb(n - c, k) / math.comb(n, k)
-
-
-# Copied from grpo.py::mean
-def mean(values):
-    return sum(values) / len(values) if values else 0.0
-
-
-def resolve(args, device):
-    """Fill in the defaults that depend on others, and refuse what cannot work, before any load or write."""
-    embedded = models.is_embedded(args.model)
+def check(args):
+    """Refuse what cannot work with this method; what no script can do, `defaults` refuses."""
     if args.minibatches > args.prompts_per_step * args.num_generations:
         raise ValueError(f"--minibatches {args.minibatches}: a step has only "
                          f"{args.prompts_per_step * args.num_generations} samples")
@@ -507,241 +484,125 @@ def resolve(args, device):
     if args.beta and args.kl_in == "loss" and args.kl_estimator == "k1":
         raise ValueError("--kl-estimator k1 in the loss has an expected gradient of 0; "
                          "use k2 or k3, or --kl-in reward")
-    if args.eval_k and max(args.eval_k) > args.eval_samples:
-        raise ValueError(f"--eval-k {max(args.eval_k)} needs --eval-samples {max(args.eval_k)} or more")
-    lr = args.lr or (5e-4 if embedded else 1e-6 if args.full else 2e-5)
-    return replace(
-        args, data=args.data or ("arithmetic" if embedded else "gsm8k"),
-        system=args.system or ("" if embedded else data.THINK_ANSWER_SYSTEM),
-        # a CPU's caches are small
-        tokens_per_batch=args.tokens_per_batch or {"cpu": 2048, "cuda": 0}.get(device.type, 8192),
-        lr=lr, critic_lr=args.critic_lr or 2 * lr)
 
 
 def main(args: Args) -> None:
-    # ---- set up: whatever can be wrong is found here ----
+    # ---- set up: whatever can be wrong is found before the model is loaded ----
     device = dist.setup(args.device)
-    asked = args = resolve(args, device)
+    args = defaults(args, device, lr={"embedded": 5e-4, "full": 1e-6, "adapter": 2e-5})
+    args.critic_lr = args.critic_lr or 2 * args.lr
+    check(args)
     if args.dry_run:
-        args = replace(args, max_steps=1, wandb=False, resume=False, critic_warmup=0, target_kl=0.0)
-    check_args(args)
-    tokenizer = models.load_tokenizer(args.model)
+        args.critic_warmup, args.target_kl = 0, 0.0
+    dtype, tokenizer = models.choose_dtype(args.dtype, device), models.load_tokenizer(args.model)
     reward_functions = rewards.parse_rewards(
         args.rewards, models.check_reward_model,
-        partial(rewards.AnswerProbability, tokenizer, lambda e: prompt_ids[e.id],
-                lambda *ids: fits(completion_logprobs, model, *ids, 1.0, device=device),  # as it is by then
-                args.max_new_tokens))
-    train, held_out = data.train_validation(args.data, n_train=args.train_questions,
-                                            n_validation=args.eval_questions, level=args.level or None,
-                                            seed=args.seed)
-    prompt_ids = {e.id: data.encode_prompt(tokenizer, e.prompt, args.system, args.prompt_template)
-                  for e in train + held_out}
-    if args.max_prompt_tokens:
-        train, held_out = ([e for e in part if len(prompt_ids[e.id]) <= args.max_prompt_tokens]
-                           for part in (train, held_out))
-        if not train or not held_out:
-            raise ValueError(f"--max-prompt-tokens {args.max_prompt_tokens} leaves {len(train)} questions "
-                             f"to train on and {len(held_out)} held out")
+        partial(rewards.AnswerProbability, tokenizer, args.max_new_tokens))
+    train, held_out, prompt_ids, longest = data.load_questions(args, tokenizer, args.prompts_per_step)
     if args.download_only:
         return models.download(args.model)
-    longest = max(len(prompt_ids[e.id]) for e in train + held_out)
-    if args.dry_run:
-        train = sorted(train, key=lambda e: -len(prompt_ids[e.id]))[:args.prompts_per_step]
+
+    # ---- policy, reference, critic, reward, optimizers, sampler ----
     torch.manual_seed(args.seed)
-    dtype = models.choose_dtype(args.dtype, device)
     load_model = partial(models.load_model, args.model, torch.float32 if args.full else dtype, device,
-                         longest + args.max_new_tokens, split=args.shard, quantize=args.quantize)
+                         longest, split=args.shard, quantize=args.quantize)
     model = load_model()
-    models.check_token_ids(model, tokenizer)
     reward_functions = [replace(f, function=shared_reward(f.function, f"reward{i}", args, model, device))
                         if isinstance(f.function, str) else f for i, f in enumerate(reward_functions)]
     head = nn.Parameter(torch.zeros(1, model.config.hidden_size, device=device))  # every value starts at 0
-    reference = None  # the KL's frozen model: the base with no adapter; with --full a copy of the start
-    if args.full:
-        params = [p.requires_grad_() for p in model.parameters()]
-        reference = load_model().requires_grad_(False) if args.beta else None
-        critic, critic_on = load_model(), nullcontext
-        critic_params = [*critic.base_model.parameters(), head]
-    else:
-        lora = args.lora_r, args.lora_alpha, args.lora_targets, models.layer_range(args.train_layers, model)
-        critic_params = [*add_lora(model, "critic", *lora), head]
-        params = add_lora(model, "policy", *lora)
-        critic, critic_on = model, partial(use_adapter, model, "critic")
-        for p in critic_params:  # which adding the next adapter has frozen
-            p.requires_grad_()
-        for module in lora_modules(model).values():  # a reward's adapter may stand on more layers
-            module.active = "policy" if "policy" in module.A else None
-    adapter = None if args.full else adapter_tensors(model, "policy")
-    save_weights = partial(models.save_trained, model, tokenizer, adapter, args)
-    for body in dict.fromkeys([model, critic]):
-        if args.gradient_checkpointing:
-            enable_checkpointing(body)
-        body.train()  # dropout is off (load_model); gradient checkpointing acts in this mode alone
-    optimizer = torch.optim.AdamW(params, lr=args.lr, weight_decay=args.weight_decay,
-                                  foreach=False if args.shard else None,
-                                  fused=device.type == "cuda" and not args.shard)
-    critic_optimizer = torch.optim.AdamW(critic_params, lr=args.critic_lr, weight_decay=args.weight_decay,
-                                         foreach=False if args.shard else None,
-                                         fused=device.type == "cuda" and not args.shard)
-    stop_ids = models.stop_ids(model, tokenizer)
-    sampler = Sampler(model, () if args.dry_run else stop_ids, args.slots, dtype,  # dry run: full length
-                      by_layer=args.reshard)
-    if not args.tokens_per_batch:
-        args = replace(args, tokens_per_batch=models.tokens_that_fit(
-            model, [*params, *critic_params], dtype, sampler.cache_bytes(longest + args.max_new_tokens)))
+    params, adapter, critic, critic_on, critic_params = policy_and_critic(model, load_model, head, args)
+    # of the KL: with --full a copy of the start, else the base with the adapter off
+    reference = load_model().requires_grad_(False) if args.full and args.beta else None
+    adamw = partial(torch.optim.AdamW, weight_decay=args.weight_decay, **shard.optimizer_kernel(args, device))
+    optimizer, critic_optimizer = adamw(params, lr=args.lr), adamw(critic_params, lr=args.critic_lr)
+    stop_ids = models.stop_ids(model, tokenizer, args.dry_run)
+    sampler = Sampler(model, stop_ids, args.slots, dtype, by_layer=args.reshard)
+    state = State(beta=args.beta, tokens_per_batch=args.tokens_per_batch or models.tokens_that_fit(
+        model, [*params, *critic_params], dtype, sampler.cache_bytes(longest)))
+    fits = Fitting(state, device, smallest=longest)
+    rewards.ask_policy(reward_functions, prompt_ids,
+                       partial(fits, completion_logprobs, model, temperature=1.0, device=device))
+
+    # ---- the run directory, where --resume goes on, the self-check ----
     run = Run(args, __file__, device, tags=models.run_tags(args.model, args.data))
-    for each in (optimizer, critic_optimizer):
-        each.register_step_pre_hook(run.weights_move)
-    compute = partial(torch.autocast, device.type, torch.bfloat16,
-                      enabled=args.full and dtype == torch.bfloat16, cache_enabled=False)
     run.print(models.describe(args, model, params + critic_params, dtype))
     run.print(f"data: {args.data}, {len(train)} questions to train on, {len(held_out)} held out, prompts "
-              f"up to {longest} tokens; {args.prompts_per_step} x {args.num_generations} samples a step")
+              f"up to {longest - args.max_new_tokens} tokens; {args.prompts_per_step} x {args.num_generations} samples a step")
+    save_weights = partial(models.save_trained, model, tokenizer, adapter, args)
+    run.restore(state, partial(models.load_trained, model=model, adapter=adapter), save_weights, sampler,
+                optimizer=optimizer, critic_optimizer=critic_optimizer, critic=critic_params)
+    autocast = partial(models.autocast, device, dtype, args.full)
+    with autocast():
+        run.self_check(checks.before_training(
+            model, params, sampler, [prompt_ids[e.id] for e in train[:3]], args, args.temperature,
+            token_logprobs, completion_logprobs, make_batch, use_adapter))
+        if state.step == 0 and not args.dry_run:
+            evaluate(sampler, held_out, prompt_ids, args, 0, tokenizer, run)
 
-    fits = Fitting(args.tokens_per_batch, device, longest + args.max_new_tokens)
-    step, position, accumulated_reward, bad_steps = 0, 0, 0.0, 0
-    beta, sampled_tokens = args.beta, 0
-    if args.resume:
-        folder, saved = run.load()
-        if folder:
-            models.load_trained(folder, model, adapter)
-            optimizer.load_state_dict(saved["optimizer"])
-            critic_optimizer.load_state_dict(saved["critic_optimizer"])
-            with torch.no_grad():
-                for p, value in zip(critic_params, saved["critic"], strict=True):
-                    p.copy_(value)
-            torch.set_rng_state(saved["rng"])
-            step, position, accumulated_reward, sampled_tokens, beta = (
-                saved[name] for name in ("step", "position", "accumulated_reward", "sampled_tokens", "beta"))
-            fits.tokens_per_batch = min(fits.tokens_per_batch, saved["tokens_per_batch"])
-            sampler.slots = min(sampler.slots, saved.get("slots", sampler.slots))
-    with compute():
-        run.self_check(self_check(model, params, sampler, [prompt_ids[e.id] for e in train[:3]], args,
-                                  args.temperature, device))
-        if step == 0 and not args.dry_run:
-            evaluate(sampler, held_out, prompt_ids, args, step, tokenizer, run)
-
-    stop, last = False, step == args.max_steps or 0 < args.token_budget <= sampled_tokens
+    last, stop = run.is_last(state), False
     while not (last or stop):
-        step += 1
-        with run.profile(step), compute():
+        state.step += 1
+        with run.profile(state.step), autocast():
             # ---- sample and reward ----
-            rows = data.batch_indices(len(train), position, args.prompts_per_step, args.seed)
-            position += args.prompts_per_step
-            questions = dist.share([(i, train[row]) for i, row in enumerate(rows)])
-            with run.phase("sample"):
-                sampled = sample_rollouts(sampler, questions, prompt_ids, args, step, run)
-            with run.phase("reward"):
-                error = score_rollouts(sampled, reward_functions, args, tokenizer)
+            sampled = collect(sampler, train, prompt_ids, reward_functions, args, state, tokenizer, run)
             rollouts = [r for r in sampled if not math.isnan(r.reward)]
-
-            # ---- old and reference log-probs, values, advantages ----
             with run.phase("logprobs"):
-                ids = [r.prompt_ids for r in rollouts], [r.completion.ids for r in rollouts]
-                old = [torch.tensor(r.completion.logprobs) for r in rollouts]
-                if args.recompute_old:
-                    old = fits(completion_logprobs, model, *ids, args.temperature, device=device)
-                with critic_on():
-                    values = fits(completion_values, critic, head, *ids, device=device)
-                ref = [None] * len(rollouts)
-                if args.beta:
-                    with use_adapter(model, None):
-                        ref = fits(completion_logprobs, reference or model, *ids, args.temperature,
-                                   device=device)
-                for i, r in enumerate(rollouts):
-                    r.old_logprobs, r.values, r.ref_logprobs = old[i], values[i], ref[i]
-                    r.kl = (r.old_logprobs - r.ref_logprobs).sum().item() if args.beta else 0.0
-            set_advantages(rollouts, args, beta, device)
+                add_logprobs_and_values(rollouts, model, reference, critic, critic_on, head, args, fits,
+                                        device)
 
-            # ---- update ----
-            # Minibatches are drawn from all ranks' rows: the number of ranks changes no update.
+            # ---- advantage ----
+            set_advantages(rollouts, args, state.beta, device)
+            # minibatches are drawn from all ranks' rows: the number of ranks changes no update
             mine = {(r.group, r.sample): r for r in rollouts}
             everyone = sorted(itertools.chain(*dist.gather(
                 [(*key, len(r.completion.ids)) for key, r in mine.items()])))
             finite = not dist.any_rank(any(math.isnan(sum(r.completion.logprobs)) for r in sampled), device)
-            train_policy, updates, approx_kl = step > args.critic_warmup, [], 0.0
+
+            # ---- update ----
+            train_policy, updates, approx_kl = state.step > args.critic_warmup, [], 0.0
+            optimizers = [optimizer, critic_optimizer] if train_policy else [critic_optimizer]
+            set_rates(optimizer, critic_optimizer, state.step, args)
             with run.phase("update"):
-                for part in draw_minibatches(everyone, args, step):
+                for part in draw_minibatches(everyone, args, state.step):
                     batch = [mine[g, s] for g, s, _ in part if (g, s) in mine]
                     n_tokens = sum(n for *_, n in part)
-                    sums = fits(accumulate_gradients, model, critic, critic_on, head, batch, args, beta,
+                    sums = fits(accumulate_gradients, model, critic, critic_on, head, batch, args, state.beta,
                                 n_tokens, device=device, train_policy=train_policy)
                     sums = {name: value / n_tokens for name, value in dist.sum_dict(sums, device).items()}
                     approx_kl = sums["approx_kl"]
                     if updates and 0 < args.target_kl < approx_kl:
                         break
-                    dist.sum_gradients(params)
-                    dist.sum_gradients(critic_params)
+                    dist.sum_gradients(params + critic_params)
                     norm = shard.clip_gradients(params, args.max_grad_norm)
                     critic_norm = shard.clip_gradients(critic_params, args.critic_max_grad_norm)
-                    optimizer.param_groups[0]["lr"] = learning_rate(  # over the steps that are the policy's
-                        max(1, step - args.critic_warmup),
-                        replace(args, max_steps=args.max_steps - args.critic_warmup))
-                    critic_optimizer.param_groups[0]["lr"] = learning_rate(
-                        step, replace(args, lr=args.critic_lr))
-                    if math.isfinite(norm) and math.isfinite(critic_norm) and finite:
-                        if train_policy:
-                            optimizer.step()
-                        critic_optimizer.step()
-                        bad_steps = 0
-                    else:
-                        bad_steps += 1
-                        what = "gradient" if finite else "model"
-                        run.print(f"step {step}: the {what} is not finite; the update is skipped "
-                                  f"({bad_steps} in a row)")
+                    run.take_step(norm + critic_norm, *optimizers, finite=finite)
                     updates.append(sums | {"grad_norm": norm, "critic_grad_norm": critic_norm})
-            optimizer.zero_grad()
-            critic_optimizer.zero_grad()
+                model.zero_grad()  # of a minibatch that was left out
+                critic.zero_grad()
 
         # ---- log ----
-        if error:
-            run.print(f"step {step}: {error}")
-        first = updates[0] if updates else dict.fromkeys(("clip_low", "clip_high", "gap"), 0.0)  # no rewards
-        explained = explained_variance(torch.cat([r.values[:-1] for r in rollouts] or [torch.zeros(0)]),
-                                       torch.cat([r.returns for r in rollouts] or [torch.zeros(0)]), device)
-        totals = dist.sum_dict({"kl": sum(r.kl for r in rollouts), "rows": len(rollouts),
-                                "tokens": sum(len(r.completion.ids) for r in rollouts),
-                                "value": sum(r.values[:-1].sum().item() for r in rollouts),
-                                "return": sum(r.returns.sum().item() for r in rollouts)}, device)
-        n_tokens = max(1, totals["tokens"])
-        metrics = log_step(run, step, args, sampled, accumulated_reward, sampled_tokens, {
-            **{name: mean([u[name] for u in updates]) for name in (
-                "loss", "value_loss", "clip_low", "clip_high", "value_clip", "grad_norm",
-                "critic_grad_norm")},
-            "clip_first": first["clip_low"] + first["clip_high"], "sampler_gap": first["gap"],
-            "approx_kl": approx_kl, "updates": len(updates), "explained_variance": explained,
-            "value": totals["value"] / n_tokens, "return": totals["return"] / n_tokens,
-            "kl": totals["kl"] / n_tokens, "beta": beta, "lr": optimizer.param_groups[0]["lr"],
-            "critic_lr": critic_optimizer.param_groups[0]["lr"], "tokens_per_batch": fits.tokens_per_batch})
-        accumulated_reward, sampled_tokens = metrics["accumulated_reward"], metrics["sampled_tokens"]
-        last = step == args.max_steps or 0 < args.token_budget <= sampled_tokens
+        metrics, kl, n_tokens = step_metrics(updates, rollouts, device)
+        metrics = run.log_rollouts(state, [r.row(state.step) for r in sampled], metrics | {
+            "approx_kl": approx_kl, "beta": state.beta, "lr": optimizer.param_groups[0]["lr"],
+            "critic_lr": critic_optimizer.param_groups[0]["lr"], "tokens_per_batch": state.tokens_per_batch},
+            show=("reward", "correct", "tokens", "kl", "approx_kl", "explained_variance", "grad_norm"))
         if args.kl_target:
-            beta = adapted_beta(beta, totals["kl"] / max(1, totals["rows"]), args.kl_target)
+            state.beta = adapted_beta(state.beta, kl, args.kl_target)
+        last = run.is_last(state)
         if args.dry_run:
             break
 
         # ---- evaluate ----
-        if step % args.eval_every == 0 or last:
-            with compute():
-                evaluate(sampler, held_out, prompt_ids, args, step, tokenizer, run)
+        if state.step % args.eval_every == 0 or last:
+            with autocast():
+                evaluate(sampler, held_out, prompt_ids, args, state.step, tokenizer, run)
 
         # ---- save ----
-        due = step % args.save_every == 0 or last or bad_steps >= 5
-        stop = run.remember(step, due, save_weights, {
-            "optimizer": optimizer.state_dict(), "critic_optimizer": critic_optimizer.state_dict(),
-            "critic": [p.detach() for p in critic_params], "rng": torch.get_rng_state(), "step": step,
-            "position": position, "accumulated_reward": accumulated_reward,
-            "tokens_per_batch": fits.tokens_per_batch, "slots": sampler.slots,
-            "sampled_tokens": sampled_tokens, "beta": beta})
-        if bad_steps >= 5:
-            raise ValueError(f"the loss was not finite in {bad_steps} updates in a row; "
-                             f"the state is in {run.path}: lower --lr")
+        stop = run.save(due=state.step % args.save_every == 0 or last)
 
     # ---- the end ----
     if args.dry_run:
-        run.dry_run_report(metrics, asked.max_steps, totals["tokens"] * args.ppo_epochs, model.config,
-                           longest + args.max_new_tokens, sampler)
-        return
+        return run.dry_run_report(metrics, args.max_steps, n_tokens * args.ppo_epochs)
     if last:
         run.save_final(partial(models.save_plain, model, tokenizer, merged_state_dict(model)) if args.merge
                        else save_weights)
@@ -855,6 +716,18 @@ def adapter_tensors(model, name: str) -> dict[str, tuple[nn.Parameter, nn.Parame
     """(A, B) of adapter `name` by its layer's path: what `models.save_adapter` and `load_adapter` take."""
     return {path: (module.A[name], module.B[name])
             for path, module in lora_modules(model).items() if name in module.A}
+
+
+# Copied from grpo.py::trainable
+def trainable(model, name: str, args):
+    """(the parameters to train, the tensors of adapter `name`): all weights and None with --full."""
+    if args.gradient_checkpointing:
+        enable_checkpointing(model)
+    if args.full:
+        return [p.requires_grad_() for p in model.parameters()], None
+    params = add_lora(model, name, args.lora_r, args.lora_alpha, args.lora_targets,
+                      models.layer_range(args.train_layers, model))
+    return params, adapter_tensors(model, name)
 
 
 # Copied from grpo.py::merged_state_dict
@@ -1539,98 +1412,18 @@ class Sampler:
 
 
 # Copied from grpo.py::sample_all
-def sample_all(sampler, prompt_ids, keys, max_new_tokens, temperature, run, doing):
-    """`Sampler.sample` with progress shown; memory that runs out on one rank halves the slots of all."""
-    most_rows = max(1, *dist.gather(sum(map(len, keys))))  # of a rank: only fewer slots save memory
+def sample_all(sampler, prompt_ids, keys, max_new_tokens, temperature, run, progress):
+    """`Sampler.sample` on all ranks; memory that runs out on one of them halves the slots of all."""
+    most_rows = max(dist.gather(sum(map(len, keys))))  # of a rank: only fewer slots save memory
+    if not most_rows:
+        return [[] for _ in keys]
 
     def attempt(slots):
         if slots < min(sampler.slots, most_rows):
             sampler.slots, sampler.cache, sampler.graphs = slots, None, {}
-        return sampler.sample(prompt_ids, keys, max_new_tokens, temperature,
-                              lambda done, total, _: run.progress(f"{doing}: sampled {done}/{total}"))
+        return sampler.sample(prompt_ids, keys, max_new_tokens, temperature, progress)
 
     return retry_smaller(attempt, min(sampler.slots, most_rows), run.device, 1, "slots")[0]
-
-
-# Copied from grpo.py::gap_in_float64
-@torch.no_grad()
-def gap_in_float64(model, prompt_ids, args, temperature, device):
-    """Largest gap of sampler and trainer on a cut-out of the model in float64, where rounding hides no error.
-
-    It has two decoder layers (the first that have an adapter, if any do) and the first 1024 tokens; prompts
-    are made of those. The head and the adapters' B are drawn anew: the model's own head may be so sure of the
-    next token that its log-prob is 0 whatever the sampler does, and a B of zero would hide an adapter that
-    the sampler leaves out.
-    """
-    device = torch.device("cpu") if device.type == "mps" else device  # which has no float64
-    base, embedding, head = model.base_model, model.get_input_embeddings(), model.get_output_embeddings()
-    layers = nn.ModuleList(sorted(base.layers, key=lambda layer: not lora_modules(layer))[:2])
-    generator = torch.Generator().manual_seed(args.seed)
-
-    def double(tensor):
-        return tensor.detach().to(device=device, dtype=torch.float64)
-
-    def drawn(std, *shape):
-        return nn.Parameter((std * torch.randn(shape, generator=generator, dtype=torch.float64)).to(device))
-
-    table = double(embedding.weight[:1024])  # [V, D]
-    new_head = nn.utils.skip_init(nn.Linear, table.shape[1], len(table), bias=False)
-    new_head.weight = drawn(table.shape[1] ** -0.5, *table.shape)
-    copies = {id(embedding.weight): nn.Parameter(table), id(head): new_head}  # by what they stand for
-    for part in (layers, base.norm, base.rotary_emb):
-        copies |= {id(p): nn.Parameter(double(p), p.requires_grad) for p in part.parameters()}
-        copies |= {id(b): double(b) for b in part.buffers()}
-    copies |= {id(b): double(b) for b in embedding.buffers()}  # Gemma's scale
-    copies |= {id(B): drawn(0.02, *B.shape) for module in lora_modules(layers).values()
-               for B in module.B.values()}
-    copies[id(base.layers)] = copy.deepcopy(layers, copies)
-    small = copy.deepcopy(model, copies)
-    small.get_input_embeddings().padding_idx = None
-    prompts = [[i % 1024 for i in ids[:8 + 8 * p]] for p, ids in enumerate(prompt_ids)]
-    keys = [[noise_key(args.seed, -3, p)] for p in range(len(prompts))]
-    samples = [c for (c,) in Sampler(small, ()).sample(prompts, keys, 12, temperature)]
-    logprobs = completion_logprobs(small, prompts, [c.ids for c in samples], temperature, 10**9, device)
-    return (torch.stack(logprobs) - torch.tensor([c.logprobs for c in samples])).abs().max().item()
-
-
-# Copied from grpo.py::self_check
-def self_check(model, params, sampler, prompt_ids, args, temperature, device):
-    """Measure on a few short samples what must hold before training: name -> (value, largest right value).
-
-    The sampler agrees with the trainer (in bfloat16 roughly, and exactly on two layers in float64); a row's
-    padding changes nothing; a fresh adapter equals the base; the stop token is in the mask; every adapter
-    gets gradient; no frozen weight does.
-    """
-    exact = device.type == "cpu" and sampler.dtype == torch.float32
-    measure, limit = (torch.max, 1e-4) if exact else (torch.mean, 0.3)  # rounding to bfloat16 makes up to 0.1
-    samples = sampler.sample(prompt_ids, [[noise_key(args.seed, -2, p)] for p in range(len(prompt_ids))],
-                             16, temperature)
-    # a row that did not stop by itself gets a stop token, so that each has one to look for
-    completion_ids = [c.ids if c.finished else c.ids + [min(sampler.stop_ids, default=0)] for (c,) in samples]
-    input_ids, mask = make_batch(prompt_ids, completion_ids, device)
-    logprobs = token_logprobs(model, input_ids, mask, temperature)
-    logprobs.sum().backward()
-    gap = torch.cat([row[of_row][:len(c.logprobs)] - torch.tensor(c.logprobs)
-                     for row, of_row, (c,) in zip(logprobs.detach().cpu(), mask, samples)]).abs()
-    under = partial(completion_logprobs, model, prompt_ids, completion_ids, temperature)
-    alone, padded = torch.cat(under(1, device)), torch.cat(under(10**9, device))
-    adapters = [module for module in lora_modules(model).values() if module.active]
-    checks = {
-        "sampler-trainer": (measure(gap).item(), limit),
-        "padding": (measure((alone - padded).abs()).item(), limit),
-        "stop tokens left out": (sum(not row[len(p) + len(c) - 1]
-                                     for row, p, c in zip(mask, prompt_ids, completion_ids)), 0),
-        "adapters without gradient": (sum(not module.B[module.active].grad.any() for module in adapters), 0),
-        "frozen weights with gradient": (sum(p.grad is not None for p in model.parameters()
-                                             if not p.requires_grad), 0)}
-    if not (exact or sampler.split or sampler.layers[0].qkv.quantized):
-        checks["in float64"] = gap_in_float64(model, prompt_ids, args, temperature, device), 1e-4
-    if adapters and not args.resume:
-        with use_adapter(model, None):
-            checks["step-0 KL"] = ((torch.cat(under(10**9, device)) - padded).abs().max().item(), 0)
-    for p in params:
-        p.grad = None
-    return checks
 
 
 # Copied from grpo.py::learning_rate

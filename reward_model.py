@@ -21,8 +21,8 @@ import itertools
 import json
 import math
 from collections import Counter
-from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from contextlib import contextmanager, nullcontext, suppress
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Literal
@@ -31,55 +31,30 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from common import curves, data, dist, models, shard
-from common.run import Fitting, Run, RunArgs, check_args, cli
+from common import checks, curves, data, dist, models, shard
+from common.run import Fitting, Run, RunState, TrainArgs, cli, defaults
 
 # Shapes: B questions of a micro-batch, N replies to a question, T tokens, D hidden size, R LoRA rank.
 
 
 @dataclass
-class Args(RunArgs):
+class Args(TrainArgs):
     # ---- run ----
-    max_steps: int = 0  # steps in all; 0: what the passes over the data make
+    max_steps: int = 0  # steps in all; 0: as many as the passes over the data take
     # steps between checkpoints (one is always written at the end, and on SIGTERM or Ctrl-C)
     save_every: int = 200
-    keep: int = 2  # newest checkpoints to keep
-    profile: int = 0  # steps to trace with torch.profiler, from the first on
 
     # ---- data ----
 
     # preferences: name, hub id, URL, file, a run's samples.csv, joined by commas; empty: by the model
     pairs: str = ""
-    # tokenizer of preference data that is token ids (lm-human-preferences): hub id or folder
-    label_tokenizer: str = "openai-community/gpt2"
+    label_tokenizer: str = "openai-community/gpt2"  # of preferences that are token ids: hub id or folder
     level: str = ""  # difficulty of a generated task, such as 3 or 1-4; empty: the task's own default
     train_pairs: int = 0  # pairs to train on; 0: all that are not held out
-    # pairs held out for evaluation, at most a tenth of all; no prompt of theirs is trained on
-    eval_pairs: int = 500
+    eval_pairs: int = 500  # pairs held out, at most a tenth of all; no prompt of theirs is trained on
     system: str = ""  # system message, or none; empty: none
     prompt_template: str = "{prompt}"  # text around the question, {prompt} in it
     max_tokens: int = 0  # leave out rows whose prompt and completion are longer; 0: none
-
-    # ---- model ----
-    model: str = ""  # hub id, local folder or run directory; empty: the embedded model
-    # of the frozen weights and the computation; auto: bfloat16 on CUDA, else float32
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    full: bool = False  # train all weights (kept in float32) instead of an adapter
-    # keep the frozen decoder layers in 4 bits (bitsandbytes; QLoRA, arXiv 2305.14314)
-    quantize: Literal["none", "nf4"] = "none"
-    # recompute the layers in the backward pass: less memory, about a third more time
-    gradient_checkpointing: bool = False
-    # split the weights over the ranks of torchrun (FSDP2): the frozen base, or with --full all there is
-    shard: bool = False
-    # padded tokens per forward and backward pass and GPU, halved if out of memory; 0: what fits, CPU 2048
-    tokens_per_batch: int = 0
-
-    # ---- LoRA ----
-    lora_r: int = 32  # rank
-    lora_alpha: float = 64  # the adapter's output is scaled by lora_alpha / lora_r
-    lora_targets: tuple[str, ...] = models.PROJECTIONS  # linear layers to adapt
-    train_layers: str = ""  # decoder layers to adapt, such as 20-27; empty: all
-    merge: bool = False  # write final/ as a plain model with the adapter merged in, not as an adapter
 
     # ---- method ----
     pairs_per_step: int = 16  # pairs per optimizer step, over all ranks
@@ -92,8 +67,7 @@ class Args(RunArgs):
 
     # ---- optimizer ----
 
-    # AdamW's peak learning rate; 0: by the kind of model and training (`resolve`), printed at the start
-    lr: float = 0.0
+    lr: float = 0.0  # AdamW's peak rate; 0: 3e-4 for the embedded model, 1e-5 with --full, else 1e-4
     warmup_steps: int = 10  # steps of linear warm-up
     lr_schedule: Literal["constant", "linear", "cosine"] = "linear"  # after the warm-up
     weight_decay: float = 0.0  # AdamW's decoupled decay
@@ -101,8 +75,7 @@ class Args(RunArgs):
 
     # ---- evaluation ----
 
-    # steps between evaluations; one before the first step and one after the last are always made
-    eval_every: int = 100
+    eval_every: int = 100  # steps between evaluations; the first and the last are always made
 
 
 def ranking_loss(scores, margins, *, loss, centre=0.0):
@@ -121,19 +94,6 @@ def ranking_loss(scores, margins, *, loss, centre=0.0):
     return values + centre * scores.masked_fill(scores.isneginf(), 0).sum(1) ** 2
 
 
-def calibration(margins, bins=10):
-    """How sure the model was against how often it was right: (confidence, accuracy, pairs) of each bin.
-
-    margins: score of chosen less score of rejected. Confidence sigma(|margin|), 0.5 to 1, in equal bins; the
-    empty ones are left out.
-    """
-    margins = torch.tensor(margins, dtype=torch.float64)
-    confidence, right = torch.sigmoid(margins.abs()), (margins.sign() + 1) / 2  # a tie is half right
-    which = ((confidence - 0.5) * 2 * bins).long().clamp(max=bins - 1)
-    return [(confidence[which == b].mean().item(), right[which == b].mean().item(), int((which == b).sum()))
-            for b in which.unique().tolist()]
-
-
 @dataclass
 class Comparison:
     """A prompt's replies, the best one first, each as one row of token ids, prompt included."""
@@ -144,160 +104,19 @@ class Comparison:
     def __len__(self):
         return max(map(len, self.rows))
 
-
-def encode(tokenizer, preferences, args, dropped):
-    """Comparisons of token ids, those longer than --max-tokens left out and counted in `dropped`."""
-    found = []
-    for p in preferences:
-        prompt = data.encode_prompt(tokenizer, p.prompt, args.system, args.prompt_template)
-        replies = (p.chosen, p.rejected, *(p.others if args.loss == "best-of-n" else ()))
-        comparison = Comparison(p, [prompt + data.encode_completion(tokenizer, reply, tokenizer.eos_token_id)
-                                    for reply in replies])
-        if args.max_tokens and len(comparison) > args.max_tokens:
-            dropped["too long"] += 1
-        else:
-            found.append(comparison)
-    return found
+    def padded(self):
+        return len(self.rows) * len(self)
 
 
-def accumulate_gradients(model, head, comparisons, args, n_questions, tokens_per_batch, device):
-    """The gradient of the step's mean loss over this rank's questions; returns sums for the metrics.
+@dataclass
+class State(RunState):
+    """What a checkpoint holds beside weights, head and optimizer."""
 
-    A question's replies stay in one micro-batch: its loss couples them.
-    """
-    model.zero_grad()  # of an attempt that ran out of memory
-    head.grad = None
-    names = ("loss", "accuracy", "margin", "chosen", "rejected")
-    sums = {name: torch.zeros((), device=device) for name in names}
-    batches = pack([len(c.rows) * len(c) for c in comparisons], tokens_per_batch)
-    for picked in shard.micro_batches(model, batches, partial(no_scores, model, head)):
-        batch = [comparisons[i] for i in picked]
-        margins = torch.tensor([args.margin * c.preference.margin for c in batch]).to(device)
-        place = torch.tensor([(i, n) for i, c in enumerate(batch) for n in range(len(c.rows))]).to(device)
-        flat = models.last_token_scores(model, head, [row for c in batch for row in c.rows])
-        scores = torch.full((len(batch), max(len(c.rows) for c in batch)), -math.inf, device=device)
-        scores = scores.index_put(tuple(place.T), flat)  # [B, N]
-        loss = ranking_loss(scores, margins, loss=args.loss, centre=args.centre)
-        (loss.sum() / n_questions).backward()
-        chosen, rejected = scores.detach()[:, 0], scores.detach()[:, 1:].max(1).values  # the best other
-        for name, value in zip(names, (loss, chosen > rejected, chosen - rejected, chosen, rejected)):
-            sums[name] = sums[name] + value.detach().sum()
-    return {name: value.item() for name, value in sums.items()}
+    scale: tuple[float, float] = (0.0, 1.0)  # mean and deviation of the held-out scores
 
 
-@torch.no_grad()
-def score_all(model, head, comparisons, tokens_per_batch):
-    """The score of every reply, as lists like `Comparison.rows`."""
-    flat = [(i, row) for i, c in enumerate(comparisons) for row in c.rows]
-    values = [None] * len(flat)
-    batches = pack([len(row) for _, row in flat], tokens_per_batch)
-    for picked in shard.micro_batches(model, batches, partial(no_scores, model, head)):
-        scores = models.last_token_scores(model, head, [flat[i][1] for i in picked]).tolist()
-        for i, value in zip(picked, scores):
-            values[i] = value
-    scored = [[] for _ in comparisons]
-    for (i, _), value in zip(flat, values):
-        scored[i].append(value)
-    return scored
-
-
-def evaluate(model, head, comparisons, args, step, fits, run):
-    """Held-out loss, ranking accuracy and calibration; every reply's score goes to eval.csv.
-
-    Returns (mean, deviation) of the scores.
-    """
-    mine = dist.share(comparisons)
-    scored = fits(score_all, model, head, mine)
-    rows = [{"step": step, "id": c.preference.id, "sample": n - 1,
-             "prompt": data.prompt_text(c.preference.prompt),
-             "chosen": c.preference.chosen, "rejected": (c.preference.rejected, *c.preference.others)[n - 1],
-             "score_chosen": scores[0], "score_rejected": scores[n], "correct": int(scores[0] > scores[n]),
-             "tokens_chosen": len(c.rows[0]), "tokens_rejected": len(c.rows[n]),
-             "margin": c.preference.margin}
-            for c, scores in zip(mine, scored) for n in range(1, len(scores))]
-    rows = sorted(itertools.chain(*dist.gather(rows)), key=lambda row: (row["id"], row["sample"]))
-    run.write_rows(rows, "eval.csv")
-    scored, margins = (list(itertools.chain(*dist.gather(part)))
-                       for part in (scored, [args.margin * c.preference.margin for c in mine]))
-    matrix = torch.full((len(scored), max(map(len, scored))), -math.inf, dtype=torch.float64)
-    for line, scores in zip(matrix, scored):
-        line[:len(scores)] = torch.tensor(scores)
-    ahead, longer = (torch.tensor([row[f"{name}_chosen"] - row[f"{name}_rejected"] for row in rows],
-                                  dtype=torch.float64) for name in ("score", "tokens"))
-    bins, scores = calibration(ahead.tolist()), matrix[matrix.isfinite()]
-    with_length = torch.corrcoef(torch.stack([ahead, longer]))[0, 1].nan_to_num()
-    metrics = {"eval/loss": ranking_loss(matrix, torch.tensor(margins), loss=args.loss,
-                                         centre=args.centre).mean().item(),
-               "eval/ranking_accuracy": (ahead.sign() + 1).mean().item() / 2,
-               "eval/margin": ahead.mean().item(),
-               "eval/calibration_error": sum(n * abs(sure - right) for sure, right, n in bins) / len(rows),
-               "eval/length_correlation": with_length.item(),
-               "eval/score": scores.mean().item(), "eval/score_std": scores.std().item(),
-               "eval/pairs": len(rows)}
-    run.log(step, metrics)
-    run.print(f"step {step}: " + "  ".join(f"{name} {value:.4g}" for name, value in metrics.items()))
-    return metrics["eval/score"], metrics["eval/score_std"]
-
-
-def draw_calibration(run, step):
-    """calibration.png from eval.csv, where matplotlib is installed."""
-    if not dist.is_main():
-        return
-    rows = [row for row in run.read_rows("eval.csv") if int(row["step"]) == step]
-    chosen, rejected = ([float(row[f"score_{name}"]) for row in rows] for name in ("chosen", "rejected"))
-    bins = calibration([c - r for c, r in zip(chosen, rejected)])
-    try:
-        curves.draw_calibration(chosen, rejected, bins, run.path / "calibration.png")
-    except ValueError as error:
-        run.print(str(error))
-
-
-def no_scores(model, head, input_ids, _):
-    """A pass over nothing, for `shard.micro_batches`."""
-    return models.last_token_scores(model, head, input_ids.tolist())
-
-
-def check_scores(model, head, comparisons, args, device):
-    """Measure what must hold before training: name -> (value, largest right value).
-
-    A row's padding changes no score; every adapter and the head get gradient; no frozen weight does.
-    """
-    exact = device.type == "cpu" and next(model.parameters()).dtype == torch.float32
-    alone, padded = (torch.tensor(sum(score_all(model, head, comparisons, size), [])) for size in (1, 10**9))
-    accumulate_gradients(model, head, comparisons, args, len(comparisons), args.tokens_per_batch, device)
-    adapters = [module for module in lora_modules(model).values() if module.active]
-    checks = {
-        "padding": ((alone - padded).abs().max().item(), 1e-4 if exact else 0.5),
-        "adapters without gradient": (sum(not module.B[module.active].grad.any() for module in adapters), 0),
-        "heads without gradient": (int(not head.grad.any()), 0),
-        "frozen weights with gradient": (sum(p.grad is not None for p in model.parameters()
-                                             if not p.requires_grad), 0)}
-    for p in [head, *model.parameters()]:
-        p.grad = None
-    return checks
-
-
-def resolve(args, device):
-    """Fill in the defaults that depend on others, and refuse what cannot work, before any load or write."""
-    embedded = models.is_embedded(args.model)
-    if args.level and args.pairs and args.pairs not in data.GENERATED:
-        raise ValueError(f"--level {args.level}: for generated pairs, not for --pairs {args.pairs}")
-    if args.loss == "best-of-n" and args.margin:
-        raise ValueError(f"--margin {args.margin}: only with --loss pair")
-    pairs = args.pairs or ("arithmetic" if embedded else "ultrafeedback")
-    return replace(
-        args, pairs=pairs, passes=args.passes or (2 if pairs in data.GENERATED else 1),
-        # a CPU's caches are small
-        tokens_per_batch=args.tokens_per_batch or {"cpu": 2048, "cuda": 0}.get(device.type, 8192),
-        lr=args.lr or (3e-4 if embedded else 1e-5 if args.full else 1e-4))
-
-
-def main(args: Args) -> None:
-    # ---- set up: whatever can be wrong is found here ----
-    device = dist.setup(args.device)
-    args, dropped = resolve(args, device), Counter()
-    check_args(args)
-    tokenizer = models.load_tokenizer(args.model)
+def load_comparisons(args, tokenizer, dropped):
+    """(comparisons to train on, held out) of --pairs; what is left out, and why, is counted in `dropped`."""
     preferences = data.load_preferences(
         args.pairs, seed=args.seed, level=args.level or None, pairs_per_question=args.pairs_per_question,
         label_tokenizer=args.label_tokenizer, dropped=dropped)
@@ -307,129 +126,215 @@ def main(args: Args) -> None:
     if not train or not held_out:
         raise ValueError(f"--max-tokens {args.max_tokens} leaves {len(train)} pairs of {args.pairs} to train "
                          f"on and {len(held_out)} held out")
+    return train, held_out
+
+
+def encode(tokenizer, preferences, args, dropped):
+    """Comparisons of token ids, those longer than --max-tokens left out."""
+    found = []
+    for p in preferences:
+        prompt = data.encode_prompt(tokenizer, p.prompt, args.system, args.prompt_template)
+        replies = (p.chosen, p.rejected, *(p.others if args.loss == "best-of-n" else ()))
+        found.append(Comparison(p, [prompt + data.encode_completion(tokenizer, reply, tokenizer.eos_token_id)
+                                    for reply in replies]))
+    kept = [c for c in found if not args.max_tokens or len(c) <= args.max_tokens]
+    dropped["too long"] += len(found) - len(kept)
+    return kept
+
+
+def accumulate_gradients(model, head, comparisons, args, n_questions, tokens_per_batch, device):
+    """The gradient of the step's mean loss over this rank's questions; returns sums for the metrics.
+
+    A question's replies stay in one micro-batch: its loss couples them.
+    """
+    model.zero_grad()  # of an attempt that ran out of memory
+    head.grad = None
+    names, sums = ("loss", "accuracy", "margin", "chosen", "rejected"), Counter()
+    batches = pack([c.padded() for c in comparisons], tokens_per_batch)
+    for picked in shard.micro_batches(model, batches, partial(no_scores, model, head)):
+        batch = [comparisons[i] for i in picked]
+        margins = torch.tensor([args.margin * c.preference.margin for c in batch]).to(device)
+        flat = models.last_token_scores(model, head, [row for c in batch for row in c.rows])
+        scores = side_by_side(flat.split([len(c.rows) for c in batch]))  # [B, N]
+        loss = ranking_loss(scores, margins, loss=args.loss, centre=args.centre)
+        (loss.sum() / n_questions).backward()
+        chosen, rejected = scores.detach()[:, 0], scores.detach()[:, 1:].max(1).values  # the best other
+        measured = loss, chosen > rejected, chosen - rejected, chosen, rejected
+        sums.update(dict(zip(names, [value.detach().sum() for value in measured])))
+    return {name: float(sums[name]) for name in names}
+
+
+def side_by_side(scores):
+    """[B, N] of B questions' scores, -inf where one has fewer than N replies."""
+    padded = scores[0].new_full((len(scores), max(map(len, scores))), -math.inf)
+    for row, values in zip(padded, scores):
+        row[:len(values)] = values
+    return padded
+
+
+@torch.no_grad()
+def score_all(model, head, comparisons, tokens_per_batch):
+    """The scores of each comparison's replies, a tensor [N] for each, on the CPU."""
+    rows = [row for c in comparisons for row in c.rows]
+    scores = torch.zeros(len(rows))
+    for picked in shard.micro_batches(model, pack(list(map(len, rows)), tokens_per_batch),
+                                      partial(no_scores, model, head)):
+        scores[picked] = models.last_token_scores(model, head, [rows[i] for i in picked]).cpu()
+    return scores.split([len(c.rows) for c in comparisons])
+
+
+def evaluate(model, head, comparisons, args, step, fits, run):
+    """Held-out loss, ranking accuracy and calibration; every reply's score goes to eval.csv.
+
+    Returns (mean, deviation) of the scores.
+    """
+    mine = dist.share(comparisons)
+    scored = [scores.tolist() for scores in fits(score_all, model, head, mine)]
+    rows = dist.gather_rows([
+        {"step": step, "id": c.preference.id, "sample": n - 1,
+         "prompt": data.prompt_text(c.preference.prompt),
+         "chosen": c.preference.chosen, "rejected": (c.preference.rejected, *c.preference.others)[n - 1],
+         "score_chosen": scores[0], "score_rejected": scores[n], "correct": int(scores[0] > scores[n]),
+         "tokens_chosen": len(c.rows[0]), "tokens_rejected": len(c.rows[n]), "margin": c.preference.margin}
+        for c, scores in zip(mine, scored) for n in range(1, len(scores))], "id", "sample")
+    run.write_rows(rows, "eval.csv")
+    scored, margins = (list(itertools.chain(*dist.gather(part)))
+                       for part in (scored, [args.margin * c.preference.margin for c in mine]))
+    matrix = side_by_side([torch.tensor(scores, dtype=torch.float64) for scores in scored])
+    ahead, longer = (torch.tensor([row[f"{name}_chosen"] - row[f"{name}_rejected"] for row in rows],
+                                  dtype=torch.float64) for name in ("score", "tokens"))
+    bins, scores = curves.calibration(ahead.tolist()), matrix[matrix.isfinite()]
+    metrics = {"eval/loss": ranking_loss(matrix, torch.tensor(margins), loss=args.loss,
+                                         centre=args.centre).mean().item(),
+               "eval/ranking_accuracy": (ahead.sign() + 1).mean().item() / 2,
+               "eval/margin": ahead.mean().item(),
+               "eval/calibration_error": sum(n * abs(sure - right) for sure, right, n in bins) / len(rows),
+               "eval/length_correlation": torch.corrcoef(
+                   torch.stack([ahead, longer]))[0, 1].nan_to_num().item(),
+               "eval/score": scores.mean().item(), "eval/score_std": scores.std().item(),
+               "eval/pairs": len(rows)}
+    run.log(step, metrics)
+    run.print(f"step {step}: " + "  ".join(f"{name} {value:.4g}" for name, value in metrics.items()))
+    return metrics["eval/score"], metrics["eval/score_std"]
+
+
+def save_reward(model, head, tokenizer, adapter, args, state, folder, merge=False):
+    """Write the reward model into a folder: adapter and head, or `merge`d into one; how it is asked."""
+    if merge:
+        models.save_plain(model, tokenizer, merged_state_dict(model) | {models.HEAD: head}, folder)
+    else:
+        models.save_trained(model, tokenizer, adapter, args, folder, head)
+    if dist.is_main():
+        Path(folder, models.REWARD_FILE).write_text(json.dumps(
+            {"system": args.system, "prompt_template": args.prompt_template,
+             "mean": state.scale[0], "std": max(state.scale[1], 1e-6)}))
+
+
+def no_scores(model, head, input_ids, _):
+    """A pass over nothing, for `shard.micro_batches`."""
+    return models.last_token_scores(model, head, input_ids.tolist())
+
+
+def check(args):
+    """Refuse what cannot work with this method; what no script can do, `defaults` refuses."""
+    if args.level and args.pairs and args.pairs not in data.GENERATED:
+        raise ValueError(f"--level {args.level}: for generated pairs, not for --pairs {args.pairs}")
+    if args.loss == "best-of-n" and args.margin:
+        raise ValueError(f"--margin {args.margin}: only with --loss pair")
+
+
+def main(args: Args) -> None:
+    # ---- set up: whatever can be wrong is found before the model is loaded ----
+    device = dist.setup(args.device)
+    args = defaults(args, device, lr={"embedded": 3e-4, "full": 1e-5, "adapter": 1e-4}, system="")
+    check(args)
+    args.pairs = args.pairs or ("arithmetic" if models.is_embedded(args.model) else "ultrafeedback")
+    args.passes = args.passes or (2 if args.pairs in data.GENERATED else 1)
+    dtype, tokenizer = models.choose_dtype(args.dtype, device), models.load_tokenizer(args.model)
+    train, held_out = load_comparisons(args, tokenizer, dropped := Counter())
+    longest = max(map(len, train + held_out))
+    args.max_steps = args.max_steps or math.ceil(args.passes * len(train) / args.pairs_per_step)
     if args.download_only:
         return models.download(args.model)
-    longest = max(map(len, train + held_out))
-    if args.max_steps == 0:
-        args = replace(args, max_steps=math.ceil(args.passes * len(train) / args.pairs_per_step))
-    asked = args
     if args.dry_run:
-        args = replace(args, max_steps=1, wandb=False, resume=False)
-        train = sorted(train, key=lambda c: -len(c.rows) * len(c))[:args.pairs_per_step]
+        train = sorted(train, key=Comparison.padded, reverse=True)[:args.pairs_per_step]
+
+    # ---- model, head, optimizer ----
     torch.manual_seed(args.seed)
-    dtype = models.choose_dtype(args.dtype, device)
     model = models.load_model(args.model, torch.float32 if args.full else dtype, device, longest,
                               split=args.shard, quantize=args.quantize)
     models.check_token_ids(model, tokenizer)
     size = model.config.hidden_size
     head = nn.Parameter((torch.randn(1, size) / (size + 1) ** 0.5).to(device))  # arXiv 1909.08593's start
+    params, adapter = trainable(model, "reward", args)
     if args.full:  # not an untied lm_head: scores do not come from it
         model.requires_grad_(False)
         params = [p.requires_grad_() for p in model.base_model.parameters()]
-    else:
-        params = add_lora(model, "reward", args.lora_r, args.lora_alpha, args.lora_targets,
-                          models.layer_range(args.train_layers, model))
     params.append(head)
-    adapter = None if args.full else adapter_tensors(model, "reward")
-    if args.gradient_checkpointing:
-        enable_checkpointing(model)
-    model.train()  # dropout is off (load_model); gradient checkpointing acts in this mode alone
     optimizer = torch.optim.AdamW(params, lr=args.lr, weight_decay=args.weight_decay,
-                                  foreach=False if args.shard else None,
-                                  fused=device.type == "cuda" and not args.shard)
-    if not args.tokens_per_batch:
-        args = replace(args, tokens_per_batch=models.tokens_that_fit(
-            model, params, dtype))
+                                  **shard.optimizer_kernel(args, device))
+    state = State(tokens_per_batch=args.tokens_per_batch or models.tokens_that_fit(model, params, dtype))
+    fits = Fitting(state, device, smallest=2 * longest)
+
+    # ---- the run directory, where --resume goes on, the self-check ----
     run = Run(args, __file__, device, tags=models.run_tags(args.model, args.pairs))
-    optimizer.register_step_pre_hook(run.weights_move)
-    compute = partial(torch.autocast, device.type, torch.bfloat16,
-                      enabled=args.full and dtype == torch.bfloat16, cache_enabled=False)
     run.print(models.describe(args, model, params, dtype))
     run.print(f"data: {args.pairs}, {len(train)} pairs to train on, {len(held_out)} held out, up to "
               f"{longest} tokens; left out: "
-              f"{', '.join(f'{name} {n}' for name, n in dropped.items()) or 'none'}")
+              f"{', '.join(f'{name} {n}' for name, n in dropped.items() if n) or 'none'}")
+    save_weights = partial(save_reward, model, head, tokenizer, adapter, args, state)
+    run.restore(state, partial(models.load_trained, model=model, adapter=adapter, head=head), save_weights,
+                optimizer=optimizer)
+    autocast = partial(models.autocast, device, dtype, args.full)
+    with autocast():
+        some = sorted(train, key=len)[:3]
+        run.self_check(checks.before_reward_training(
+            model, head, partial(score_all, model, head, some),
+            partial(accumulate_gradients, model, head, some, args, len(some), device=device)))
+        if state.step == 0 and not args.dry_run:
+            state.scale = evaluate(model, head, held_out, args, 0, fits, run)
 
-    fits = Fitting(args.tokens_per_batch, device, 2 * longest)
-    step, bad_steps, scale = 0, 0, (0.0, 1.0)
-    if args.resume:
-        folder, saved = run.load()
-        if folder:
-            models.load_trained(folder, model, adapter, head)
-            optimizer.load_state_dict(saved["optimizer"])
-            torch.set_rng_state(saved["rng"])
-            step, scale = saved["step"], saved["scale"]
-            fits.tokens_per_batch = min(fits.tokens_per_batch, saved["tokens_per_batch"])
-
-    def save_weights(folder, merge=False):
-        if merge:
-            models.save_plain(model, tokenizer, merged_state_dict(model) | {models.HEAD: head}, folder)
-        else:
-            models.save_trained(model, tokenizer, adapter, args, folder, head)
-        if dist.is_main():
-            Path(folder, models.REWARD_FILE).write_text(json.dumps(
-                {"system": args.system, "prompt_template": args.prompt_template,
-                 "mean": scale[0], "std": max(scale[1], 1e-6)}))
-
-    with compute():
-        run.self_check(check_scores(model, head, sorted(train, key=len)[:3], args, device))
-        if step == 0 and not args.dry_run:
-            scale = evaluate(model, head, held_out, args, step, fits, run)
-
-    stop = False
-    while step < args.max_steps and not stop:
-        step += 1
-        rows = data.batch_indices(len(train), (step - 1) * args.pairs_per_step, args.pairs_per_step,
+    last, stop = run.is_last(state), False
+    while not (last or stop):
+        state.step += 1
+        rows = data.batch_indices(len(train), (state.step - 1) * args.pairs_per_step, args.pairs_per_step,
                                   args.seed)
         mine = dist.share([train[i] for i in rows])
 
         # ---- update ----
-        with run.profile(step), compute(), run.phase("update"):
+        with run.profile(state.step), autocast(), run.phase("update"):
             sums = fits(accumulate_gradients, model, head, mine, args, len(rows), device=device)
             dist.sum_gradients(params)
             norm = shard.clip_gradients(params, args.max_grad_norm)
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate(step, args)
-            if math.isfinite(norm):
-                optimizer.step()
-                bad_steps = 0
-            else:
-                bad_steps += 1
-                run.print(f"step {step}: the gradient is not finite; the update is skipped "
-                          f"({bad_steps} in a row)")
-            optimizer.zero_grad()
+            optimizer.param_groups[0]["lr"] = learning_rate(state.step, args)
+            run.take_step(norm, optimizer)
 
         # ---- log ----
         sums = dist.sum_dict(sums, device)
-        metrics = {name: value / len(rows) for name, value in sums.items()} | {
+        metrics = run.log(state.step, {name: value / len(rows) for name, value in sums.items()} | {
             "grad_norm": norm, "lr": optimizer.param_groups[0]["lr"],
-            "tokens_per_batch": fits.tokens_per_batch}
-        metrics = run.log(step, metrics, args.max_steps, show=("loss", "accuracy", "margin", "grad_norm"))
+            "tokens_per_batch": state.tokens_per_batch}, args.max_steps,
+            show=("loss", "accuracy", "margin", "grad_norm"))
+        last = run.is_last(state)
         if args.dry_run:
             break
 
         # ---- evaluate ----
-        if step % args.eval_every == 0 or step == args.max_steps:
-            with compute():
-                scale = evaluate(model, head, held_out, args, step, fits, run)
+        if state.step % args.eval_every == 0 or last:
+            with autocast():
+                state.scale = evaluate(model, head, held_out, args, state.step, fits, run)
 
         # ---- save ----
-        due = step % args.save_every == 0 or step == args.max_steps or bad_steps >= 5
-        stop = run.remember(step, due, save_weights, {
-            "optimizer": optimizer.state_dict(), "rng": torch.get_rng_state(), "step": step,
-            "tokens_per_batch": fits.tokens_per_batch, "scale": scale})
-        if bad_steps >= 5:
-            raise ValueError(f"the gradient was not finite in {bad_steps} updates in a row; "
-                             f"the state is in {run.path}: lower --lr")
+        stop = run.save(due=state.step % args.save_every == 0 or last)
 
     # ---- the end ----
     if args.dry_run:
-        run.dry_run_report(metrics, asked.max_steps, sum(len(row) for c in mine for row in c.rows),
-                           model.config, longest)
-        return
-    if step == args.max_steps:
+        return run.dry_run_report(metrics, args.max_steps, sum(len(row) for c in mine for row in c.rows))
+    if last:
         run.save_final(partial(save_weights, merge=args.merge))
         run.before_after("ranking accuracy")
-        draw_calibration(run, step)
+        with suppress(ValueError):  # no matplotlib, which `run.finish` reports
+            curves.draw_calibration(run.path, state.step)
     run.finish()
 
 
@@ -539,6 +444,18 @@ def adapter_tensors(model, name: str) -> dict[str, tuple[nn.Parameter, nn.Parame
     """(A, B) of adapter `name` by its layer's path: what `models.save_adapter` and `load_adapter` take."""
     return {path: (module.A[name], module.B[name])
             for path, module in lora_modules(model).items() if name in module.A}
+
+
+# Copied from grpo.py::trainable
+def trainable(model, name: str, args):
+    """(the parameters to train, the tensors of adapter `name`): all weights and None with --full."""
+    if args.gradient_checkpointing:
+        enable_checkpointing(model)
+    if args.full:
+        return [p.requires_grad_() for p in model.parameters()], None
+    params = add_lora(model, name, args.lora_r, args.lora_alpha, args.lora_targets,
+                      models.layer_range(args.train_layers, model))
+    return params, adapter_tensors(model, name)
 
 
 # Copied from grpo.py::merged_state_dict

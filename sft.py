@@ -11,7 +11,6 @@ token. Nothing is packed: rows are padded on the right, in micro-batches of simi
     torchrun --nproc-per-node 2 sft.py --model Qwen/Qwen2.5-0.5B --full
 """
 
-import copy
 import hashlib
 import itertools
 import math
@@ -25,21 +24,19 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from common import data, dist, models, rewards, shard
-from common.run import Fitting, Run, RunArgs, check_args, cli, retry_smaller
+from common import checks, data, dist, models, rewards, shard
+from common.run import Fitting, Run, RunState, TrainArgs, cli, defaults, retry_smaller
 
 # Shapes: B rows, T tokens, V vocabulary, P prompts, D hidden size, H heads, K head size, R LoRA rank, N rows
 # or tokens in all.
 
 
 @dataclass
-class Args(RunArgs):
+class Args(TrainArgs):
     # ---- run ----
-    max_steps: int = 0  # steps in all; 0: what the passes over the data make
+    max_steps: int = 0  # steps in all; 0: as many as the passes over the data take
     # steps between checkpoints (one is always written at the end, and on SIGTERM or Ctrl-C)
     save_every: int = 200
-    keep: int = 2  # newest checkpoints to keep
-    profile: int = 0  # steps to trace with torch.profiler, from the first on
 
     # ---- data ----
 
@@ -48,51 +45,25 @@ class Args(RunArgs):
     filter: str = ""  # correct: of a run's samples.csv only the answers that were right
     level: str = ""  # difficulty of a generated task, such as 3 or 1-4; empty: the task's own default
     train_questions: int = 0  # questions to train on; 0: all that are not held out
-    # questions held out of the training split for evaluation (never the official test split)
-    eval_questions: int = 500
-    # system message, or none; empty: asks for the <think>/<answer> format (embedded model: none)
-    system: str = ""
+    eval_questions: int = 500  # questions held out of the training split (never of the test split)
+    system: str = ""  # system message, or none; empty: asks for <think>/<answer> (embedded model: none)
     prompt_template: str = "{prompt}"  # text around the question, {prompt} in it
     max_tokens: int = 0  # leave out rows whose prompt and completion are longer; 0: none
     # train on the first batch alone, again and again: a model that cannot learn it by heart has a bug
     single_batch: bool = False
-
-    # ---- model ----
-    model: str = ""  # hub id, local folder or run directory; empty: the embedded model
-    from_scratch: bool = False  # random weights of the shape in --model's config.json; trains all of them
-    # of the frozen weights and the computation; auto: bfloat16 on CUDA, else float32
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    full: bool = False  # train all weights (kept in float32) instead of an adapter
-    # keep the frozen decoder layers in 4 bits (bitsandbytes; QLoRA, arXiv 2305.14314)
-    quantize: Literal["none", "nf4"] = "none"
-    # recompute the layers in the backward pass: less memory, about a third more time
-    gradient_checkpointing: bool = False
-    # split the weights over the ranks of torchrun (FSDP2): the frozen base, or with --full all there is
-    shard: bool = False
-    # with --shard, gather them layer by layer while sampling too: slower, for what one GPU cannot hold
-    reshard: bool = False
-    # padded tokens per forward and backward pass and GPU, halved if out of memory; 0: what fits, CPU 2048
-    tokens_per_batch: int = 0
-
-    # ---- LoRA ----
-    lora_r: int = 32  # rank
-    lora_alpha: float = 64  # the adapter's output is scaled by lora_alpha / lora_r
-    lora_targets: tuple[str, ...] = models.PROJECTIONS  # linear layers to adapt
-    train_layers: str = ""  # decoder layers to adapt, such as 20-27; empty: all
-    merge: bool = False  # write final/ as a plain model with the adapter merged in, not as an adapter
 
     # ---- sampling ----
     max_new_tokens: int = 512  # longest completion; a longer one counts as truncated
     slots: int = 256  # rows sampled at a time per rank; halved when memory runs out
 
     # ---- method ----
+    from_scratch: bool = False  # random weights of the shape in --model's config.json; trains all of them
     batch_size: int = 64  # rows per step, over all ranks
     epochs: float = 1.0  # passes over the data, where --max-steps is 0
 
     # ---- optimizer ----
 
-    # AdamW's peak learning rate; 0: by the kind of model and training (`resolve`), printed at the start
-    lr: float = 0.0
+    lr: float = 0.0  # AdamW's peak rate; 0: 1e-3 for the embedded model, 1e-5 with --full, else 2e-4
     warmup_steps: int = 20  # steps of linear warm-up
     lr_schedule: Literal["constant", "linear", "cosine"] = "cosine"  # after the warm-up
     weight_decay: float = 0.0  # AdamW's decoupled decay
@@ -100,8 +71,7 @@ class Args(RunArgs):
 
     # ---- evaluation ----
 
-    # steps between evaluations; one before the first step and one after the last are always made
-    eval_every: int = 100
+    eval_every: int = 100  # steps between evaluations; the first and the last are always made
 
 
 def accumulate_gradients(model, rows, n_tokens, tokens_per_batch, device):
@@ -127,159 +97,116 @@ def evaluate(model, sampler, questions, encoded, args, step, fits, tokenizer, ru
                           "tokens": sum(len(c) for _, c in targets)}, run.device)
     asked = [e for e in mine if e.answer]
     completions = sample_all(sampler, [encoded[e.id][0] for e in asked], [[0]] * len(asked),
-                             args.max_new_tokens, 0.0, run, "evaluation")
-    texts = [c.text(tokenizer) for (c,) in completions]
-    rows = [rewards.answer_row(e, 0, c, text, right)
-            for e, text, right, (c,) in zip(asked, texts, rewards.judge(asked, texts), completions)]
-    run.log_evaluation(step, dist.gather_rows(rows, "id"),
+                             args.max_new_tokens, 0.0, run, run.counter("evaluation"))
+    run.log_evaluation(step, dist.gather_rows(rewards.answer_rows(asked, completions, tokenizer), "id"),
                        {"eval/loss": sums["nll"] / max(1, sums["tokens"])})
 
 
-def resolve(args, device):
-    """Fill in the defaults that depend on others, and refuse what cannot work, before any load or write."""
-    embedded = models.is_embedded(args.model)
-    if args.epochs <= 0 and not args.max_steps:
-        raise ValueError(f"--epochs {args.epochs}: must be more than 0")
-    full = args.full or args.from_scratch
-    return replace(
-        args, full=full, data=args.data or ("arithmetic" if embedded else "gsm8k"),
-        system=args.system or ("" if embedded else data.THINK_ANSWER_SYSTEM),
-        # a CPU's caches are small
-        tokens_per_batch=args.tokens_per_batch or {"cpu": 2048, "cuda": 0}.get(device.type, 8192),
-        lr=args.lr or (1e-3 if embedded else 1e-5 if full else 2e-4))
+def load_rows(args, tokenizer, dropped):
+    """(train, held out, {id: (prompt, completion) ids}): examples with a completion of at most --max-tokens.
 
-
-def main(args: Args) -> None:
-    # ---- set up: whatever can be wrong is found here ----
-    device = dist.setup(args.device)
-    args = resolve(args, device)
-    check_args(args)
-    tokenizer = models.load_tokenizer(args.model)
-    dropped = Counter()
+    Those left out are counted in `dropped`.
+    """
     train, held_out = data.train_validation(args.data, n_train=args.train_questions,
                                             n_validation=args.eval_questions, level=args.level or None,
                                             seed=args.seed, filter=args.filter, dropped=dropped)
     encoded = {e.id: (data.encode_prompt(tokenizer, e.prompt, args.system, args.prompt_template),
                       data.encode_completion(tokenizer, e.completion, tokenizer.eos_token_id))
                for e in train + held_out if e.completion}
-    lengths = {id: len(p) + len(c) for id, (p, c) in encoded.items()}
-    fits = {id for id, length in lengths.items() if not args.max_tokens or length <= args.max_tokens}
-    dropped["no completion, or too long"] = sum(e.id not in fits for e in train)
-    train, held_out = ([e for e in part if e.id in fits] for part in (train, held_out))
+    encoded = {id: (p, c) for id, (p, c) in encoded.items()
+               if not args.max_tokens or len(p) + len(c) <= args.max_tokens}
+    dropped["no completion, or too long"] = sum(e.id not in encoded for e in train)
+    train, held_out = ([e for e in part if e.id in encoded] for part in (train, held_out))
     if not train:
         raise ValueError(f"--data {args.data}: no row has a completion to imitate"
                          + (f" of at most --max-tokens {args.max_tokens}" if args.max_tokens else ""))
+    if args.dry_run:
+        train = sorted(train, key=lambda e: -sum(map(len, encoded[e.id])))[:args.batch_size]
+    return train, held_out, encoded
+
+
+def main(args: Args) -> None:
+    # ---- set up: whatever can be wrong is found before the model is loaded ----
+    device = dist.setup(args.device)
+    args = replace(args, full=args.full or args.from_scratch)
+    args, dropped = defaults(args, device, lr={"embedded": 1e-3, "full": 1e-5, "adapter": 2e-4}), Counter()
+    if args.epochs <= 0 and not args.max_steps:
+        raise ValueError(f"--epochs {args.epochs}: must be more than 0")
+    dtype, tokenizer = models.choose_dtype(args.dtype, device), models.load_tokenizer(args.model)
+    train, held_out, encoded = load_rows(args, tokenizer, dropped)
+    longest = max(sum(map(len, encoded[e.id])) for e in train + held_out)
+    context = max(longest, max(len(encoded[e.id][0]) for e in train + held_out) + args.max_new_tokens)
+    args.max_steps = args.max_steps or math.ceil(args.epochs * len(train) / args.batch_size)
     if args.download_only:
         return models.download(args.model)
-    if not args.max_steps:
-        args = replace(args, max_steps=math.ceil(args.epochs * len(train) / args.batch_size))
-    asked = args
-    if args.dry_run:
-        args = replace(args, max_steps=1, wandb=False, resume=False)
-        train = sorted(train, key=lambda e: -lengths[e.id])[:args.batch_size]
+
+    # ---- policy, optimizer, sampler ----
     torch.manual_seed(args.seed)
-    dtype = models.choose_dtype(args.dtype, device)
-    longest = max(lengths[e.id] for e in train + held_out)
-    needed = max(longest, max(len(encoded[e.id][0]) for e in train + held_out) + args.max_new_tokens)
-    model = models.load_model(args.model, torch.float32 if args.full else dtype, device, needed,
+    model = models.load_model(args.model, torch.float32 if args.full else dtype, device, context,
                               args.from_scratch, split=args.shard, quantize=args.quantize)
-    models.check_token_ids(model, tokenizer)
-    if args.full:
-        params = [p.requires_grad_() for p in model.parameters()]
-    else:
-        params = add_lora(model, "policy", args.lora_r, args.lora_alpha, args.lora_targets,
-                          models.layer_range(args.train_layers, model))
-    adapter = None if args.full else adapter_tensors(model, "policy")
-    save_weights = partial(models.save_trained, model, tokenizer, adapter, args)
-    if args.gradient_checkpointing:
-        enable_checkpointing(model)
-    model.train()  # dropout is off (load_model); gradient checkpointing acts in this mode alone
+    params, adapter = trainable(model, "policy", args)
     optimizer = torch.optim.AdamW(params, lr=args.lr, weight_decay=args.weight_decay, betas=(0.9, 0.95),
-                                  foreach=False if args.shard else None,
-                                  fused=device.type == "cuda" and not args.shard)
+                                  **shard.optimizer_kernel(args, device))
     sampler = Sampler(model, models.stop_ids(model, tokenizer), args.slots, dtype, by_layer=args.reshard)
-    if not args.tokens_per_batch:
-        args = replace(args, tokens_per_batch=models.tokens_that_fit(
-            model, params, dtype, sampler.cache_bytes(needed)))
+    state = RunState(tokens_per_batch=args.tokens_per_batch or models.tokens_that_fit(
+        model, params, dtype, sampler.cache_bytes(context)))
+    fits = Fitting(state, device, smallest=longest)
+
+    # ---- the run directory, where --resume goes on, the self-check ----
     run = Run(args, __file__, device, tags=models.run_tags(args.model, args.data))
-    optimizer.register_step_pre_hook(run.weights_move)
-    compute = partial(torch.autocast, device.type, torch.bfloat16,
-                      enabled=args.full and dtype == torch.bfloat16, cache_enabled=False)
     run.print(models.describe(args, model, params, dtype))
     run.print(f"data: {args.data}, {len(train)} rows to train on, {len(held_out)} held out, "
               f"up to {longest} tokens; {args.batch_size} rows a step; left out: "
               f"{', '.join(f'{name} {n}' for name, n in dropped.items() if n) or 'none'}")
+    save_weights = partial(models.save_trained, model, tokenizer, adapter, args)
+    run.restore(state, partial(models.load_trained, model=model, adapter=adapter), save_weights, sampler,
+                optimizer=optimizer)
+    autocast = partial(models.autocast, device, dtype, args.full)
+    with autocast():
+        run.self_check(checks.before_training(
+            model, params, sampler, [encoded[e.id][0] for e in train[:3]], args, 1.0,
+            token_logprobs, completion_logprobs, make_batch, use_adapter))
+        if state.step == 0 and not args.dry_run:
+            evaluate(model, sampler, held_out, encoded, args, 0, fits, tokenizer, run)
 
-    fits = Fitting(args.tokens_per_batch, device, longest)
-    step, bad_steps = 0, 0
-    if args.resume:
-        folder, saved = run.load()
-        if folder:
-            models.load_trained(folder, model, adapter)
-            optimizer.load_state_dict(saved["optimizer"])
-            torch.set_rng_state(saved["rng"])
-            step = saved["step"]
-            fits.tokens_per_batch = min(fits.tokens_per_batch, saved["tokens_per_batch"])
-            sampler.slots = min(sampler.slots, saved.get("slots", sampler.slots))
-    with compute():
-        run.self_check(self_check(model, params, sampler, [encoded[e.id][0] for e in train[:3]], args, 1.0,
-                                  device))
-        if step == 0 and not args.dry_run:
-            evaluate(model, sampler, held_out, encoded, args, step, fits, tokenizer, run)
-
-    stop = False
-    while step < args.max_steps and not stop:
-        step += 1
-        position = 0 if args.single_batch else (step - 1) * args.batch_size
+    last, stop = run.is_last(state), False
+    while not (last or stop):
+        state.step += 1
+        position = 0 if args.single_batch else (state.step - 1) * args.batch_size
         rows = [encoded[train[i].id]
                 for i in data.batch_indices(len(train), position, args.batch_size, args.seed)]
         n_tokens = sum(len(c) for _, c in rows)  # of all ranks: every rank knows the whole batch
 
         # ---- update ----
-        with run.profile(step), compute(), run.phase("update"):
+        with run.profile(state.step), autocast(), run.phase("update"):
             loss = fits(accumulate_gradients, model, dist.share(rows), n_tokens, device=device)
             dist.sum_gradients(params)
             norm = shard.clip_gradients(params, args.max_grad_norm)
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate(step, args)
-            if math.isfinite(norm):
-                optimizer.step()
-                bad_steps = 0
-            else:
-                bad_steps += 1
-                run.print(f"step {step}: the gradient is not finite; the update is skipped "
-                          f"({bad_steps} in a row)")
-            optimizer.zero_grad()
+            optimizer.param_groups[0]["lr"] = learning_rate(state.step, args)
+            run.take_step(norm, optimizer)
 
         # ---- log ----
-        metrics = dist.sum_dict({"loss": loss}, device) | {
+        metrics = run.log(state.step, dist.sum_dict({"loss": loss}, device) | {
             "grad_norm": norm, "lr": optimizer.param_groups[0]["lr"],
-            "epoch": step * args.batch_size / len(train), "tokens": n_tokens,
-            "tokens_per_batch": fits.tokens_per_batch}
-        metrics = run.log(step, metrics, args.max_steps, show=("loss", "grad_norm", "lr", "epoch"))
+            "epoch": state.step * args.batch_size / len(train), "tokens": n_tokens,
+            "tokens_per_batch": state.tokens_per_batch}, args.max_steps,
+            show=("loss", "grad_norm", "lr", "epoch"))
+        last = run.is_last(state)
         if args.dry_run:
             break
 
         # ---- evaluate ----
-        if step % args.eval_every == 0 or step == args.max_steps:
-            with compute():
-                evaluate(model, sampler, held_out, encoded, args, step, fits, tokenizer, run)
+        if state.step % args.eval_every == 0 or last:
+            with autocast():
+                evaluate(model, sampler, held_out, encoded, args, state.step, fits, tokenizer, run)
 
         # ---- save ----
-        due = step % args.save_every == 0 or step == args.max_steps or bad_steps >= 5
-        stop = run.remember(step, due, save_weights, {
-            "optimizer": optimizer.state_dict(), "rng": torch.get_rng_state(), "step": step,
-            "tokens_per_batch": fits.tokens_per_batch, "slots": sampler.slots})
-        if bad_steps >= 5:
-            raise ValueError(f"the gradient was not finite in {bad_steps} updates in a row; "
-                             f"the state is in {run.path}: lower --lr")
+        stop = run.save(due=state.step % args.save_every == 0 or last)
 
     # ---- the end ----
     if args.dry_run:
-        run.dry_run_report(metrics, asked.max_steps, metrics["tokens"], model.config, longest, sampler,
-                           needed)
-        return
-    if step == args.max_steps:
+        return run.dry_run_report(metrics, args.max_steps, n_tokens)
+    if last:
         run.save_final(partial(models.save_plain, model, tokenizer, merged_state_dict(model)) if args.merge
                        else save_weights)
         run.before_after()
@@ -392,6 +319,18 @@ def adapter_tensors(model, name: str) -> dict[str, tuple[nn.Parameter, nn.Parame
     """(A, B) of adapter `name` by its layer's path: what `models.save_adapter` and `load_adapter` take."""
     return {path: (module.A[name], module.B[name])
             for path, module in lora_modules(model).items() if name in module.A}
+
+
+# Copied from grpo.py::trainable
+def trainable(model, name: str, args):
+    """(the parameters to train, the tensors of adapter `name`): all weights and None with --full."""
+    if args.gradient_checkpointing:
+        enable_checkpointing(model)
+    if args.full:
+        return [p.requires_grad_() for p in model.parameters()], None
+    params = add_lora(model, name, args.lora_r, args.lora_alpha, args.lora_targets,
+                      models.layer_range(args.train_layers, model))
+    return params, adapter_tensors(model, name)
 
 
 # Copied from grpo.py::merged_state_dict
@@ -1068,98 +1007,18 @@ class Sampler:
 
 
 # Copied from grpo.py::sample_all
-def sample_all(sampler, prompt_ids, keys, max_new_tokens, temperature, run, doing):
-    """`Sampler.sample` with progress shown; memory that runs out on one rank halves the slots of all."""
-    most_rows = max(1, *dist.gather(sum(map(len, keys))))  # of a rank: only fewer slots save memory
+def sample_all(sampler, prompt_ids, keys, max_new_tokens, temperature, run, progress):
+    """`Sampler.sample` on all ranks; memory that runs out on one of them halves the slots of all."""
+    most_rows = max(dist.gather(sum(map(len, keys))))  # of a rank: only fewer slots save memory
+    if not most_rows:
+        return [[] for _ in keys]
 
     def attempt(slots):
         if slots < min(sampler.slots, most_rows):
             sampler.slots, sampler.cache, sampler.graphs = slots, None, {}
-        return sampler.sample(prompt_ids, keys, max_new_tokens, temperature,
-                              lambda done, total, _: run.progress(f"{doing}: sampled {done}/{total}"))
+        return sampler.sample(prompt_ids, keys, max_new_tokens, temperature, progress)
 
     return retry_smaller(attempt, min(sampler.slots, most_rows), run.device, 1, "slots")[0]
-
-
-# Copied from grpo.py::gap_in_float64
-@torch.no_grad()
-def gap_in_float64(model, prompt_ids, args, temperature, device):
-    """Largest gap of sampler and trainer on a cut-out of the model in float64, where rounding hides no error.
-
-    It has two decoder layers (the first that have an adapter, if any do) and the first 1024 tokens; prompts
-    are made of those. The head and the adapters' B are drawn anew: the model's own head may be so sure of the
-    next token that its log-prob is 0 whatever the sampler does, and a B of zero would hide an adapter that
-    the sampler leaves out.
-    """
-    device = torch.device("cpu") if device.type == "mps" else device  # which has no float64
-    base, embedding, head = model.base_model, model.get_input_embeddings(), model.get_output_embeddings()
-    layers = nn.ModuleList(sorted(base.layers, key=lambda layer: not lora_modules(layer))[:2])
-    generator = torch.Generator().manual_seed(args.seed)
-
-    def double(tensor):
-        return tensor.detach().to(device=device, dtype=torch.float64)
-
-    def drawn(std, *shape):
-        return nn.Parameter((std * torch.randn(shape, generator=generator, dtype=torch.float64)).to(device))
-
-    table = double(embedding.weight[:1024])  # [V, D]
-    new_head = nn.utils.skip_init(nn.Linear, table.shape[1], len(table), bias=False)
-    new_head.weight = drawn(table.shape[1] ** -0.5, *table.shape)
-    copies = {id(embedding.weight): nn.Parameter(table), id(head): new_head}  # by what they stand for
-    for part in (layers, base.norm, base.rotary_emb):
-        copies |= {id(p): nn.Parameter(double(p), p.requires_grad) for p in part.parameters()}
-        copies |= {id(b): double(b) for b in part.buffers()}
-    copies |= {id(b): double(b) for b in embedding.buffers()}  # Gemma's scale
-    copies |= {id(B): drawn(0.02, *B.shape) for module in lora_modules(layers).values()
-               for B in module.B.values()}
-    copies[id(base.layers)] = copy.deepcopy(layers, copies)
-    small = copy.deepcopy(model, copies)
-    small.get_input_embeddings().padding_idx = None
-    prompts = [[i % 1024 for i in ids[:8 + 8 * p]] for p, ids in enumerate(prompt_ids)]
-    keys = [[noise_key(args.seed, -3, p)] for p in range(len(prompts))]
-    samples = [c for (c,) in Sampler(small, ()).sample(prompts, keys, 12, temperature)]
-    logprobs = completion_logprobs(small, prompts, [c.ids for c in samples], temperature, 10**9, device)
-    return (torch.stack(logprobs) - torch.tensor([c.logprobs for c in samples])).abs().max().item()
-
-
-# Copied from grpo.py::self_check
-def self_check(model, params, sampler, prompt_ids, args, temperature, device):
-    """Measure on a few short samples what must hold before training: name -> (value, largest right value).
-
-    The sampler agrees with the trainer (in bfloat16 roughly, and exactly on two layers in float64); a row's
-    padding changes nothing; a fresh adapter equals the base; the stop token is in the mask; every adapter
-    gets gradient; no frozen weight does.
-    """
-    exact = device.type == "cpu" and sampler.dtype == torch.float32
-    measure, limit = (torch.max, 1e-4) if exact else (torch.mean, 0.3)  # rounding to bfloat16 makes up to 0.1
-    samples = sampler.sample(prompt_ids, [[noise_key(args.seed, -2, p)] for p in range(len(prompt_ids))],
-                             16, temperature)
-    # a row that did not stop by itself gets a stop token, so that each has one to look for
-    completion_ids = [c.ids if c.finished else c.ids + [min(sampler.stop_ids, default=0)] for (c,) in samples]
-    input_ids, mask = make_batch(prompt_ids, completion_ids, device)
-    logprobs = token_logprobs(model, input_ids, mask, temperature)
-    logprobs.sum().backward()
-    gap = torch.cat([row[of_row][:len(c.logprobs)] - torch.tensor(c.logprobs)
-                     for row, of_row, (c,) in zip(logprobs.detach().cpu(), mask, samples)]).abs()
-    under = partial(completion_logprobs, model, prompt_ids, completion_ids, temperature)
-    alone, padded = torch.cat(under(1, device)), torch.cat(under(10**9, device))
-    adapters = [module for module in lora_modules(model).values() if module.active]
-    checks = {
-        "sampler-trainer": (measure(gap).item(), limit),
-        "padding": (measure((alone - padded).abs()).item(), limit),
-        "stop tokens left out": (sum(not row[len(p) + len(c) - 1]
-                                     for row, p, c in zip(mask, prompt_ids, completion_ids)), 0),
-        "adapters without gradient": (sum(not module.B[module.active].grad.any() for module in adapters), 0),
-        "frozen weights with gradient": (sum(p.grad is not None for p in model.parameters()
-                                             if not p.requires_grad), 0)}
-    if not (exact or sampler.split or sampler.layers[0].qkv.quantized):
-        checks["in float64"] = gap_in_float64(model, prompt_ids, args, temperature, device), 1e-4
-    if adapters and not args.resume:
-        with use_adapter(model, None):
-            checks["step-0 KL"] = ((torch.cat(under(10**9, device)) - padded).abs().max().item(), 0)
-    for p in params:
-        p.grad = None
-    return checks
 
 
 # Copied from grpo.py::learning_rate

@@ -17,10 +17,8 @@ Paper: STaR, arXiv 2203.14465, algorithm 1. Differs from it in:
     python star.py --model Qwen/Qwen2.5-3B-Instruct --rationalize    # GSM8K on one GPU
     python star.py --model Qwen/Qwen2.5-3B-Instruct --data mmmlu/YO_NG --strategy dpo
     python star.py --generations runs/a/samples.csv runs/b/samples.csv --iterations 1
-    torchrun --nproc-per-node 8 star.py --model Qwen/Qwen2.5-3B-Instruct
 """
 
-import copy
 import hashlib
 import itertools
 import math
@@ -34,66 +32,32 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from common import data, dist, models, rewards, shard
+from common import checks, data, dist, models, rewards, shard
 from common.data import HINT
-from common.run import Fitting, Run, RunArgs, check_args, cli, retry_smaller
+from common.run import Fitting, Run, RunState, TrainArgs, cli, defaults, retry_smaller
 
 # Shapes: B rows, T tokens, V vocabulary, P prompts, G samples per prompt, D hidden size, H heads, K head
 # size, R LoRA rank, N rows or tokens in all.
 
-
 @dataclass
-class Args(RunArgs):
+class Args(TrainArgs):
     # ---- run ----
-    max_steps: int = 0  # steps in all; 0: what the passes over the data make
-    # end with the step or iteration in which so many tokens have been sampled for training; 0: no limit
-    token_budget: int = 0
-    # steps between checkpoints (one is always written at the end, and on SIGTERM or Ctrl-C)
-    save_every: int = 50
-    keep: int = 2  # newest checkpoints to keep
-    profile: int = 0  # steps to trace with torch.profiler, from the first on
+    max_steps: int = 0  # steps in all; 0: as many as the passes over the data take
+    token_budget: int = 0  # tokens sampled for training after which the run ends; 0: no limit
 
     # ---- data ----
 
     # data set name, hub id, or local .jsonl/.csv/.parquet; empty: arithmetic (embedded model), else gsm8k
     data: str = ""
-    # runs' samples.csv, united: the first iteration's answers, in place of sampling
-    generations: tuple[str, ...] = ()
-    # runs' samples.csv, united: evaluate by loss and ranking of these, in place of held-out questions
-    eval_generations: tuple[str, ...] = ()
+    generations: tuple[str, ...] = ()  # samples.csv of runs: the answers of the first iteration
+    eval_generations: tuple[str, ...] = ()  # samples.csv of runs: evaluate by loss and ranking of these
     level: str = ""  # difficulty of a generated task, such as 3 or 1-4; empty: the task's own default
     train_questions: int = 0  # questions to train on; 0: all that are not held out
-    # questions held out of the training split for evaluation (never the official test split)
-    eval_questions: int = 500
-    # worked examples before each question while the first iteration samples; never trained, nor evaluated
-    few_shot: int = 0
-    # system message, or none; empty: asks for the <think>/<answer> format (embedded model: none)
-    system: str = ""
+    eval_questions: int = 500  # questions held out of the training split (never of the test split)
+    few_shot: int = 0  # worked examples before each question while the first iteration samples
+    system: str = ""  # system message, or none; empty: asks for <think>/<answer> (embedded model: none)
     prompt_template: str = "{prompt}"  # text around the question, {prompt} in it
     max_prompt_tokens: int = 0  # leave out questions with a longer prompt; 0: none
-
-    # ---- model ----
-    model: str = ""  # hub id, local folder or run directory; empty: the embedded model
-    # of the frozen weights and the computation; auto: bfloat16 on CUDA, else float32
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    full: bool = False  # train all weights (kept in float32) instead of an adapter
-    # keep the frozen decoder layers in 4 bits (bitsandbytes; QLoRA, arXiv 2305.14314)
-    quantize: Literal["none", "nf4"] = "none"
-    # recompute the layers in the backward pass: less memory, about a third more time
-    gradient_checkpointing: bool = False
-    # split the weights over the ranks of torchrun (FSDP2): the frozen base, or with --full all there is
-    shard: bool = False
-    # with --shard, gather them layer by layer while sampling too: slower, for what one GPU cannot hold
-    reshard: bool = False
-    # padded tokens per forward and backward pass and GPU, halved if out of memory; 0: what fits, CPU 2048
-    tokens_per_batch: int = 0
-
-    # ---- LoRA ----
-    lora_r: int = 32  # rank
-    lora_alpha: float = 64  # the adapter's output is scaled by lora_alpha / lora_r
-    lora_targets: tuple[str, ...] = models.PROJECTIONS  # linear layers to adapt
-    train_layers: str = ""  # decoder layers to adapt, such as 20-27; empty: all
-    merge: bool = False  # write final/ as a plain model with the adapter merged in, not as an adapter
 
     # ---- sampling ----
     questions: int = 256  # questions to sample answers to, in each iteration
@@ -106,38 +70,32 @@ class Args(RunArgs):
 
     # with weights: correctness, format, digit, mark, math, answer-prob, model:RUN, or your file.py:name=1
     rewards: tuple[str, ...] = ("correctness=1",)
-    # seconds that a call of a reward of your own may take; its row is left out and counted
-    reward_timeout: float = 30.0
+    reward_timeout: float = 30.0  # seconds for a call of your own reward; its row is left out and counted
     batch_size: int = 64  # rows per step, over all ranks
     iterations: int = 3  # rounds of sampling from the present policy and training on what was kept
     # likelihood of right answers; of all, by centred reward; right against wrong; of all, by exp(reward)
     strategy: Literal["sft", "reinforce", "dpo", "soft"] = "sft"
     # train an iteration from the start model (STaR) or the one before; auto: base with sft and soft
     restart: Literal["auto", "base", "previous"] = "auto"
-    # ask again, with the answer as a hint, where no sample was right (--strategy sft and dpo)
-    rationalize: bool = False
-    # how: {prompt} and {answer} in it; or mark: (CORRECT) behind the right option of a choice
-    hint: str = HINT
+    rationalize: bool = False  # ask again with the answer as a hint where no sample was right (sft, dpo)
+    hint: str = HINT  # {prompt} and {answer} in it; or mark: (CORRECT) behind the right option of a choice
     per_question: int = 4  # most rows that one question gives (--strategy sft and dpo); 0: no limit
     epochs: float = 1.5  # passes over an iteration's rows; 0: sample and evaluate only
-    # optimizer steps of the first iteration, in place of --epochs; 0: by --epochs (STaR: 40)
-    first_steps: int = 0
-    # each iteration makes so many times the steps or passes of the one before (STaR: 1.2)
-    step_growth: float = 1.0
+    first_steps: int = 0  # steps of the first iteration, in place of --epochs; 0: by --epochs (STaR: 40)
+    step_growth: float = 1.0  # steps or passes of an iteration, over those of the one before (STaR: 1.2)
     beta: float = 0.1  # pull to the model that the iteration started from, with --strategy dpo
 
     # ---- optimizer ----
 
-    # AdamW's peak learning rate; 0: by the kind of model and training (`resolve`), printed at the start
-    lr: float = 0.0
+    lr: float = 0.0  # AdamW's peak rate; 0: by --strategy and the kind of model, printed at the start
     warmup_steps: int = 5  # steps of linear warm-up
+    lr_schedule: Literal["constant", "linear", "cosine"] = "constant"  # after the warm-up
     weight_decay: float = 0.0  # AdamW's decoupled decay
     max_grad_norm: float = 1.0  # clip the gradient's norm to this
 
     # ---- evaluation ----
 
-    # steps between further evaluations; one before the first step and one after each iteration are made
-    eval_every: int = 0
+    eval_every: int = 0  # steps between further evaluations than those at the start and of each iteration
 
 
 @dataclass
@@ -153,6 +111,13 @@ class Sample:
     rewards: dict[str, float] = field(default_factory=dict)
     reward: float = 0.0  # weighted sum; NaN where a reward function failed
     correct: float = 0.0
+
+    def row(self, state, seed):
+        """Its line in samples.csv."""
+        return {"step": state.first_step, "iteration": state.iteration, "source": self.source,
+                "reward": self.reward, **{f"reward/{k}": v for k, v in self.rewards.items()},
+                **rewards.answer_row(self.example, self.number, self.completion, self.response, self.correct),
+                "seed": seed}
 
 
 @dataclass
@@ -171,6 +136,15 @@ class Row:
         return (len(self.prompt_ids) + longer) * (2 if self.rejected else 1)
 
 
+@dataclass
+class State(RunState):
+    """What a checkpoint holds beside weights, optimizer and the reference's log-probs of held-out pairs."""
+
+    iteration: int = 0
+    first_step: int = 1  # of the iteration
+    rows: list[Row] = field(default_factory=list)  # of the iteration
+
+
 def training_rows(samples, prompt_ids, args, tokenizer, strategy):
     """The Rows that an iteration's Samples of all questions make, question by question.
 
@@ -181,15 +155,15 @@ def training_rows(samples, prompt_ids, args, tokenizer, strategy):
     chance that this rationale, of those sampled, was the one that led to the answer (EM's E-step).
     """
     rows = []
-    for _, of in itertools.groupby(samples, key=lambda s: s.question):
-        of = list(of)
-        prompt, once = prompt_ids[of[0].example.id], {}
-        for s in of:
+    for _, group in itertools.groupby(samples, key=lambda s: s.question):
+        group = list(group)
+        prompt, once = prompt_ids[group[0].example.id], {}
+        for s in group:
             if s.completion.finished:
                 once.setdefault(tuple(s.completion.ids), s)
         right = [s.completion.ids for s in once.values() if s.correct]
         wrong = [s.completion.ids for s in once.values() if not s.correct]
-        known = [s for s in of if not math.isnan(s.reward)]
+        known = [s for s in group if not math.isnan(s.reward)]
         if strategy == "sft":
             rows += [Row(prompt, ids) for ids in right[:args.per_question or None]]
         elif strategy == "dpo":
@@ -230,20 +204,69 @@ def explains(response, answer, form):
     return bool(before) and not quotes
 
 
-def ask(sampler, questions, prompts, reward_functions, args, iteration, tokenizer, run, source="sampled"):
-    """--num-generations scored Samples of each (place, example), asked as `prompts`; a reward's error."""
+def load_samples(sources, tokenizer, dropped, side, left_out=()):
+    """Samples from runs' samples.csv, less the questions whose text is in `left_out`; encoded, not scored.
+
+    side: 0 or 1, to have ids apart from those of the other side.
+    """
+    samples, places = [], {}
+    for example, correct in data.load_generations(sources, dropped, left_out) if sources else ():
+        place = places.setdefault(example.id, [len(places), 0])
+        ids = data.encode_completion(tokenizer, example.completion, tokenizer.eos_token_id)
+        example = replace(example, id=-1 - side - 2 * example.id)
+        samples.append(Sample(*place, example, Completion(ids, [], True), example.completion, "loaded",
+                              correct=float(correct)))
+        place[1] += 1
+    return sorted(samples, key=lambda s: (s.question, s.number))
+
+
+def load(args, tokenizer, dropped):
+    """(questions to train on, held out; answers to train on, held out; their prompts' encoder and ids; the
+    longest prompt and row). No question stands on both sides; what is left out is counted in `dropped`.
+    """
+    train, held_out, prompt_ids, _ = data.load_questions(args, tokenizer, args.batch_size)
+    held_samples = load_samples(args.eval_generations, tokenizer, dropped, 0)
+    shown = data.worked_examples(args.data, args.few_shot, held_out, level=args.level or None, seed=args.seed)
+    held_out = [] if held_samples else held_out
+    apart = {e.text for e in [*held_out, *(s.example for s in held_samples)]}
+    loaded = load_samples(args.generations, tokenizer, dropped, 1, apart)
+    apart |= {e.text for e in shown}
+    train = [e for e in train if e.text not in apart]
+    if args.data and not train:
+        raise ValueError(f"--data {args.data}: no question is left to train on")
+    encode = partial(encode_question, tokenizer, shown, args)
+    prompt_ids |= {s.example.id: encode(s.example) for s in loaded + held_samples}
+    longest = max(map(len, prompt_ids.values()))
+    if shown or args.rationalize:  # the longest form, of the first iteration
+        longest = max([longest, *(len(encode(e, 1, args.rationalize)) for e in train)])
+    longest_row = max([longest + args.max_new_tokens] + [len(s.completion.ids) + len(prompt_ids[s.example.id])
+                                                         for s in loaded + held_samples])
+    return train, held_out, loaded, held_samples, encode, prompt_ids, longest, longest_row
+
+
+def encode_question(tokenizer, shown, args, e, iteration=0, hinted=False):
+    """Prompt ids of an Example: as it is trained and evaluated, as the first iteration asks, or hinted."""
+    prompt = with_hint(e.prompt, e.answer, args.hint) if hinted else e.prompt
+    if iteration == 1:
+        prompt = data.few_shot_messages(shown, prompt)
+    return data.encode_prompt(tokenizer, prompt, args.system, args.prompt_template)
+
+
+def ask(sampler, questions, encode, reward_functions, args, state, tokenizer, run, hinted=False):
+    """--num-generations scored Samples of each (place, example), with a hint or without."""
     G = args.num_generations
-    first = 0 if source == "sampled" else G  # a hinted answer is one more, with noise of its own
-    keys = [[noise_key(args.seed, iteration, i, first + g) for g in range(G)] for i, _ in questions]
-    completions = sample_all(sampler, prompts, keys, args.max_new_tokens, args.sample_temperature, run,
-                             f"iteration {iteration}")
-    samples = [Sample(i, first + g, e, c, c.text(tokenizer), source)
+    first = G if hinted else 0  # a hinted answer is one more, with noise of its own
+    keys = [[noise_key(args.seed, state.iteration, i, first + g) for g in range(G)] for i, _ in questions]
+    completions = sample_all(sampler, [encode(e, state.iteration, hinted) for _, e in questions], keys,
+                             args.max_new_tokens, args.sample_temperature, run,
+                             run.counter(f"iteration {state.iteration}"))
+    samples = [Sample(i, first + g, e, c, c.text(tokenizer), "rationalized" if hinted else "sampled")
                for (i, e), row in zip(questions, completions) for g, c in enumerate(row)]
-    return samples, score_samples(samples, reward_functions, args)
+    return score_samples(samples, reward_functions, args, run)
 
 
-def score_samples(samples, reward_functions, args):
-    """Fill in rewards, reward and correct. Returns a line on the first failed reward, or ""."""
+def score_samples(samples, reward_functions, args, run):
+    """The samples with their rewards, reward and correct; reports the first reward that failed."""
     scored = rewards.score(reward_functions, [s.example for s in samples], [s.response for s in samples],
                            timeout_s=args.reward_timeout)
     right = scored["rewards"].get("math", scored["correct"])  # LaTeX; NaN where it hung: not right
@@ -252,96 +275,74 @@ def score_samples(samples, reward_functions, args):
         s.reward = scored["total"][i]
         if s.source != "loaded":  # whose own run has judged it, perhaps by other means
             s.correct = float(right[i] == 1)
-    return scored["error"]
+    if scored["error"]:
+        run.print(f"iteration {run.state.iteration}: {scored['error']}")
+    return samples
 
 
-def sample_iteration(sampler, questions, encode, reward_functions, args, iteration, step, tokenizer, run):
-    """(Samples of an iteration, of all ranks, which go to samples.csv; counts: tokens, hinted, unexplained).
+def sample_iteration(sampler, train, encode, reward_functions, args, state, tokenizer, run):
+    """(this rank's Samples of an iteration; counts: tokens, hinted, unexplained).
 
-    encode(example, iteration, hinted) makes the prompt; samples.csv has the question alone in its place, and
-    of the answers with a hint those that teach; unexplained: right, but without a rationale of their own.
+    Of the answers with a hint those that teach; unexplained: right, but without a rationale of their own.
     """
-    mine = dist.share(list(enumerate(questions)))
-    ask_all = partial(ask, sampler, reward_functions=reward_functions, args=args, iteration=iteration,
-                      tokenizer=tokenizer, run=run)
-    samples, error = ask_all(mine, [encode(e, iteration) for _, e in mine])
-    counts = {"tokens": sum(len(s.completion.ids) for s in samples), "hinted": 0, "unexplained": 0}
+    picked = data.batch_indices(len(train), (state.iteration - 1) * args.questions,
+                                min(args.questions, len(train)), args.seed)
+    mine = dist.share([(i, train[row]) for i, row in enumerate(picked)])
+    samples = ask(sampler, mine, encode, reward_functions, args, state, tokenizer, run)
+    failed, hinted = [], []
     if args.rationalize and not args.dry_run:
         solved = {s.question for s in samples if s.correct and s.completion.finished}
         failed = [(i, e) for i, e in mine if i not in solved]
-        hinted, problem = ask_all(failed, [encode(e, iteration, hinted=True) for _, e in failed],
-                                  source="rationalized")
-        right = [s for s in hinted if s.correct and s.completion.finished]
-        kept = [s for s in right if explains(s.response, s.example.answer, args.hint)]
-        counts = {"tokens": counts["tokens"] + sum(len(s.completion.ids) for s in hinted),
-                  "hinted": len(failed), "unexplained": len(right) - len(kept)}
-        samples, error = samples + kept, error or problem
-    if error:
-        run.print(f"iteration {iteration}: {error}")
-    rows = [{"step": step, "iteration": iteration, "source": s.source, "reward": s.reward,
-             **{f"reward/{name}": value for name, value in s.rewards.items()},
-             **rewards.answer_row(s.example, s.number, s.completion, s.response, s.correct),
-             "seed": args.seed} for s in samples]
-    samples, rows = gather_samples(samples, rows)
-    run.write_rows(rows)
-    return samples, {name: int(n) for name, n in dist.sum_dict(counts, run.device).items()}
+        hinted = ask(sampler, failed, encode, reward_functions, args, state, tokenizer, run, hinted=True)
+    right = [s for s in hinted if s.correct and s.completion.finished]
+    taught = [s for s in right if explains(s.response, s.example.answer, args.hint)]
+    return samples + taught, {"tokens": sum(len(s.completion.ids) for s in samples + hinted),
+                              "hinted": len(failed), "unexplained": len(right) - len(taught)}
 
 
-def gather_samples(samples, rows):
-    """The Samples of all ranks, and a row of each, question by question."""
-    found = sorted(itertools.chain(*dist.gather(list(zip(samples, rows)))),
-                   key=lambda pair: (pair[0].question, pair[0].number))
-    return [s for s, _ in found], [row for _, row in found]
+def begin_iteration(sampler, train, loaded, encode, prompt_ids, reward_functions, args, state, tokenizer,
+                    run):
+    """What the next iteration trains on, into the state: by sampling or, at first, from the given answers.
 
-
-def iteration_metrics(samples, counts, rows):
-    """What an iteration sampled and kept: shares of questions are those with a right answer, by level too."""
-    hinted = counts.get("hinted", 0)
-    sampled = [s for s in samples if s.source != "rationalized"]
-    solved = {s.question for s in sampled if s.correct and s.completion.finished}
-    explained = {s.question for s in samples if s.source == "rationalized"}
-    levels = {s.question: s.example.level for s in samples}
-    metrics = {"questions": len(levels), "samples": len(sampled), "rows": len(rows),
-               "correct": sum(s.correct for s in sampled) / max(1, len(sampled)),
-               "solved": len(solved) / max(1, len(levels)), "hinted": hinted,
-               "rationalized": len(explained) / max(1, hinted), "unexplained": counts.get("unexplained", 0)}
-    for level in sorted(set(levels.values())) if len(set(levels.values())) > 1 else ():
-        of = {q for q in levels if levels[q] == level}
-        metrics |= {f"solved level {level}": len(of & solved) / len(of),
-                    f"kept level {level}": len(of & (solved | explained)) / len(of)}
-    return metrics
-
-
-def load_samples(sources, tokenizer, dropped, below=0, left_out=()):
-    """Samples from runs' samples.csv, less the questions whose text is in `left_out`; encoded, not scored.
-
-    Ids are less than `below`, apart from those of other questions.
+    samples.csv has what was sampled, with the question alone as the prompt.
     """
-    samples, places = [], {}
-    for example, correct in data.load_generations(sources, dropped) if sources else ():
-        if example.text in left_out:
-            dropped["held out"] += 1
-            continue
-        place = places.setdefault(example.id, [len(places), 0])
-        ids = data.encode_completion(tokenizer, example.completion, tokenizer.eos_token_id)
-        samples.append(Sample(*place, replace(example, id=below - 1 - example.id), Completion(ids, [], True),
-                              example.completion, "loaded", correct=float(correct)))
-        place[1] += 1
-    if sources and not samples:
-        raise ValueError(f"{' '.join(sources)}: no answer is left; left out: {dict(dropped)}")
-    return sorted(samples, key=lambda s: (s.question, s.number))
+    state.iteration, state.first_step = state.iteration + 1, state.step + 1
+    given = state.iteration == 1 and loaded
+    if given:
+        samples, counts = score_samples(dist.share(loaded), reward_functions, args, run), {"tokens": 0}
+    else:
+        samples, counts = sample_iteration(
+            sampler, train, encode, reward_functions, args, state, tokenizer, run)
+    counts = {name: int(n) for name, n in dist.sum_dict(counts, run.device).items()}
+    samples = sorted(itertools.chain(*dist.gather(samples)), key=lambda s: (s.question, s.number))
+    if dist.is_main() and not given:
+        run.write_rows([s.row(state, args.seed) for s in samples])
+    state.sampled_tokens += counts["tokens"]
+    state.rows = training_rows(samples, prompt_ids, args, tokenizer, args.strategy)
+    if args.dry_run:  # at the largest sizes, right or wrong
+        state.rows = [Row(prompt_ids[s.example.id], s.completion.ids,
+                          s.completion.ids if args.strategy == "dpo" else []) for s in samples]
+    run.log_iteration(state, rewards.iteration_metrics(samples, counts, state.rows))
+    if not state.rows and (args.epochs or args.first_steps):
+        raise ValueError(
+            f"iteration {state.iteration}: no question gave anything to learn from by --strategy "
+            f"{args.strategy}: take more --questions or --num-generations, --rationalize, --few-shot or "
+            "another --level")
 
 
-# Copied from dpo.py::summed_logprobs
-def summed_logprobs(model, pairs, fits, device):
-    """(chosen, rejected) log-probs of every pair, summed over tokens: lists, the same on all ranks."""
-    mine = dist.share(list(range(len(pairs))))
-    prompt_ids = [pairs[i].prompt_ids for i in mine] * 2
-    completion_ids = [pairs[i].chosen for i in mine] + [pairs[i].rejected for i in mine]
-    values = fits(completion_logprobs, model, prompt_ids, completion_ids, 1.0, device=device)
-    sums = [row.sum().item() for row in values]
-    rows = sorted(itertools.chain(*dist.gather(list(zip(mine, sums, sums[len(mine):])))))
-    return [row[1] for row in rows], [row[2] for row in rows]
+def set_reference(pairs, model, fits, device):
+    """Fill in the log-probs of the model as it stands."""
+    for pair, *refs in zip(pairs, *summed_logprobs(model, pairs, fits, device)):
+        pair.ref_chosen, pair.ref_rejected = refs
+
+
+def restart(params, start, optimizer, run):
+    """Go back to the weights of M_0, with a fresh optimizer."""
+    run.begin_update()
+    with torch.no_grad():
+        for p, value in zip(params, start):
+            p.copy_(value)
+    optimizer.state.clear()
 
 
 def accumulate_gradients(model, rows, beta, denominator, tokens_per_batch, device):
@@ -351,7 +352,7 @@ def accumulate_gradients(model, rows, beta, denominator, tokens_per_batch, devic
     their number (arXiv 2305.18290 eq. 7), both answers in one forward pass. denominator: that of all ranks.
     """
     model.zero_grad()  # of an attempt that ran out of memory
-    sums = {name: torch.zeros((), device=device) for name in ("loss", "accuracy")}
+    sums = Counter()
     batches = pack([len(row) for row in rows], tokens_per_batch)
     for picked in shard.micro_batches(model, batches, partial(token_logprobs, model)):
         batch = [rows[i] for i in picked]
@@ -364,42 +365,33 @@ def accumulate_gradients(model, rows, beta, denominator, tokens_per_batch, devic
             refs = torch.tensor([row.ref_chosen - row.ref_rejected for row in batch]).to(device)
             margin = beta * (chosen - rejected - refs)
             loss = -F.logsigmoid(margin)
-            sums["accuracy"] = sums["accuracy"] + (margin.detach() > 0).sum()
+            sums["accuracy"] += (margin.detach() > 0).sum()
         else:
             loss = -torch.tensor([row.weight for row in batch]).to(device) * logprobs
         (loss.sum() / denominator).backward()
-        sums["loss"] = sums["loss"] + loss.detach().sum() / denominator
-    return {name: value.item() for name, value in sums.items()}
+        sums["loss"] += loss.detach().sum() / denominator
+    return {name: float(sums[name]) for name in ("loss", "accuracy")}
 
 
-def evaluate(sampler, questions, prompt_ids, args, iteration, step, tokenizer, run, more):
-    """Greedy pass@1 on held-out questions; answers go to eval.csv."""
-    mine = dist.share(questions)
+def evaluate(model, sampler, questions, rows, pairs, prompt_ids, args, state, fits, tokenizer, run):
+    """Greedy pass@1 on held-out questions; of --eval-generations the loss per token of right answers, and the
+    share of pairs whose right answer gained more than the wrong one (a tie is half right)."""
+    metrics, mine = {"iteration": state.iteration}, dist.share(questions)
     completions = sample_all(sampler, [prompt_ids[e.id] for e in mine], [[0]] * len(mine),
-                             args.max_new_tokens, 0.0, run, "evaluation") if questions else []
-    texts = [c.text(tokenizer) for (c,) in completions]
-    rows = [rewards.answer_row(e, 0, c, text, right) | {"iteration": iteration, "seed": args.seed}
-            for e, text, right, (c,) in zip(mine, texts, rewards.judge(mine, texts), completions)]
-    run.log_evaluation(step, dist.gather_rows(rows, "id"), {"iteration": iteration} | more)
-
-
-def held_out_metrics(model, rows, pairs, fits, device):
-    """Of --eval-generations: loss per token of right answers; how often one gains more than a wrong one.
-
-    Gains are over the start model's log-probs, as in dpo.py; a tie is half right.
-    """
-    metrics = {}
+                             args.max_new_tokens, 0.0, run, run.counter("evaluation"))
     if rows:
-        mine = dist.share(rows)
-        logprobs = fits(completion_logprobs, model, [row.prompt_ids for row in mine],
-                        [row.chosen for row in mine], 1.0, device=device)
+        of_rank = dist.share(rows)
+        logprobs = fits(completion_logprobs, model, [row.prompt_ids for row in of_rank],
+                        [row.chosen for row in of_rank], 1.0, device=run.device)
         total = sum(dist.gather(-sum(row.sum().item() for row in logprobs)))
         metrics["eval/loss"] = total / sum(len(row.chosen) for row in rows)
     if pairs:
         gains = [chosen - pair.ref_chosen - rejected + pair.ref_rejected for pair, chosen, rejected in zip(
-            pairs, *summed_logprobs(model, pairs, fits, device))]
+            pairs, *summed_logprobs(model, pairs, fits, run.device))]
         metrics["eval/ranking_accuracy"] = sum((gain > 0) + (gain == 0) / 2 for gain in gains) / len(gains)
-    return metrics
+    answers = [row | {"iteration": state.iteration, "seed": args.seed}
+               for row in rewards.answer_rows(mine, completions, tokenizer)]
+    run.log_evaluation(state.step, dist.gather_rows(answers, "id"), metrics)
 
 
 def rows_to_train(n_rows, iteration, args):
@@ -412,9 +404,32 @@ def rows_to_train(n_rows, iteration, args):
     return max(1, round(args.epochs * growth * n_rows))
 
 
-def resolve(args, device):
-    """Fill in the defaults that depend on others, and refuse what cannot work, before any load or write."""
-    embedded = models.is_embedded(args.model)
+def last_of_iteration(state, args):
+    """The last step of the present iteration."""
+    rows = rows_to_train(len(state.rows), state.iteration, args)
+    return state.first_step - 1 + math.ceil(rows / args.batch_size)
+
+
+def is_last(state, args):
+    """Whether the run ends here."""
+    spent = state.iteration == args.iterations or 0 < args.token_budget <= state.sampled_tokens
+    return state.step == last_of_iteration(state, args) and spent or 0 < args.max_steps == state.step
+
+
+def fill(args, device):
+    """The arguments with the defaults that depend on others."""
+    lr, embedded_lr = {"sft": (2e-4, 1e-3), "soft": (2e-4, 1e-3), "dpo": (1e-5, 1e-3),
+                       "reinforce": (2e-5, 1e-4)}[args.strategy]
+    asks = not args.generations or args.iterations > 1 or not args.eval_generations
+    restart = "base" if args.strategy in ("sft", "soft") else "previous"
+    filled = defaults(args, device, lr={"embedded": embedded_lr, "full": lr / 20, "adapter": lr})
+    return replace(filled, data=filled.data if asks else args.data,
+                   restart=restart if args.restart == "auto" else args.restart,
+                   epochs=args.epochs or float(args.dry_run))  # which makes a step in any case
+
+
+def check(args):
+    """Refuse what cannot work with this method; what no script can do, `defaults` refuses."""
     by_policy = [spec for spec in args.rewards if spec.startswith("answer-prob") and "exp" not in spec]
     if args.strategy == "soft" and not by_policy:
         raise ValueError("--strategy soft weighs rationales by exp(log p) of the gold answer after them: add "
@@ -427,261 +442,136 @@ def resolve(args, device):
                          "use sft or dpo")
     if args.hint != "mark" and not ("{prompt}" in args.hint and "{answer}" in args.hint):
         raise ValueError(f"--hint {args.hint!r}: needs {{prompt}} and {{answer}} in it, or is mark")
-    needs_data = not args.generations or args.iterations > 1 or not args.eval_generations
-    lr, embedded_lr = {"sft": (2e-4, 1e-3), "soft": (2e-4, 1e-3), "dpo": (1e-5, 1e-3),
-                       "reinforce": (2e-5, 1e-4)}[args.strategy]
-    restart = "base" if args.strategy in ("sft", "soft") else "previous"
-    return replace(
-        args, data=args.data or (("arithmetic" if embedded else "gsm8k") if needs_data else ""),
-        system=args.system or ("" if embedded else data.THINK_ANSWER_SYSTEM),
-        # a CPU's caches are small
-        tokens_per_batch=args.tokens_per_batch or {"cpu": 2048, "cuda": 0}.get(device.type, 8192),
-        restart=restart if args.restart == "auto" else args.restart,
-        lr=args.lr or (embedded_lr if embedded else lr / 20 if args.full else lr))
+
+
+def report_dry_run(metrics, args, n_questions, run):
+    """Project the time of all iterations from one step and the sampling of `n_questions` questions."""
+    steps = sum(math.ceil(rows_to_train(args.questions * args.num_generations, i + 1, args) / args.batch_size)
+                for i in range(args.iterations))
+    sampling = metrics["seconds/sample"] * args.questions / n_questions * args.iterations
+    metrics["seconds"] = metrics["seconds/update"] + sampling / max(1, steps)
+    run.dry_run_report(metrics, args.max_steps or steps, metrics["tokens"])
 
 
 def main(args: Args) -> None:
-    # ---- set up: whatever can be wrong is found here ----
+    # ---- set up: whatever can be wrong is found before the model is loaded ----
     device = dist.setup(args.device)
-    asked = args = resolve(args, device)
-    if args.dry_run:
-        args = replace(args, max_steps=1, iterations=1, first_steps=1, wandb=False, resume=False)
-    check_args(args)
-    tokenizer = models.load_tokenizer(args.model)
-    dtype = models.choose_dtype(args.dtype, device)
+    args = fill(args, device)
+    check(args)
+    dtype, tokenizer = models.choose_dtype(args.dtype, device), models.load_tokenizer(args.model)
     reward_functions = rewards.parse_rewards(
-        args.rewards,
-        partial(rewards.LearnedReward, dtype=dtype, device=device,
-                tokens_per_batch=args.tokens_per_batch or 8192),
-        partial(rewards.AnswerProbability, tokenizer, lambda e: prompt_ids[e.id],
-                lambda *ids: fits(completion_logprobs, model, *ids, 1.0, device=device),  # as it is by then
-                args.max_new_tokens))
-    train, held_out, shown, dropped = [], [], [], Counter()
-    if args.data:
-        train, held_out = data.train_validation(args.data, n_train=args.train_questions,
-                                                n_validation=args.eval_questions, level=args.level or None,
-                                                seed=args.seed)
-        shown = data.worked_examples(args.data, args.few_shot, held_out, level=args.level or None,
-                                     seed=args.seed)
-    held_samples = load_samples(args.eval_generations, tokenizer, dropped)
-    if held_samples:
-        held_out = []
-    apart = {e.text for e in [*held_out, *(s.example for s in held_samples)]}
-    loaded = load_samples(args.generations, tokenizer, dropped, min(
-        [0, *(s.example.id for s in held_samples)]), apart)
-    apart |= {e.text for e in shown}
-    train = [e for e in train if e.text not in apart]
-
-    def encode(e, iteration=0, hinted=False):
-        prompt = with_hint(e.prompt, e.answer, args.hint) if hinted else e.prompt
-        if iteration == 1:
-            prompt = data.few_shot_messages(shown, prompt)
-        return data.encode_prompt(tokenizer, prompt, args.system, args.prompt_template)
-
-    if args.max_prompt_tokens:
-        train, held_out = ([e for e in part if len(encode(e)) <= args.max_prompt_tokens]
-                           for part in (train, held_out))
-    if args.data and not (train and (held_out or held_samples)):
-        raise ValueError(f"--data {args.data}, --max-prompt-tokens {args.max_prompt_tokens}: {len(train)} "
-                         f"questions are left to train on and {len(held_out)} held out")
-    given = {s.example.id: s.example for s in loaded + held_samples}.values()
-    prompt_ids = {e.id: encode(e) for e in [*train, *held_out, *given]}
+        args.rewards, partial(rewards.LearnedReward, dtype=dtype, device=device,
+                              tokens_per_batch=args.tokens_per_batch or 8192),
+        partial(rewards.AnswerProbability, tokenizer, args.max_new_tokens))
+    train, held_out, loaded, held_samples, encode, prompt_ids, longest, longest_row = load(
+        args, tokenizer, dropped := Counter())
     if args.download_only:
         return models.download(args.model)
-    longest = max(map(len, prompt_ids.values()))
-    if shown or args.rationalize:  # the longest form, of the first iteration
-        longest = max([longest, *(len(encode(e, 1, args.rationalize)) for e in train)])
-    if args.dry_run:
-        train = sorted(train, key=lambda e: -len(prompt_ids[e.id]))[:args.batch_size]
+
+    # ---- policy, optimizer, sampler ----
     torch.manual_seed(args.seed)
-    longest_row = max([longest + args.max_new_tokens] + [len(s.completion.ids) + len(prompt_ids[s.example.id])
-                                                         for s in loaded + held_samples])
     model = models.load_model(args.model, torch.float32 if args.full else dtype, device, longest_row,
                               split=args.shard, quantize=args.quantize)
-    models.check_token_ids(model, tokenizer)
-    if args.full:
-        params = [p.requires_grad_() for p in model.parameters()]
-    else:
-        params = add_lora(model, "policy", args.lora_r, args.lora_alpha, args.lora_targets,
-                          models.layer_range(args.train_layers, model))
+    params, adapter = trainable(model, "policy", args)
     start = [p.detach().cpu().clone() for p in params if args.restart == "base"]  # M_0
-    adapter = None if args.full else adapter_tensors(model, "policy")
-    save_weights = partial(models.save_trained, model, tokenizer, adapter, args)
-    if args.gradient_checkpointing:
-        enable_checkpointing(model)
-    model.train()  # dropout is off (load_model); gradient checkpointing acts in this mode alone
     optimizer = torch.optim.AdamW(params, lr=args.lr, weight_decay=args.weight_decay,
-                                  foreach=False if args.shard else None,
-                                  fused=device.type == "cuda" and not args.shard)
-    stop_ids = models.stop_ids(model, tokenizer)
-    sampler = Sampler(model, () if args.dry_run else stop_ids, args.slots, dtype,  # dry run: full length
-                      by_layer=args.reshard)
-    if not args.tokens_per_batch:
-        args = replace(args, tokens_per_batch=models.tokens_that_fit(
-            model, params, dtype, sampler.cache_bytes(longest + args.max_new_tokens)))
+                                  **shard.optimizer_kernel(args, device))
+    stop_ids = models.stop_ids(model, tokenizer, args.dry_run)
+    sampler = Sampler(model, stop_ids, args.slots, dtype, by_layer=args.reshard)
+    state = State(tokens_per_batch=args.tokens_per_batch or models.tokens_that_fit(
+        model, params, dtype, sampler.cache_bytes(longest + args.max_new_tokens)))
+    fits = Fitting(state, device, smallest=longest_row * (2 if args.strategy == "dpo" else 1))
+    rewards.ask_policy(reward_functions, prompt_ids,
+                       partial(fits, completion_logprobs, model, temperature=1.0, device=device))
+
+    # ---- the run directory, where --resume goes on, the self-check ----
     run = Run(args, __file__, device, tags=models.run_tags(args.model, args.data or args.generations[0]))
-    optimizer.register_step_pre_hook(run.weights_move)
-    compute = partial(torch.autocast, device.type, torch.bfloat16,
-                      enabled=args.full and dtype == torch.bfloat16, cache_enabled=False)
     run.print(models.describe(args, model, params, dtype))
     run.print(f"data: {args.data or 'given answers'}, {len(train)} questions to train on, {len(held_out)} "
               f"held out, prompts up to {longest} tokens; given answers: {len(loaded)} to train on, "
               f"{len(held_samples)} held out; left out: "
-              f"{', '.join(f'{name} {n}' for name, n in dropped.items()) or 'none'}")
+              f"{', '.join(f'{name} {n}' for name, n in dropped.items() if n) or 'none'}")
     for source in models.of_other_models(",".join(args.generations + args.eval_generations), args.model):
         run.print(f"{source}: another model's samples; what is learnt from them is not its own reasoning")
     held_rows, held_pairs = (training_rows(held_samples, prompt_ids, args, tokenizer, kind)
                              for kind in ("sft", "dpo"))
-
-    step, iteration, begun, bad_steps, sampled_tokens, rows = 0, 0, 0, 0, 0, []
-    fits = Fitting(args.tokens_per_batch, device, longest_row * (2 if args.strategy == "dpo" else 1))
-    if args.resume:
-        folder, saved = run.load()
-        if folder:
-            models.load_trained(folder, model, adapter)
-            optimizer.load_state_dict(saved["optimizer"])
-            torch.set_rng_state(saved["rng"])
-            step, iteration, begun, sampled_tokens = (saved[name] for name in (
-                "step", "iteration", "begun", "sampled_tokens"))
-            fits.tokens_per_batch = min(fits.tokens_per_batch, saved["tokens_per_batch"])
-            sampler.slots = min(sampler.slots, saved.get("slots", sampler.slots))
-            rows = [Row(*row) for row in saved["rows"]]
-            for pair, refs in zip(held_pairs, saved["held_refs"]):
-                pair.ref_chosen, pair.ref_rejected = refs
-
-    def add_reference(pairs):
-        """Fill in the log-probs of the model as it stands."""
-        for pair, *refs in zip(pairs, *summed_logprobs(model, pairs, fits, device)):
-            pair.ref_chosen, pair.ref_rejected = refs
-
-    def measure():
-        with compute():
-            evaluate(sampler, held_out, prompt_ids, args, iteration, step, tokenizer, run,
-                     held_out_metrics(model, held_rows, held_pairs, fits, device))
-
-    def last_step():  # of the present iteration
-        return begun + math.ceil(rows_to_train(len(rows), iteration, args) / args.batch_size)
-
-    def finished():
-        spent = iteration == args.iterations or 0 < args.token_budget <= sampled_tokens
-        return step == last_step() and spent or 0 < args.max_steps == step
-
-    with compute():
-        run.self_check(self_check(model, params, sampler, list(prompt_ids.values())[:3], args, 1.0, device))
+    save_weights = partial(models.save_trained, model, tokenizer, adapter, args)
+    saved = run.restore(state, partial(models.load_trained, model=model, adapter=adapter), save_weights,
+                        sampler, optimizer=optimizer)
+    state.rows = [Row(**row) for row in state.rows]
+    for pair, refs in zip(held_pairs, saved.get("held_refs", ())):
+        pair.ref_chosen, pair.ref_rejected = refs
+    autocast = partial(models.autocast, device, dtype, args.full)
+    measure = partial(evaluate, model, sampler, held_out, held_rows, held_pairs, prompt_ids, args, state,
+                      fits, tokenizer, run)
+    with autocast():
+        run.self_check(checks.before_training(
+            model, params, sampler, list(prompt_ids.values())[:3], args, 1.0,
+            token_logprobs, completion_logprobs, make_batch, use_adapter))
         if held_pairs and math.isnan(held_pairs[0].ref_chosen):
-            add_reference(held_pairs)
-    if step == 0 and not args.dry_run:
-        measure()
+            set_reference(held_pairs, model, fits, device)
+        if state.step == 0 and not args.dry_run:
+            measure()
 
-    stop, trains = False, args.epochs > 0 or args.first_steps > 0
-    while not (finished() or stop):
-        if step == last_step():
+    last, stop = is_last(state, args), False
+    while not (last or stop):
+        if state.step == last_of_iteration(state, args):
             # ---- sample: what the next iteration learns from ----
-            iteration += 1
-            with run.phase("sample"), compute():
-                if iteration == 1 and loaded:
-                    mine, counts = dist.share(loaded), {"tokens": 0}
-                    if error := score_samples(mine, reward_functions, args):
-                        run.print(error)
-                    samples, _ = gather_samples(mine, mine)
-                else:
-                    picked = data.batch_indices(len(train), (iteration - 1) * args.questions,
-                                                min(args.questions, len(train)), args.seed)
-                    samples, counts = sample_iteration(
-                        sampler, [train[i] for i in picked], encode, reward_functions, args, iteration,
-                        step + 1, tokenizer, run)
-            rows = training_rows(samples, prompt_ids, args, tokenizer, args.strategy)
-            if args.dry_run:
-                rows = [Row(prompt_ids[s.example.id], s.completion.ids,
-                            s.completion.ids if args.strategy == "dpo" else []) for s in samples]
-            sampled_tokens += counts["tokens"]
-            begun = step
-            metrics = {"iteration": iteration, "sampled_tokens": sampled_tokens} | iteration_metrics(
-                samples, counts, rows)
-            run.log(step + 1, metrics)
-            run.print(f"iteration {iteration}: " + "  ".join(
-                f"{name} {value:.4g}" for name, value in metrics.items() if name != "iteration"))
-            if not trains:
-                stop = dist.any_rank(bool(dist.stop_signal), device)
+            with run.phase("sample"), autocast():
+                begin_iteration(sampler, train, loaded, encode, prompt_ids, reward_functions, args, state,
+                                tokenizer, run)
+            if not (args.epochs or args.first_steps):  # sample and evaluate only
+                last, stop = is_last(state, args), dist.any_rank(bool(dist.stop_signal), device)
                 continue
-            if not rows:
-                raise ValueError(
-                    f"iteration {iteration}: no question gave anything to learn from by --strategy "
-                    f"{args.strategy}: take more --questions or --num-generations, --rationalize, --few-shot "
-                    "or another --level")
             if args.restart == "base":
-                run.weights_move()
-                with torch.no_grad():
-                    for p, value in zip(params, start):
-                        p.copy_(value)
-                optimizer.state.clear()
+                restart(params, start, optimizer, run)
             if args.strategy == "dpo":
-                with run.phase("reference"), compute():
-                    add_reference(rows)
-            continue
+                with run.phase("reference"), autocast():
+                    set_reference(state.rows, model, fits, device)
+        state.step += 1
+        first = (state.step - state.first_step) * args.batch_size
+        n = min(args.batch_size, rows_to_train(len(state.rows), state.iteration, args) - first)
+        batch = [state.rows[i] for i in data.batch_indices(len(state.rows), first, n,
+                                                           noise_key(args.seed, state.iteration))]
+        n_tokens = sum(len(row.chosen) for row in batch)
 
         # ---- update ----
-        step += 1
-        first = (step - 1 - begun) * args.batch_size
-        n = min(args.batch_size, rows_to_train(len(rows), iteration, args) - first)
-        batch = [rows[i] for i in data.batch_indices(len(rows), first, n, noise_key(args.seed, iteration))]
-        n_tokens = sum(len(row.chosen) for row in batch)
-        with run.profile(step), compute(), run.phase("update"):
+        with run.profile(state.step), autocast(), run.phase("update"):
             sums = fits(accumulate_gradients, model, dist.share(batch), args.beta,
                         len(batch) if args.strategy == "dpo" else n_tokens, device=device)
             dist.sum_gradients(params)
             norm = shard.clip_gradients(params, args.max_grad_norm)
-            warm = step - begun if args.restart == "base" else step
-            for group in optimizer.param_groups:
-                group["lr"] = args.lr * min(1.0, warm / max(1, args.warmup_steps))
-            if math.isfinite(norm):
-                optimizer.step()
-                bad_steps = 0
-            else:
-                bad_steps += 1
-                run.print(f"step {step}: the gradient is not finite; the update is skipped "
-                          f"({bad_steps} in a row)")
-            optimizer.zero_grad()
+            begun = state.first_step - 1 if args.restart == "base" else 0
+            optimizer.param_groups[0]["lr"] = learning_rate(
+                state.step - begun, replace(args, max_steps=last_of_iteration(state, args) - begun))
+            run.take_step(norm, optimizer)
 
         # ---- log ----
         sums = dist.sum_dict(sums, device)
-        metrics = {"loss": sums["loss"], "grad_norm": norm, "lr": optimizer.param_groups[0]["lr"],
-                   "iteration": iteration, "epoch": (first + n) / len(rows), "tokens": n_tokens,
-                   "sampled_tokens": sampled_tokens, "tokens_per_batch": fits.tokens_per_batch}
-        if args.strategy == "dpo":
-            metrics["accuracy"] = sums["accuracy"] / len(batch)
-        metrics = run.log(step, metrics, min(last_step(), args.max_steps or math.inf),
-                          show=("iteration", "loss", "accuracy", "grad_norm"))
+        ends = last_of_iteration(state, args)
+        metrics = run.log(state.step, {
+            "loss": sums["loss"], "grad_norm": norm, "lr": optimizer.param_groups[0]["lr"],
+            "iteration": state.iteration, "epoch": (first + n) / len(state.rows), "tokens": n_tokens,
+            "sampled_tokens": state.sampled_tokens, "tokens_per_batch": state.tokens_per_batch,
+            **({"accuracy": sums["accuracy"] / len(batch)} if args.strategy == "dpo" else {})},
+            min(ends, args.max_steps or math.inf), show=("iteration", "loss", "accuracy", "grad_norm"))
+        last = is_last(state, args)
         if args.dry_run:
             break
 
         # ---- evaluate ----
-        last = step == last_step() or step == args.max_steps
-        if last or (args.eval_every and step % args.eval_every == 0):
-            measure()
+        if last or state.step == ends or (args.eval_every and state.step % args.eval_every == 0):
+            with autocast():
+                measure()
 
         # ---- save ----
-        due = step % args.save_every == 0 or last or bad_steps >= 5
-        stop = run.remember(step, due, save_weights, {
-            "optimizer": optimizer.state_dict(), "rng": torch.get_rng_state(), "step": step,
-            "iteration": iteration, "begun": begun, "sampled_tokens": sampled_tokens,
-            "tokens_per_batch": fits.tokens_per_batch, "slots": sampler.slots,
-            "rows": lambda rows=rows: [tuple(vars(row).values()) for row in rows],
-            "held_refs": [(pair.ref_chosen, pair.ref_rejected) for pair in held_pairs]})
-        if bad_steps >= 5:
-            raise ValueError(f"the gradient was not finite in {bad_steps} updates in a row; "
-                             f"the state is in {run.path}: lower --lr")
+        stop = run.save(due=last or state.step == ends or state.step % args.save_every == 0,
+                        held_refs=[(pair.ref_chosen, pair.ref_rejected) for pair in held_pairs])
 
     # ---- the end ----
     if args.dry_run:
-        n_samples, iterations = asked.questions * asked.num_generations, range(1, asked.iterations + 1)
-        steps = [math.ceil(rows_to_train(n_samples, i, asked) / asked.batch_size) for i in iterations]
-        seconds = metrics["seconds/update"] + metrics["seconds/sample"] * (  # the sampling of an iteration
-            asked.questions / len(train) * asked.iterations / max(1, sum(steps)))
-        run.dry_run_report(metrics | {"seconds": seconds}, asked.max_steps or sum(steps), metrics["tokens"],
-                           model.config, longest_row, sampler)
-        return
-    if finished():
+        return report_dry_run(metrics, args, len(train), run)
+    if last:
         run.save_final(partial(models.save_plain, model, tokenizer, merged_state_dict(model)) if args.merge
                        else save_weights)
         run.before_after()
@@ -794,6 +684,18 @@ def adapter_tensors(model, name: str) -> dict[str, tuple[nn.Parameter, nn.Parame
     """(A, B) of adapter `name` by its layer's path: what `models.save_adapter` and `load_adapter` take."""
     return {path: (module.A[name], module.B[name])
             for path, module in lora_modules(model).items() if name in module.A}
+
+
+# Copied from grpo.py::trainable
+def trainable(model, name: str, args):
+    """(the parameters to train, the tensors of adapter `name`): all weights and None with --full."""
+    if args.gradient_checkpointing:
+        enable_checkpointing(model)
+    if args.full:
+        return [p.requires_grad_() for p in model.parameters()], None
+    params = add_lora(model, name, args.lora_r, args.lora_alpha, args.lora_targets,
+                      models.layer_range(args.train_layers, model))
+    return params, adapter_tensors(model, name)
 
 
 # Copied from grpo.py::merged_state_dict
@@ -928,6 +830,18 @@ def completion_logprobs(model, prompt_ids, completion_ids, temperature, tokens_p
         for i, row, of_row in zip(rows, logprobs.cpu(), mask):
             values[i] = row[of_row]
     return values
+
+
+# Copied from dpo.py::summed_logprobs
+def summed_logprobs(model, pairs, fits, device):
+    """(chosen, rejected) log-probs of every pair, summed over tokens: lists, the same on all ranks."""
+    mine = dist.share(list(range(len(pairs))))
+    prompt_ids = [pairs[i].prompt_ids for i in mine] * 2
+    completion_ids = [pairs[i].chosen for i in mine] + [pairs[i].rejected for i in mine]
+    values = fits(completion_logprobs, model, prompt_ids, completion_ids, 1.0, device=device)
+    sums = [row.sum().item() for row in values]
+    rows = sorted(itertools.chain(*dist.gather(list(zip(mine, sums, sums[len(mine):])))))
+    return [row[1] for row in rows], [row[2] for row in rows]
 
 
 # Copied from grpo.py::pack
@@ -1470,98 +1384,28 @@ class Sampler:
 
 
 # Copied from grpo.py::sample_all
-def sample_all(sampler, prompt_ids, keys, max_new_tokens, temperature, run, doing):
-    """`Sampler.sample` with progress shown; memory that runs out on one rank halves the slots of all."""
-    most_rows = max(1, *dist.gather(sum(map(len, keys))))  # of a rank: only fewer slots save memory
+def sample_all(sampler, prompt_ids, keys, max_new_tokens, temperature, run, progress):
+    """`Sampler.sample` on all ranks; memory that runs out on one of them halves the slots of all."""
+    most_rows = max(dist.gather(sum(map(len, keys))))  # of a rank: only fewer slots save memory
+    if not most_rows:
+        return [[] for _ in keys]
 
     def attempt(slots):
         if slots < min(sampler.slots, most_rows):
             sampler.slots, sampler.cache, sampler.graphs = slots, None, {}
-        return sampler.sample(prompt_ids, keys, max_new_tokens, temperature,
-                              lambda done, total, _: run.progress(f"{doing}: sampled {done}/{total}"))
+        return sampler.sample(prompt_ids, keys, max_new_tokens, temperature, progress)
 
     return retry_smaller(attempt, min(sampler.slots, most_rows), run.device, 1, "slots")[0]
 
 
-# Copied from grpo.py::gap_in_float64
-@torch.no_grad()
-def gap_in_float64(model, prompt_ids, args, temperature, device):
-    """Largest gap of sampler and trainer on a cut-out of the model in float64, where rounding hides no error.
-
-    It has two decoder layers (the first that have an adapter, if any do) and the first 1024 tokens; prompts
-    are made of those. The head and the adapters' B are drawn anew: the model's own head may be so sure of the
-    next token that its log-prob is 0 whatever the sampler does, and a B of zero would hide an adapter that
-    the sampler leaves out.
-    """
-    device = torch.device("cpu") if device.type == "mps" else device  # which has no float64
-    base, embedding, head = model.base_model, model.get_input_embeddings(), model.get_output_embeddings()
-    layers = nn.ModuleList(sorted(base.layers, key=lambda layer: not lora_modules(layer))[:2])
-    generator = torch.Generator().manual_seed(args.seed)
-
-    def double(tensor):
-        return tensor.detach().to(device=device, dtype=torch.float64)
-
-    def drawn(std, *shape):
-        return nn.Parameter((std * torch.randn(shape, generator=generator, dtype=torch.float64)).to(device))
-
-    table = double(embedding.weight[:1024])  # [V, D]
-    new_head = nn.utils.skip_init(nn.Linear, table.shape[1], len(table), bias=False)
-    new_head.weight = drawn(table.shape[1] ** -0.5, *table.shape)
-    copies = {id(embedding.weight): nn.Parameter(table), id(head): new_head}  # by what they stand for
-    for part in (layers, base.norm, base.rotary_emb):
-        copies |= {id(p): nn.Parameter(double(p), p.requires_grad) for p in part.parameters()}
-        copies |= {id(b): double(b) for b in part.buffers()}
-    copies |= {id(b): double(b) for b in embedding.buffers()}  # Gemma's scale
-    copies |= {id(B): drawn(0.02, *B.shape) for module in lora_modules(layers).values()
-               for B in module.B.values()}
-    copies[id(base.layers)] = copy.deepcopy(layers, copies)
-    small = copy.deepcopy(model, copies)
-    small.get_input_embeddings().padding_idx = None
-    prompts = [[i % 1024 for i in ids[:8 + 8 * p]] for p, ids in enumerate(prompt_ids)]
-    keys = [[noise_key(args.seed, -3, p)] for p in range(len(prompts))]
-    samples = [c for (c,) in Sampler(small, ()).sample(prompts, keys, 12, temperature)]
-    logprobs = completion_logprobs(small, prompts, [c.ids for c in samples], temperature, 10**9, device)
-    return (torch.stack(logprobs) - torch.tensor([c.logprobs for c in samples])).abs().max().item()
-
-
-# Copied from grpo.py::self_check
-def self_check(model, params, sampler, prompt_ids, args, temperature, device):
-    """Measure on a few short samples what must hold before training: name -> (value, largest right value).
-
-    The sampler agrees with the trainer (in bfloat16 roughly, and exactly on two layers in float64); a row's
-    padding changes nothing; a fresh adapter equals the base; the stop token is in the mask; every adapter
-    gets gradient; no frozen weight does.
-    """
-    exact = device.type == "cpu" and sampler.dtype == torch.float32
-    measure, limit = (torch.max, 1e-4) if exact else (torch.mean, 0.3)  # rounding to bfloat16 makes up to 0.1
-    samples = sampler.sample(prompt_ids, [[noise_key(args.seed, -2, p)] for p in range(len(prompt_ids))],
-                             16, temperature)
-    # a row that did not stop by itself gets a stop token, so that each has one to look for
-    completion_ids = [c.ids if c.finished else c.ids + [min(sampler.stop_ids, default=0)] for (c,) in samples]
-    input_ids, mask = make_batch(prompt_ids, completion_ids, device)
-    logprobs = token_logprobs(model, input_ids, mask, temperature)
-    logprobs.sum().backward()
-    gap = torch.cat([row[of_row][:len(c.logprobs)] - torch.tensor(c.logprobs)
-                     for row, of_row, (c,) in zip(logprobs.detach().cpu(), mask, samples)]).abs()
-    under = partial(completion_logprobs, model, prompt_ids, completion_ids, temperature)
-    alone, padded = torch.cat(under(1, device)), torch.cat(under(10**9, device))
-    adapters = [module for module in lora_modules(model).values() if module.active]
-    checks = {
-        "sampler-trainer": (measure(gap).item(), limit),
-        "padding": (measure((alone - padded).abs()).item(), limit),
-        "stop tokens left out": (sum(not row[len(p) + len(c) - 1]
-                                     for row, p, c in zip(mask, prompt_ids, completion_ids)), 0),
-        "adapters without gradient": (sum(not module.B[module.active].grad.any() for module in adapters), 0),
-        "frozen weights with gradient": (sum(p.grad is not None for p in model.parameters()
-                                             if not p.requires_grad), 0)}
-    if not (exact or sampler.split or sampler.layers[0].qkv.quantized):
-        checks["in float64"] = gap_in_float64(model, prompt_ids, args, temperature, device), 1e-4
-    if adapters and not args.resume:
-        with use_adapter(model, None):
-            checks["step-0 KL"] = ((torch.cat(under(10**9, device)) - padded).abs().max().item(), 0)
-    for p in params:
-        p.grad = None
-    return checks
+# Copied from grpo.py::learning_rate
+def learning_rate(step, args):
+    """Rate of step 1, 2, ...: linear warm-up to args.lr, then constant or linear/cosine to 0 past the end."""
+    if step < args.warmup_steps:
+        return args.lr * step / args.warmup_steps
+    done = (step - args.warmup_steps) / max(1, args.max_steps - args.warmup_steps + 1)
+    return args.lr * {"constant": 1.0, "linear": 1 - done,
+                      "cosine": (1 + math.cos(math.pi * done)) / 2}[args.lr_schedule]
 
 
 if __name__ == "__main__":

@@ -483,9 +483,9 @@ def decode_limit(model, rows, length, copy, matmul):
 
 
 def step_args(n_prompts, group, new, **more):
-    """grpo.Args of a timed step, resolved."""
-    return grpo.resolve(grpo.Args(num_generations=group, max_new_tokens=new, lora_r=RANK, lr=2e-5,
-                                  slots=n_prompts * group, **more), here.device)
+    """grpo.Args of a timed step."""
+    return grpo.Args(**{"num_generations": group, "max_new_tokens": new, "lora_r": RANK, "lr": 2e-5,
+                        "slots": n_prompts * group, "tokens_per_batch": 0 if on_gpu() else 2048} | more)
 
 
 class Shape:

@@ -99,9 +99,9 @@ def one_step(model, params, optimizer, sampler, prompt_ids, args, step, device, 
 def unrolled(a):
     device = torch.device("cpu")
     torch.manual_seed(a.seed)
-    args = grpo.resolve(grpo.Args(  # aggregation: TRL's default
+    args = grpo.Args(  # aggregation: TRL's default
         seed=a.seed, num_generations=a.group, max_new_tokens=a.new, beta=a.beta, lora_r=a.rank,
-        lora_alpha=2 * a.rank, lr=a.lr, slots=a.prompts * a.group, aggregation="token"), device)
+        lora_alpha=2 * a.rank, lr=a.lr, slots=a.prompts * a.group, aggregation="token", tokens_per_batch=2048)
     tokenizer = models.load_tokenizer(a.model)
     model = models.load_model(a.model, torch.float32, device)
     params = grpo.add_lora(model, "policy", args.lora_r, args.lora_alpha, args.lora_targets)

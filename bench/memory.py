@@ -1,4 +1,4 @@
-"""The memory of runs: measured beside the estimate of common/memory.py; and a plan of GPUs by size of model.
+"""The memory of runs: measured beside the estimate of estimate.py; and a plan of GPUs by size of model.
 
     python bench/memory.py           # dry runs, one process at a time: minutes each on two cores, up to 10 GB
     python bench/memory.py --only full
@@ -9,6 +9,7 @@ as large as Qwen2.5's. glibc is told to hand freed blocks back at once (MALLOC_M
 keeps those of up to 32 MB, and the same runs take some per cent more.
 """
 
+import importlib
 import os
 import re
 import subprocess
@@ -22,11 +23,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import torch
-from transformers import LlamaConfig, Qwen2Config, Qwen2ForCausalLM
+import tyro
+from transformers import AutoConfig, LlamaConfig, Qwen2Config, Qwen2ForCausalLM
 
 import grpo
+from bench import estimate
 from bench.models import make_tokenizer
-from common import memory
 
 ROOT = Path(__file__).resolve().parents[1]
 SHAPES = {  # hidden, MLP, layers, heads, key heads, vocabulary, tied embeddings: as published
@@ -87,11 +89,16 @@ def measure(only):
             command = [sys.executable, str(ROOT / script), "--dry-run", "--model", folder, *words.split()]
             done = subprocess.run(command, capture_output=True, text=True, cwd=home, check=False,
                                   env=os.environ | {"MALLOC_MMAP_THRESHOLD_": str(2**18)})
-            found = re.search(r"estimate: (.*), sum ([\d.]+) GB: .* of the ([\d.]+) GB measured", done.stdout)
+            found = re.search(r"up to (\d+) tokens.*peak memory ([\d.]+) of", done.stdout, re.DOTALL)
             if not found:
                 sys.exit(f"{script} {words} failed:\n{done.stderr[-2000:]}")
-            phase = max(memory.PHASES.values(), key=lambda phase: phase in found[1])
-            estimated, measured = float(found[2]), float(found[3])
+            args = tyro.cli(importlib.import_module(Path(script).stem).Args, args=words.split())
+            row, measured = int(found[1]), float(found[2])
+            row += args.max_new_tokens if "prompts up to" in done.stdout else 0
+            settings = AutoConfig.from_pretrained(folder)
+            parts = estimate.peak(estimate.estimate(settings, **estimate.of_run(
+                args, Path(script).stem, settings, torch.device("cpu"), row)), first_step=True)
+            estimated, phase = parts["sum"], next(p for p in estimate.PHASES.values() if p in parts)
             words = words.removeprefix("--data arithmetic ")
             print(f"| {name} | `{script} {words}` | {phase} | {measured:.2f} | {estimated:.2f} | "
                   f"{estimated / measured - 1:+.1%} |", flush=True)
@@ -109,8 +116,8 @@ def per_gpu(shape, settings, flags, ranks, a):
                      dtype="bfloat16", max_new_tokens=a.new, tokens_per_batch=a.tokens_per_batch)
     args = SimpleNamespace(**vars(args) | {"shard": "--shard" in flags, "reshard": "--reshard" in flags,
                                            "quantize": "nf4" if "nf4" in flags else ""})
-    setup = memory.of_run(args, "grpo", settings, torch.device("cuda"), a.prompt + a.new, ranks=ranks)
-    return memory.peak(memory.estimate(shape, **setup))
+    setup = estimate.of_run(args, "grpo", settings, torch.device("cuda"), a.prompt + a.new, ranks=ranks)
+    return estimate.peak(estimate.estimate(shape, **setup))
 
 
 def plan(a):
@@ -121,7 +128,7 @@ def plan(a):
     print("| model | flags | GPUs of 24 GB | 40 GB | 80 GB | weights | optimizer | cache | largest phase "
           "| sum |\n| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |")
     for name, sizes in SHAPES.items():
-        shape, whole = memory.Shape(config(sizes)), set()
+        shape, whole = estimate.Shape(config(sizes)), set()
         for flags in FLAGS:
             full, split = "--full" in flags, "--shard" in flags
             if split and full in whole:
@@ -133,7 +140,7 @@ def plan(a):
             if fewest[0] and not split and "nf4" not in flags:
                 whole.add(full)  # on the smallest card: nothing to split
             parts = options[fewest[-1]]
-            phase = next(phase for phase in memory.PHASES.values() if phase in parts)
+            phase = next(phase for phase in estimate.PHASES.values() if phase in parts)
             print(f"| {name} | {flags and f'`{flags}`'} | " + " | ".join(str(n or "-") for n in fewest)
                   + "".join(f" | {parts[part]:.1f}" for part in ("weights", "optimizer", "cache"))
                   + f" | {phase} {parts[phase]:.1f} | {parts['sum']:.1f} |")

@@ -54,8 +54,8 @@ def make_rows(a):
 def load_ours(a):
     """(model, its trainable parameters, tokenizer, arguments) as dpo.py's main makes them."""
     torch.manual_seed(a.seed)
-    args = dpo.resolve(dpo.Args(lora_r=a.rank, lora_alpha=2 * a.rank, lr=a.lr, beta=a.beta, loss=a.loss,
-                                length_normalize=a.loss == "ipo"), CPU)
+    args = dpo.Args(lora_r=a.rank, lora_alpha=2 * a.rank, lr=a.lr, beta=a.beta, loss=a.loss,
+                    length_normalize=a.loss == "ipo", tokens_per_batch=2048)
     model = models.load_model(a.model, torch.float32, CPU)
     params = dpo.add_lora(model, "policy", args.lora_r, args.lora_alpha, args.lora_targets)
     model.train()

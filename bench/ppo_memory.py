@@ -67,7 +67,7 @@ def step(a):
                             ppo.Completion(row[half:], [-1.0] * (a.tokens - half), True))
                 for i, row in enumerate(ids)]
     rows = [r.prompt_ids for r in rollouts], [r.completion.ids for r in rollouts]
-    args = ppo.resolve(ppo.Args(tokens_per_batch=a.tokens_per_batch), CPU)
+    args = ppo.Args(tokens_per_batch=a.tokens_per_batch)
     old = ppo.completion_logprobs(model, *rows, 1.0, args.tokens_per_batch, CPU)
     with reference[1]():
         ref = ppo.completion_logprobs(reference[0], *rows, 1.0, args.tokens_per_batch, CPU)

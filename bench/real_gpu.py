@@ -331,7 +331,7 @@ def work(script, values, log, device):
     try:
         module.main(module.Args(**values))
     except dist.Stopped:  # as common.run.cli ends it
-        Run.current.save_remembered()
+        Run.current.write_checkpoint()
         Run.current.finish()
     except ValueError as error:
         traceback.print_exc()

@@ -1,7 +1,11 @@
 """Curves of training runs as one picture: drawn at the end of every run, and by `runs.py plot`."""
 
 import json
+import math
+from collections import defaultdict
 from pathlib import Path
+
+from common.tables import read_csv
 
 # (title, metrics that may carry it, unit of the y axis); the first of the metrics that a run has is drawn
 PANELS = (
@@ -60,11 +64,29 @@ def _figure(rows, columns, height):
     return figure, axes
 
 
-def draw_calibration(chosen, rejected, bins, out) -> None:
-    """Write a PNG on a reward model: how right it was where it was so sure, and how its scores are spread.
+def calibration(margins, bins=10) -> list[tuple[float, float, int]]:
+    """How sure a reward model was against how often it was right: (confidence, accuracy, pairs) of each bin.
 
-    chosen, rejected: scores; bins: (confidence, accuracy, pairs). Errors: ValueError without matplotlib.
+    margins: score of chosen less score of rejected. Confidence sigma(|margin|), 0.5 to 1, in equal bins; the
+    empty ones are left out. A tie is half right.
     """
+    found = defaultdict(list)
+    for margin in margins:
+        confidence = 1 / (1 + math.exp(-abs(margin)))
+        right = 0.5 if margin == 0 else float(margin > 0)
+        found[min(bins - 1, int((confidence - 0.5) * 2 * bins))].append((confidence, right))
+    return [(*(sum(column) / len(rows) for column in zip(*rows)), len(rows))
+            for _, rows in sorted(found.items())]
+
+
+def draw_calibration(run, step) -> None:
+    """A run's calibration.png, from eval.csv: how right it was where it was so sure, and its scores' spread.
+
+    Errors: ValueError without matplotlib.
+    """
+    rows = [row for row in read_csv(Path(run) / "eval.csv") if int(row["step"]) == step]
+    chosen, rejected = ([float(row[f"score_{name}"]) for row in rows] for name in ("chosen", "rejected"))
+    bins = calibration([c - r for c, r in zip(chosen, rejected)])
     figure, (left, right) = _figure(1, 2, 4)
     left.plot([0.5, 1], [0.5, 1], color="#7f7f7f", linestyle=":", label="as right as sure")
     confidence, accuracy, pairs = zip(*bins)
@@ -78,7 +100,7 @@ def draw_calibration(chosen, rejected, bins, out) -> None:
     right.set(title="scores", xlabel="score", ylabel="replies")
     for ax in (left, right):
         ax.legend(fontsize=7, frameon=False)
-    figure.savefig(out, dpi=110)
+    figure.savefig(Path(run) / "calibration.png", dpi=110)
 
 
 def draw(paths, out, chance=None) -> None:

@@ -555,11 +555,37 @@ def train_validation(data, *, n_train=0, n_validation=0, level=None, seed=0, fil
     return train, load_examples(data, "validation", level=level, limit=n_validation, seed=seed)
 
 
-def load_generations(sources, dropped=None) -> list[tuple[Example, bool]]:
+def load_questions(args, tokenizer, per_step):
+    """(train, held out, {example id: prompt ids}, longest row) of --data; ([], [], {}, 0) without it.
+
+    Prompts are encoded with --system and --prompt-template, those longer than --max-prompt-tokens left out.
+    longest: tokens of the longest prompt and --max-new-tokens. A dry run trains on the `per_step` questions
+    with the longest prompts. Errors: ValueError as `train_validation`, or if no question is left.
+    """
+    if not args.data:
+        return [], [], {}, 0
+    train, held_out = train_validation(args.data, n_train=args.train_questions,
+                                       n_validation=args.eval_questions, level=args.level or None,
+                                       seed=args.seed)
+    prompt_ids = {e.id: encode_prompt(tokenizer, e.prompt, args.system, args.prompt_template)
+                  for e in train + held_out}
+    if most := args.max_prompt_tokens:
+        train, held_out = ([e for e in part if len(prompt_ids[e.id]) <= most] for part in (train, held_out))
+        if not train or not held_out:
+            raise ValueError(f"--max-prompt-tokens {most} leaves {len(train)} questions to train on and "
+                             f"{len(held_out)} held out")
+    longest = max(len(prompt_ids[e.id]) for e in train + held_out) + args.max_new_tokens
+    if args.dry_run:
+        train = sorted(train, key=lambda e: -len(prompt_ids[e.id]))[:per_step]
+    return train, held_out, prompt_ids, longest
+
+
+def load_generations(sources, dropped=None, left_out=()) -> list[tuple[Example, bool]]:
     """(example with its completion, right?) of every finished answer in runs' samples.csv, in their order.
 
     sources: paths. An answer that a question has twice counts once; the id is that of the question's first.
-    dropped: a Counter: unfinished, empty reply, repeated. Errors: ValueError with file and line number.
+    left_out: texts of questions. dropped: a Counter: unfinished, empty reply, repeated, held out.
+    Errors: ValueError with file and line number; if no answer is left.
     """
     dropped = Counter() if dropped is None else dropped
     found, ids, seen = [], {}, set()
@@ -568,13 +594,13 @@ def load_generations(sources, dropped=None) -> list[tuple[Example, bool]]:
         question = example.text, example.answer
         example = replace(example, id=ids.setdefault(question, number))
         reason = _unusable(row, example, seen)
-        if reason:
-            dropped[reason] += 1
+        if reason or example.text in left_out:
+            dropped[reason or "held out"] += 1
         else:
             found.append((example, _read(_is_correct, place, row)))
         seen.add((*question, example.completion))
     if not found:
-        raise ValueError(f"{' '.join(map(str, sources))}: no finished answers; left out: {dict(dropped)}")
+        raise ValueError(f"{' '.join(map(str, sources))}: no answer is left; left out: {dict(dropped)}")
     return found
 
 

@@ -292,6 +292,7 @@ def load_model(name: str, dtype: torch.dtype, device: torch.device, max_tokens: 
             module.p = 0.0
         if isinstance(getattr(module, "attention_dropout", None), float):
             module.attention_dropout = 0.0
+    model.train()  # dropout is off; gradient checkpointing acts in this mode alone
     fuse_norms(model)
     if quantize == "nf4":
         to_4_bits(model, dtype, device)
@@ -477,11 +478,16 @@ def load_adapter(folder, tensors) -> None:
             tensor.copy_(saved[key])
 
 
-def stop_ids(model, tokenizer) -> list[int]:
+def stop_ids(model, tokenizer, dry_run=False) -> list[int]:
     """Every token id that ends an answer: the tokenizer's end token and all of the model's generation_config.
 
-    Qwen2.5 has two of them (<|im_end|>, <|endoftext|>); a sampler that knows one never sees base models stop.
+    None in a dry run, whose answers all run to full length. Qwen2.5 has two of them (<|im_end|>,
+    <|endoftext|>); a sampler that knows one never sees base models stop.
+    Errors: ValueError if tokenizer and model do not belong together.
     """
+    check_token_ids(model, tokenizer)
+    if dry_run:
+        return []
     from_config = getattr(model.generation_config, "eos_token_id", None)
     from_config = from_config if isinstance(from_config, list) else [from_config]
     return sorted({tokenizer.eos_token_id, *(i for i in from_config if i is not None)})
@@ -604,3 +610,9 @@ def last_token_scores(model, head, rows) -> torch.Tensor:
     at = torch.tensor(lengths, device=head.device) - 1
     # not a matrix product, which autocast would round
     return (hidden[torch.arange(len(rows), device=head.device), at].float() * head[0]).sum(1)
+
+
+def autocast(device, dtype, full):
+    """Where full training keeps float32 weights, compute in bfloat16; a frozen base is in `dtype` already."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=full and dtype == torch.bfloat16,
+                          cache_enabled=False)

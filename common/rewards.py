@@ -32,7 +32,7 @@ from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import lru_cache
-from math import exp, isfinite, isnan, nan
+from math import comb, exp, isfinite, isnan, nan
 from pathlib import Path
 
 TAGS = ("<think>", "</think>", "<answer>", "</answer>")
@@ -432,15 +432,15 @@ class AnswerProbability:
     It rewards rationales that hedge where several answers are equally likely: E[log p] punishes those that
     name one, E[p] ("exp") does not.
 
-    prompt_ids(example) gives ids; logprobs(prefixes, answers) the log-probs [L] of each answer's tokens. A
-    rationale is cut where it and the answer would exceed max_new_tokens (`answered`); an answer that exceeds
-    them alone is NaN. Errors: ValueError for an unknown option.
+    The policy comes later, by `ask_policy`. A rationale is cut where it and the answer would exceed
+    max_new_tokens (`answered`); an answer that exceeds them alone is NaN.
+    Errors: ValueError for an unknown option.
     """
 
     OPTIONS = ("mean", "exp", "prior", "others")
 
-    def __init__(self, tokenizer, prompt_ids, logprobs, max_new_tokens, options):
-        self.tokenizer, self.prompt_ids, self.logprobs = tokenizer, prompt_ids, logprobs
+    def __init__(self, tokenizer, max_new_tokens, options):
+        self.tokenizer, self.prompt_ids, self.logprobs = tokenizer, None, None
         self.max_new_tokens, self.options = max_new_tokens, set(filter(None, options.split("+")))
         if unknown := self.options - set(self.OPTIONS):
             raise ValueError(f"reward answer-prob:{options}: unknown {', '.join(sorted(unknown))}; "
@@ -454,7 +454,7 @@ class AnswerProbability:
         for i, (e, response) in enumerate(rows):
             before, answer = answered(self.tokenizer, response, e.answer, self.max_new_tokens)
             if len(before) + len(answer) < self.max_new_tokens:
-                prefixes.append(self.prompt_ids(e) + before)
+                prefixes.append(self.prompt_ids[e.id] + before)
                 answers.append(answer)
                 scored.append(i)
         values = [nan] * len(rows)
@@ -519,6 +519,16 @@ def parse_rewards(specs: list[str], learned=LearnedReward, answer_prob=None) -> 
                     else _Worker(path or __file__, name) if colon or name == "math" else BUILT_IN[name])
         parsed.append(RewardFunction(name, weight, function))
     return parsed
+
+
+def ask_policy(reward_functions, prompt_ids, logprobs) -> None:
+    """Give an AnswerProbability among the rewards the policy that it asks.
+
+    prompt_ids: by example id; logprobs(prefixes, answers): the log-probs [L] of each answer's tokens.
+    """
+    for reward in reward_functions:
+        if isinstance(reward.function, AnswerProbability):
+            reward.function.prompt_ids, reward.function.logprobs = prompt_ids, logprobs
 
 
 def judge(examples, responses) -> list[float]:
@@ -598,6 +608,13 @@ def answer_row(example, sample, completion, text, correct) -> dict:
             "level": example.level, "task": example.task, "meta": json.dumps(example.meta)}
 
 
+def answer_rows(examples, completions, tokenizer) -> list[dict]:
+    """An `answer_row` of the one completion of each example, judged by `correctness`."""
+    texts = [c.text(tokenizer) for (c,) in completions]
+    return [answer_row(e, 0, c, text, right)
+            for e, text, right, (c,) in zip(examples, texts, judge(examples, texts), completions)]
+
+
 def text_metrics(rows) -> dict:
     """Means over rows of `answer_row`: tokens, repetition, and in_language where it can be told of some."""
     told = [row["in_language"] for row in rows if row["in_language"] != ""]
@@ -627,6 +644,43 @@ def answer_metrics(rows) -> dict:
             "eval/truncated": 1 - sum(row["finished"] for row in rows) / len(rows),
             **{f"eval/pass@1 level {level}": right([row for row in rows if row["level"] == level])
                for level in levels if len(levels) > 1}}
+
+
+def iteration_metrics(samples, counts, rows) -> dict:
+    """What an iteration of star.py sampled and kept; shares of questions with a right answer, by level."""
+    hinted = counts.get("hinted", 0)
+    sampled = [s for s in samples if s.source != "rationalized"]
+    solved = {s.question for s in sampled if s.correct and s.completion.finished}
+    explained = {s.question for s in samples if s.source == "rationalized"}
+    levels = {s.question: s.example.level for s in samples}
+    metrics = {"questions": len(levels), "samples": len(sampled), "rows": len(rows),
+               "correct": sum(s.correct for s in sampled) / max(1, len(sampled)),
+               "solved": len(solved) / max(1, len(levels)), "hinted": hinted,
+               "rationalized": len(explained) / max(1, hinted), "unexplained": counts.get("unexplained", 0)}
+    for level in sorted(set(levels.values())) if len(set(levels.values())) > 1 else ():
+        of = {q for q in levels if levels[q] == level}
+        metrics |= {f"solved level {level}": len(of & solved) / len(of),
+                    f"kept level {level}": len(of & (solved | explained)) / len(of)}
+    return metrics
+
+
+def pass_at_ks(rows, ks) -> dict:
+    """eval/pass@k for each of `ks`, from rows of `answer_row`, with their temperature, of several samples."""
+    right = {}
+    for row in rows:
+        right.setdefault(row["id"], []).append(row["correct"])
+    return {f"eval/pass@{k} T={rows[0]['temperature']:g}":
+            sum(pass_at_k(len(row), sum(row), k) for row in right.values()) / len(right) for k in ks}
+
+
+def pass_at_k(n, c, k) -> float:
+    """Unbiased chance that k of n samples, c of them right, hold a right one (Codex, arXiv 2107.03374 eq. 1).
+
+    Errors: ValueError if k > n.
+    """
+    if k > n:
+        raise ValueError(f"pass@{k} needs {k} samples, there are {n}")
+    return 1.0 - comb(n - c, k) / comb(n, k)
 
 
 # ---- Other people's functions, in a process of their own: no fork (CUDA, threads), no pickle, no signals.

@@ -28,12 +28,14 @@ from contextlib import contextmanager, nullcontext, suppress
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Literal
 
 import torch
 from safetensors import SafetensorError
 
-from common import curves, dist, memory, models, rewards, shard
-from common.tables import clock, read_csv
+from common import curves, dist, models, rewards, shard
+from common.data import THINK_ANSWER_SYSTEM
+from common.tables import clock, read_csv, rollout_text
 
 
 @dataclasses.dataclass
@@ -53,6 +55,39 @@ class RunArgs:
     device: str = ""  # cuda, mps or cpu; empty: the best there is
 
 
+@dataclasses.dataclass
+class TrainArgs(RunArgs):
+    """Those of every script that trains."""
+
+    # steps between checkpoints (one is always written at the end, and on SIGTERM or Ctrl-C)
+    save_every: int = 50
+    keep: int = 2  # newest checkpoints to keep
+    profile: int = 0  # steps to trace with torch.profiler, from the first on
+
+    # ---- model ----
+    model: str = ""  # hub id, local folder or run directory; empty: the embedded model
+    # of the frozen weights and the computation; auto: bfloat16 on CUDA, else float32
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    full: bool = False  # train all weights (kept in float32) instead of an adapter
+    # keep the frozen decoder layers in 4 bits (bitsandbytes; QLoRA, arXiv 2305.14314)
+    quantize: Literal["none", "nf4"] = "none"
+    # recompute the layers in the backward pass: less memory, about a third more time
+    gradient_checkpointing: bool = False
+    # split the weights over the ranks of torchrun (FSDP2): the frozen base, or with --full all there is
+    shard: bool = False
+    # with --shard, gather them layer by layer while sampling too: slower, for what one GPU cannot hold
+    reshard: bool = False
+    # padded tokens per forward and backward pass and GPU, halved if out of memory; 0: what fits, CPU 2048
+    tokens_per_batch: int = 0
+
+    # ---- LoRA ----
+    lora_r: int = 32  # rank
+    lora_alpha: float = 64  # the adapter's output is scaled by lora_alpha / lora_r
+    lora_targets: tuple[str, ...] = models.PROJECTIONS  # linear layers to adapt
+    train_layers: str = ""  # decoder layers to adapt, such as 20-27; empty: all
+    merge: bool = False  # write final/ as a plain model with the adapter merged in, not as an adapter
+
+
 def cli(main, Args) -> None:
     """Read the command line into `Args` and call `main`; a user's mistake ends as one line on stderr.
 
@@ -68,7 +103,7 @@ def cli(main, Args) -> None:
                           description=sys.modules["__main__"].__doc__))
         except dist.Stopped:
             dist.stop_signal = dist.stop_signal or "another rank's signal"
-            Run.current.save_remembered()
+            Run.current.write_checkpoint()
             Run.current.finish()
 
     try:
@@ -140,8 +175,8 @@ def _defaults(Args, argv):
     return Args(**values)
 
 
-MAY_BE_0 = ("seed", "warmup_steps", "max_refills", "clip_eps_low", "clip_eps_high", "value_clip", "simpo_gamma",
-            "gamma", "gae_lambda", "eval_temperature", "epochs")
+MAY_BE_0 = ("seed", "warmup_steps", "max_refills", "clip_eps_low", "clip_eps_high", "value_clip", "gamma",
+            "gae_lambda", "simpo_gamma", "eval_temperature", "epochs")
 AT_MOST_1 = ("gamma", "gae_lambda")
 WAYS_OUT = {"lora_r": " (or train all weights with --full)", "max_grad_norm": " (inf: no clipping)",
             "temperature": " (training needs samples that differ)"}
@@ -166,9 +201,26 @@ def check_ranges(args) -> None:
             raise ValueError(f"--{name.replace('_', '-')} {value}: {wanted}{WAYS_OUT.get(name, '')}")
 
 
+def defaults(args, device, lr, data="gsm8k", system=THINK_ANSWER_SYSTEM):
+    """A copy of the arguments, those filled in whose default depends on others; `check_args` first.
+
+    lr: the peak learning rate for the "embedded" model, "full" training and an "adapter". data, system: what
+    stands for an empty --data and --system where the model is not the embedded one.
+    """
+    check_args(args)
+    embedded = models.is_embedded(args.model)
+    filled = {"lr": lr["embedded" if embedded else "full" if args.full else "adapter"],
+              "tokens_per_batch": {"cpu": 2048, "cuda": 0}.get(device.type, 8192),  # a CPU's caches are small
+              "data": "arithmetic" if embedded else data, "system": "" if embedded else system}
+    return dataclasses.replace(args, **{name: getattr(args, name) or value
+                                        for name, value in filled.items() if hasattr(args, name)})
+
+
 def check_args(args) -> None:
-    """Refuse what no script can do: an `--out` that holds something or cannot be written, numbers out of range,
-    ways of saving memory that exclude each other. Writes nothing. Errors: ValueError.
+    """Refuse what no script can do. Writes nothing. Errors: ValueError.
+
+    An `--out` that holds something or cannot be written, numbers out of range, ways of saving memory that
+    exclude each other, pass@k of more samples than there are.
     """
     if getattr(args, "reshard", False) and not args.shard:
         raise ValueError("--reshard says when --shard gathers the weights: add --shard")
@@ -178,6 +230,9 @@ def check_args(args) -> None:
         for other in [name for name in reasons if getattr(args, name, False)]:
             raise ValueError(f"--quantize {args.quantize} does not go with --{other}: {reasons[other]}")
     check_ranges(args)
+    most = max(getattr(args, "eval_k", ()), default=0)
+    if most and most > args.eval_samples:
+        raise ValueError(f"--eval-k {most} needs --eval-samples {most} or more")
     path = Path(args.out or "runs")
     if args.resume or args.dry_run:
         return
@@ -190,10 +245,24 @@ def check_args(args) -> None:
         raise ValueError(f"--out {path}: cannot write in {parent}")
 
 
+@dataclasses.dataclass
+class RunState:
+    """What a checkpoint holds beside weights, optimizers and random numbers; a script adds its own fields.
+
+    Plain values, tensors, and lists of dataclasses, which come back as dicts.
+    """
+
+    step: int = 0
+    sampled_tokens: int = 0  # for training, by all ranks
+    tokens_per_batch: int = 0  # --tokens-per-batch and --slots, as far as memory has allowed them
+    slots: int = 0
+
+
 class Run:
     """One run's directory and terminal.
 
-    State: `path`; `seconds`, what each phase of the present step took; what `remember` was told last.
+    State: `path`; `seconds`, what each phase of the present step took; `bad_steps`, the updates in a row that
+    were skipped; what `restore` was given, and the state that is not written yet.
     Errors: ValueError if the directory holds a run already (and not `args.resume`), or cannot be written.
     """
 
@@ -202,8 +271,8 @@ class Run:
 
     def __init__(self, args, script, device, *, tags=()):
         self.args, self.device, self.name = args, device, Path(script).stem
-        self.seconds, self._wandb, self._table, self._remembered = {}, None, [], None
-        self._profiled = 0
+        self.seconds, self._wandb, self._table, self._unsaved = {}, None, [], None
+        self._profiled = self.bad_steps = 0
         self._started, self._first_step, self._line = time.time(), None, 0
         self.path = Path(dist.broadcast(self._make_directory(script, tags) if dist.is_main() else None))
         if Run.current and Run.current._lock:
@@ -218,7 +287,7 @@ class Run:
             except OSError:  # not on every file system
                 pass
         dist.listen()
-        if args.wandb and dist.is_main():
+        if args.wandb and not args.dry_run and dist.is_main():
             import wandb
 
             self._wandb = wandb
@@ -294,20 +363,24 @@ class Run:
             sys.stderr.write("\r" + " " * self._line + "\r")
             self._line = 0
 
-    def count_answers(self, label, examples, tokenizer):
-        """For a sampler to call as answers end: how many, how many right, and when all are, on the terminal.
+    def counter(self, doing, examples=None, tokenizer=None):
+        """For a sampler to call as answers end: how many have; with `examples`, how many of them are right.
 
         Errors: dist.Stopped if a signal asks to leave.
         """
-        started, right = time.monotonic(), 0
+        started, right = time.monotonic(), {}
 
         def progress(done, total, ended):
-            nonlocal right
             dist.check_stop()
-            if sys.stderr.isatty():
-                right += sum(rewards.judge([examples[p]], [c.text(tokenizer)])[0] for p, _, c in ended)
-                left = (time.monotonic() - started) / done * (total - done)
-                self.progress(f"{label}: {done}/{total} answers, {right / done:.1%} right, ETA {clock(left)}")
+            if not sys.stderr.isatty():
+                return
+            left = (time.monotonic() - started) / done * (total - done)
+            text = f"{doing}: {done}/{total} answers, ETA {clock(left)}"
+            if examples:
+                right.update({(p, g): rewards.judge([examples[p]], [c.text(tokenizer)])[0]
+                              for p, g, c in ended})
+                text += f", {sum(right.values()) / done:.1%} right"
+            self.progress(text)
 
         return progress
 
@@ -407,13 +480,58 @@ class Run:
             raise ValueError(f"{self.path / name}: cannot write ({error.strerror}); make room, then go on "
                              f"from the last checkpoint with --out {self.path} --resume") from None
 
-    def log_evaluation(self, step, rows, more) -> None:
+    def log_rollouts(self, state, rows, more, show=()) -> dict:
+        """Log a step that sampled: this rank's rows of samples.csv, and `more` metrics; returns all metrics.
+
+        Means are over the rows of all ranks; a reward that is NaN is left out of its mean. Counts what was
+        sampled into `state` (sampled_tokens, accumulated_reward). show: metrics for the terminal.
+        """
+        args, rows = self.args, dist.gather_rows(rows, "group", "sample")
+        self.write_rows(rows)
+        names = [name for name in rows[0] if name.startswith("reward")]
+        known = {name: [row[name] for row in rows if not math.isnan(row[name])] for name in names}
+        n, n_tokens, average = len(rows), sum(row["tokens"] for row in rows), mean(known["reward"])
+        state.sampled_tokens += n_tokens
+        state.accumulated_reward += sum(known["reward"])
+        metrics = self.log(state.step, {
+            **{name: mean(values) for name, values in known.items()},
+            "reward/std": mean([(value - average) ** 2 for value in known["reward"]]) ** 0.5,
+            "reward/min": min(known["reward"], default=0.0), "reward/max": max(known["reward"], default=0.0),
+            "accumulated_reward": state.accumulated_reward, "sampled_tokens": state.sampled_tokens,
+            "correct": mean([row["correct"] for row in rows]), "tokens": n_tokens / n,
+            "tokens/max": max(row["tokens"] for row in rows),
+            "truncated": 1 - mean([row["finished"] for row in rows]),
+            "entropy": -sum(row["logprob"] for row in rows) / n_tokens,
+            "reward_failed": n - len(known["reward"]), **more}, self._last_step(state), show)
+        if metrics["truncated"] > 0.5:
+            self.print(f"  {metrics['truncated']:.0%} of the answers hit --max-new-tokens "
+                       f"{args.max_new_tokens}")
+        if state.step % args.show_every == 0:
+            self.print(rollout_text(rows[0]))
+        return metrics
+
+    def log_iteration(self, state, metrics) -> None:
+        """What an iteration begins with, as of its first step."""
+        metrics = {"iteration": state.iteration, "sampled_tokens": state.sampled_tokens} | metrics
+        self.log(state.first_step, metrics)
+        self.print(f"iteration {state.iteration}: " + "  ".join(
+            f"{name} {value:.4g}" for name, value in metrics.items() if name != "iteration"))
+
+    def _last_step(self, state):
+        """--max-steps, or fewer where --token-budget ends the run before, at the present pace."""
+        budget = self.args.token_budget
+        last = math.ceil(state.step * budget / state.sampled_tokens) if budget else math.inf
+        return max(state.step, min(self.args.max_steps, last))
+
+    def log_evaluation(self, step, rows, more=None, ks=()) -> None:
         """Held-out answers (rows of `rewards.answer_row`, of all ranks) to eval.csv, and what they come to.
 
-        The answer of sample 0 is the greedy one, which counts; `more`: further metrics.
+        The answer of sample 0 is the greedy one, which counts; the others give pass@k for each of `ks`.
+        `more`: further metrics.
         """
         self.write_rows([{"step": step} | row for row in rows], "eval.csv")
-        metrics = rewards.answer_metrics([row for row in rows if row["sample"] == 0]) | more
+        metrics = rewards.answer_metrics([row for row in rows if row["sample"] == 0]) | (more or {})
+        metrics |= rewards.pass_at_ks([row for row in rows if row["sample"] > 0], ks)
         self.log(step, metrics)
         self.print(f"step {step}: " + "  ".join(f"{name} {value:.4g}" for name, value in metrics.items()))
 
@@ -431,38 +549,95 @@ class Run:
 
     # ---- checkpoints ----
 
-    def remember(self, step, due, write_weights, training) -> bool:
-        """The state after a whole step, written now if it is `due` or a signal came. True: leave the loop.
+    def restore(self, state, load_weights, save_weights, sampler=None, **parts) -> dict:
+        """Take note of what a checkpoint is made of and, with --resume, fill it from the newest one.
 
-        write_weights(folder) writes the model's part, as it stands when it is called; `training`: the rest,
-        by name: tensors and plain values, or a function that makes them when they are written. A signal in
-        the next step gives it up and saves this state, as long as `weights_move` has not been called.
+        load_weights(folder), save_weights(folder): the model's part. parts: optimizers, and lists of
+        parameters beside the model's part, by name. Returns what `save` was given more, {} at a fresh start.
         """
-        self._remembered = step, write_weights, training
+        self.state, self.sampler, self._parts, self._save_weights = state, sampler, parts, save_weights
+        folder, saved = self.load() if self.args.resume and not self.args.dry_run else (None, None)
+        if not folder:
+            return {}
+        load_weights(folder)
+        for name, part in parts.items():
+            if isinstance(part, torch.optim.Optimizer):
+                part.load_state_dict(saved.pop(name))
+            else:
+                with torch.no_grad():
+                    for p, value in zip(part, saved.pop(name), strict=True):
+                        p.copy_(value)
+        torch.set_rng_state(saved.pop("rng"))
+        most_tokens = state.tokens_per_batch
+        for name in [field.name for field in dataclasses.fields(state) if field.name in saved]:
+            setattr(state, name, saved.pop(name))
+        state.tokens_per_batch = min(most_tokens, state.tokens_per_batch)
+        if sampler:
+            sampler.slots = min(sampler.slots, state.slots or sampler.slots)
+        return saved
+
+    def is_last(self, state) -> bool:
+        """Whether the run ends here: after --max-steps, or --token-budget; a dry run after its first step."""
+        spent = 0 < getattr(self.args, "token_budget", 0) <= state.sampled_tokens
+        return spent or state.step >= self.args.max_steps or (self.args.dry_run and state.step > 0)
+
+    def take_step(self, norm, *optimizers, finite=True) -> None:
+        """A step of each optimizer; skipped and reported where a number is not finite. No gradient is left.
+
+        norm: of the gradient; finite: whether what was sampled was. `save` ends the run after five in a row.
+        """
+        if math.isfinite(norm) and finite:
+            self.begin_update()
+            for optimizer in optimizers:
+                optimizer.step()
+            self.bad_steps = 0
+        else:
+            self.bad_steps += 1
+            self.print(f"step {self.state.step}: the {'gradient' if finite else 'model'} is not finite; the "
+                       f"update is skipped ({self.bad_steps} in a row)")
+        for optimizer in optimizers:
+            optimizer.zero_grad()
+
+    def begin_update(self) -> None:
+        """From here to the next `save` no signal gives up the step: the weights are the last ones no more."""
+        self._unsaved, dist.stoppable = None, False
+
+    def save(self, due, **more) -> bool:
+        """The state after a whole step, written if it is `due` or a signal came. True: leave the loop.
+
+        more: further values by name, or functions that make them when they are written. A signal that comes
+        in the next step, before `begin_update`, gives that step up and writes this state.
+        Errors: ValueError after five updates in a row that were not finite; they are written before.
+        """
+        if self.sampler:
+            self.state.slots = self.sampler.slots
+        self._unsaved = dataclasses.replace(self.state), {"rng": torch.get_rng_state(), **more}
         dist.stoppable = True
-        stop = dist.any_rank(bool(dist.stop_signal), self.device)
+        stop, diverged = dist.any_rank(bool(dist.stop_signal), self.device), self.bad_steps >= 5
         if stop:
             dist.stop_signal = dist.stop_signal or "another rank's signal"
-        if due or stop:
-            self.save_remembered()
+        if due or stop or diverged:
+            self.write_checkpoint()
+        if diverged:
+            raise ValueError(f"the loss was not finite in {self.bad_steps} updates in a row; "
+                             f"the state is in {self.path}: lower --lr")
         return stop
 
-    def weights_move(self, *_) -> None:
-        """From here to the next `remember` no signal gives up the step: the remembered state is no more."""
-        self._remembered, dist.stoppable = None, False
-
-    def save_remembered(self) -> None:
+    def write_checkpoint(self) -> None:
         """Write checkpoints/step-N whole or not at all, then let old ones beyond `args.keep` go.
 
-        Written aside, hashed, renamed and verified before an older one is deleted. What cannot be written
-        (a full disk) is said in one line, and the run goes on: the next one may succeed.
+        Written aside, hashed, renamed and verified before an older one is deleted. If it cannot be written
+        (a full disk), the run reports it and goes on: the next one may succeed.
         Errors: ValueError if it cannot be written and the run is about to end.
         """
-        if self._remembered is None:  # nothing new since the last one
+        if self._unsaved is None:  # nothing new since the last one
             return
-        step, write_weights, training = self._remembered
-        values = {name: value() if callable(value) else value for name, value in training.items()}
-        values = shard.take_out(values, split := {})
+        state, more = self._unsaved
+        values = dataclasses.asdict(state)
+        values |= {name: value() if callable(value) else value for name, value in more.items()}
+        values |= {name: part.state_dict() if isinstance(part, torch.optim.Optimizer)
+                   else [p.detach() for p in part] for name, part in self._parts.items()}
+        values, step = shard.take_out(values, split := {}), state.step
 
         def write_split(folder):
             if split:
@@ -474,7 +649,7 @@ class Run:
                     torch.save(values, file)
 
         error = self._write_whole(self.path / f"checkpoints/step-{step}", step,
-                                  write_weights, write_split, write_values)
+                                  self._save_weights, write_split, write_values)
         if error:
             kept = self._checkpoints()
             said = (f"step {step}: the checkpoint cannot be written ({error}); the last one is "
@@ -483,7 +658,7 @@ class Run:
                 raise ValueError(f"{said}: make room, then --out {self.path} --resume")
             self.print(f"{said}; going on")
             return
-        self._remembered = None
+        self._unsaved = None
         if dist.is_main():
             for old in self._checkpoints()[:-self.args.keep]:
                 shutil.rmtree(old, ignore_errors=True)
@@ -609,24 +784,22 @@ class Run:
                    f"(step {steps[-1]}): {sum(after) / n - sum(before) / n:+.3f}, "
                    f"95% [{low:+.3f}, {high:+.3f}], n = {n}")
 
-    def dry_run_report(self, metrics, steps, tokens, config, row, sampler=None, context=0) -> None:
-        """Print what the one step of a dry run measured; its directory goes when the process ends.
-
-        config: the model's; row: tokens of the longest row trained on; context: of the longest prompt and
-        completion sampled, if not `row`.
-        """
-        self.print(f"dry run: peak memory {metrics['memory_gb']:.2f} GB; one step at the largest sizes took "
+    def dry_run_report(self, metrics, steps, tokens) -> None:
+        """Print what the one step of a dry run measured; its directory goes when the process ends."""
+        self.print(f"dry run: {self.memory_text()}; one step at the largest sizes took "
                    f"{metrics['seconds']:.1f} s ({tokens:.0f} tokens trained), so {steps} steps take at most "
                    f"{clock(metrics['seconds'] * steps)} (h:mm:ss), evaluation apart; nothing was kept")
-        self.print_memory(config, row, sampler, context)
 
-    def print_memory(self, config, row, sampler=None, context=0) -> None:
-        """Print the memory estimated, by part, beside the measured peak."""
-        setup = partial(memory.of_run, self.args, self.name, config, self.device, row, context,
-                        ranks=dist.world_size())
-        samplers = [sampler, None] if row else [sampler]  # of this, and of a whole run
-        self.print(memory.report(self._memory()["memory_gb"],
-                                 *(memory.estimate(config, **setup(sampler=of)) for of in samplers)))
+    def memory_text(self) -> str:
+        """The peak measured so far beside what the card, or for a CPU the machine, has in all."""
+        if self.device.type == "cuda":
+            peak, total = torch.cuda.max_memory_reserved(), torch.cuda.mem_get_info(self.device)[1]
+        else:
+            peak = self._memory()["memory_gb"] * 2**30
+            total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        peak, total = peak / 2**30, total / 2**30
+        verdict = f"it fits, {total - peak:.2f} GB are left" if peak < total else "it does not fit"
+        return f"peak memory {peak:.2f} of {total:.2f} GB: {verdict}"
 
     def finish(self) -> None:
         """Draw curves.png, where matplotlib is installed, and say where the run lies."""
@@ -757,20 +930,25 @@ def retry_smaller(attempt, size, device, smallest, note):
 
 
 class Fitting:
-    """fits(function, *args, ...): function's result, its micro-batches of at most `tokens_per_batch` tokens.
+    """fits(function, *args, ...): function's result, its micro-batches of at most `state.tokens_per_batch`.
 
     That number, which the function takes by name, is halved on all ranks once memory runs out on one of them,
     down to `smallest`, and stays so. The function must be repeatable.
     """
 
-    def __init__(self, tokens_per_batch, device, smallest):
-        self.tokens_per_batch, self.device, self.smallest = tokens_per_batch, device, smallest
+    def __init__(self, state, device, smallest):
+        self.state, self.device, self.smallest = state, device, smallest
 
     def __call__(self, function, *args, **more):
-        result, self.tokens_per_batch = retry_smaller(
-            lambda size: function(*args, tokens_per_batch=size, **more), self.tokens_per_batch, self.device,
-            self.smallest, "tokens per batch")
+        result, self.state.tokens_per_batch = retry_smaller(
+            lambda size: function(*args, tokens_per_batch=size, **more), self.state.tokens_per_batch,
+            self.device, self.smallest, "tokens per batch")
         return result
+
+
+def mean(values) -> float:
+    """0 of nothing."""
+    return sum(values) / len(values) if values else 0.0
 
 
 def _version(package):

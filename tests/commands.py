@@ -36,7 +36,7 @@ def run(*words, cwd, fails=False, script="eval.py", draw=False):
             if script == "runs.py":
                 module.main(words)
             elif words and words[0] == "replay":
-                module.command(words)
+                module.replay_command(words[1:])
             else:
                 with contextlib.nullcontext() if draw else mock.patch.object(curves, "draw"):
                     cli(module.main, module.Args)

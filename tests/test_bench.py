@@ -113,7 +113,7 @@ def test_one_step_trains_the_adapter_alone(folder):
     model = grpo.models.load_model(str(folder), torch.float32, torch.device("cpu"))
     params = grpo.add_lora(model, "policy", 4, 8, ("q_proj", "down_proj"))
     frozen = {name: p.clone() for name, p in model.named_parameters() if not p.requires_grad}
-    args = grpo.resolve(grpo.Args(num_generations=4, max_new_tokens=8, beta=0.04), torch.device("cpu"))
+    args = grpo.Args(num_generations=4, max_new_tokens=8, beta=0.04, tokens_per_batch=2048)
     prompt_ids = [[1, 2, 3], [4, 5]]
     seconds, lengths = grpo_step.one_step(model, params, torch.optim.AdamW(params), grpo.Sampler(model, ()),
                                           prompt_ids, args, 1, "cpu")

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
-from common import models
+from common import checks, models
 from grpo import (
     FusedLinear,
     LoRALinear,
@@ -32,7 +32,6 @@ from grpo import (
     make_batch,
     merged_state_dict,
     noise_key,
-    self_check,
     token_logprobs,
     uniform,
     use_adapter,
@@ -691,9 +690,11 @@ def adapted(kind, layers=None):
 def refused(model, params, seed=0):
     """Names of the checks that are off."""
     sampler, args = Sampler(model, (2,), 8, torch.bfloat16), SimpleNamespace(seed=seed, resume=False)
-    checks = self_check(model, params, sampler, some_prompts((4, 40, 25), seed=seed), args, 1.0, CPU)
-    assert "in float64" in checks
-    return [name for name, (value, limit) in checks.items() if not value <= limit]
+    found = checks.before_training(
+        model, params, sampler, some_prompts((4, 40, 25), seed=seed), args, 1.0, token_logprobs,
+        completion_logprobs, make_batch, use_adapter)
+    assert "in float64" in found
+    return [name for name, (value, limit) in found.items() if not value <= limit]
 
 
 @pytest.mark.parametrize("kind", KINDS)

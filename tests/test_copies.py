@@ -11,7 +11,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 MARKER = re.compile(r"# (Copied|Adapted) from (\w+\.py)::(\w+)(: \S.*)?")
-EACH_ITS_OWN = {"Args", "main", "resolve", "evaluate", "accumulate_gradients"}  # every script has its own
+EACH_ITS_OWN = {"Args", "State", "main", "check", "evaluate", "accumulate_gradients"}  # every script has its own
 
 
 def definitions(source):

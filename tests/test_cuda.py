@@ -250,7 +250,7 @@ def test_a_retry_of_sampling_starts_without_cache_and_graphs(capturing, cuda, sh
 
     sampler.sample = attempt
     run = SimpleNamespace(device=CUDA, progress=lambda text: None)
-    got = grpo.sample_all(sampler, PROMPTS, KEYS, 20, 1.0, run, "step 1")
+    got = grpo.sample_all(sampler, PROMPTS, KEYS, 20, 1.0, run, None)
     assert ids(got) == ids(want)
     assert attempts[1:] == [(20, True, True)] and sampler.cache.shape[2] == 20
 
@@ -303,7 +303,7 @@ def test_a_training_step_is_the_cpus(trained, cuda):
         params = [p for p in model.parameters() if p.requires_grad]
         if "recomputed" in trained:
             grpo.enable_checkpointing(model)
-        args = grpo.resolve(grpo.Args(beta=0.1, full=trained == "all weights"), device)
+        args = grpo.Args(beta=0.1, full=trained == "all weights")
         completions = [[11, 4, 9], [7, 7, 30, 2], [5], [8, 100, 200], [3, 1]]
         with grpo.use_adapter(model, None):
             reference = grpo.completion_logprobs(model, PROMPTS, completions, 1.0, 40, device)

@@ -154,7 +154,8 @@ def test_held_out_pairs_are_ranked_by_the_margin_of_the_loss(more, accuracy, mon
     logged = {}
     monkeypatch.setattr(dpo, "summed_logprobs", lambda *_: ([-10.0], [-6.0]))
     monkeypatch.setattr(dpo, "sample_all", lambda *_: [])
-    stub = SimpleNamespace(device=None, log_evaluation=lambda step, rows, metrics: logged.update(metrics))
+    stub = SimpleNamespace(device=None, counter=lambda text: None,
+                           log_evaluation=lambda step, rows, metrics: logged.update(metrics))
     pairs = [Pair([1], [2] * 10, [3] * 3, 0.0, 0.0)]
     dpo.evaluate(None, None, [], {}, pairs, Args(**more), 0, None, None, stub)
     assert logged == {"eval/ranking_accuracy": accuracy}

@@ -199,13 +199,12 @@ SMALL_DISK = """
 import resource
 from common.run import Run
 def save(self):
-    step = self._remembered and self._remembered[0]
-    if step == 2:  # no file may be larger than this: the checkpoint's are
+    if self._unsaved and self.state.step == 2:  # no file may be larger than this: the checkpoint's are
         resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, resource.RLIM_INFINITY))
     original(self)
     resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-original, Run.save_remembered = Run.save_remembered, save
+original, Run.write_checkpoint = Run.write_checkpoint, save
 """
 
 
@@ -220,7 +219,7 @@ def test_a_full_disk_costs_no_run(go, tmp_path):
 
 
 def test_a_full_disk_at_the_end_is_one_line(go, tmp_path):
-    wrapper = patched(tmp_path, "grpo", SMALL_DISK.replace("step == 2", "False") + """
+    wrapper = patched(tmp_path, "grpo", SMALL_DISK.replace("self.state.step == 2", "False") + """
 def save_final(self, write):
     resource.setrlimit(resource.RLIMIT_FSIZE, (2000, resource.RLIM_INFINITY))
     last(self, write)

@@ -462,7 +462,7 @@ def test_a_reward_model_shares_the_base(more, tmp_path):
     """Its scores are those of the model loaded apart, whatever the policy's adapter is."""
     run("--out", "rm", "--max-steps", 2, "--train-pairs", 40, "--eval-pairs", 10, "--pairs-per-step", 4,
         cwd=tmp_path, script="reward_model.py")
-    args = ppo.resolve(Args(), CPU)
+    args = Args()
     model = models.load_model("", torch.float32, CPU)
     shared = ppo.shared_reward(str(tmp_path / "rm"), "reward", args, model, CPU)
     params = add_lora(model, "policy", 4, 8, models.PROJECTIONS)

@@ -158,9 +158,9 @@ def test_torchrun(go, tiny, tmp_path):
 
 
 RECORDED = """
-def csv_row(r, step):
-    return original(r, step) | {"prompt_ids": r.prompt_ids, "ids": r.completion.ids}
-original, script.csv_row = script.csv_row, csv_row
+def row(self, step):
+    return original(self, step) | {"prompt_ids": self.prompt_ids, "ids": self.completion.ids}
+original, script.Rollout.row = script.Rollout.row, row
 """
 
 

@@ -32,7 +32,7 @@ def test_command_parses(words, tmp_path, monkeypatch):
     if words[at] == "runs.py" or words[at + 1] == "replay":
         monkeypatch.chdir(tmp_path)  # the clone may hold runs
         with pytest.raises(SystemExit, match="error: runs"):  # it was understood; there are no such runs
-            (module.main if words[at] == "runs.py" else module.command)(words[at + 1:])
+            (module.main if words[at] == "runs.py" else module.replay_command)(words[at + 1 + (words[at] == "eval.py"):])
         return
     tyro.cli(module.Args, args=words[at + 1:])
 

@@ -13,14 +13,13 @@ from transformers import AutoModelForSequenceClassification
 import reward_model
 from common import curves, data, models, rewards
 from common.data import Example, Preference
-from common.run import Fitting
+from common.run import Fitting, RunState
 from common.tables import read_csv
 from reward_model import (
     Args,
     Comparison,
     accumulate_gradients,
     add_lora,
-    calibration,
     ranking_loss,
 )
 from tests.commands import run
@@ -77,9 +76,9 @@ def test_slopes(loss):
 def test_calibration_by_hand():
     """Margins of confidence 0.55 (two, one right), 0.95 (three, all right); a tie is half right."""
     low, high = math.log(0.55 / 0.45), math.log(0.95 / 0.05)
-    bins = calibration([low, -low, high, high, high], bins=2)
+    bins = curves.calibration([low, -low, high, high, high], bins=2)
     assert [(round(sure, 6), right, n) for sure, right, n in bins] == [(0.55, 0.5, 2), (0.95, 1.0, 3)]
-    assert calibration([0.0]) == [(0.5, 0.5, 1)]
+    assert curves.calibration([0.0]) == [(0.5, 0.5, 1)]
 
 
 # ---- on a model ----
@@ -140,7 +139,7 @@ def test_golden_ranking_of_four_pairs(toy, monkeypatch):
     model, _, head, _ = toy
     pairs = [Comparison(Preference(i, "q", "a", "b"), [[1] * (i + 2), [2]]) for i in range(4)]
     found = [[2.0, 1.0], [0.5, 0.1], [-1.0, 3.0], [4.0, 0.0]]
-    monkeypatch.setattr(reward_model, "score_all", lambda *_, tokens_per_batch: found)
+    monkeypatch.setattr(reward_model, "score_all", lambda *_, tokens_per_batch: torch.tensor(found))
     logged = {}
 
     class Stub:
@@ -148,7 +147,7 @@ def test_golden_ranking_of_four_pairs(toy, monkeypatch):
         log = staticmethod(lambda step, metrics: logged.update(metrics))
         write_rows = staticmethod(lambda rows, name: logged.update(rows=rows))
 
-    mean, std = reward_model.evaluate(model, head, pairs, Args(), 0, Fitting(100, CPU, 1), Stub)
+    mean, std = reward_model.evaluate(model, head, pairs, Args(), 0, Fitting(RunState(tokens_per_batch=100), CPU, 1), Stub)
     assert logged["eval/ranking_accuracy"] == 0.75 and logged["eval/pairs"] == 4
     assert [row["correct"] for row in logged["rows"]] == [1, 1, 0, 1]
     scores = torch.tensor([2.0, 0.5, -1.0, 4.0, 1.0, 0.1, 3.0, 0.0])

@@ -15,6 +15,7 @@ import time
 import unicodedata
 from dataclasses import replace
 from fractions import Fraction
+from functools import partial
 from math import isnan
 from pathlib import Path
 from types import SimpleNamespace
@@ -760,10 +761,11 @@ def answer_probability(options="", max_new_tokens=64):
     torch, grpo = pytest.importorskip("torch"), importlib.import_module("grpo")
     cpu, tokenizer = torch.device("cpu"), common.models.load_tokenizer("")
     model = common.models.load_model("", torch.float32, cpu)
-    return rewards.AnswerProbability(
-        tokenizer, lambda e: common.data.encode_prompt(tokenizer, e.prompt),
-        lambda prompts, answers: grpo.completion_logprobs(model, prompts, answers, 1.0, 60, cpu),
-        max_new_tokens, options), model, tokenizer
+    (reward,) = made = parse_rewards([f"answer-prob:{options}"], answer_prob=partial(
+        rewards.AnswerProbability, tokenizer, max_new_tokens))
+    rewards.ask_policy(made, {e.id: common.data.encode_prompt(tokenizer, e.prompt) for e in ASKED},
+                       lambda prompts, answers: grpo.completion_logprobs(model, prompts, answers, 1.0, 60, cpu))
+    return reward.function, model, tokenizer
 
 
 ASKED = [Example(0, "Compute 3+4-5+6.", "8")] * 3 + [Example(1, "Compute 9+9+9+9.", "36")] * 2
@@ -807,6 +809,7 @@ def test_a_rationale_that_fills_the_context_is_cut():
     seen = []
     reward.logprobs = lambda prompts, answers: seen.extend(zip(prompts, answers)) or [
         importlib.import_module("torch").zeros(len(answer)) for answer in answers]
+    reward.prompt_ids = dict.fromkeys((0, 1), common.data.encode_prompt(tokenizer, "Q"))
     long = "<think>" + "3+4=7 " * 50
     values = reward([Example(0, "Q", "8"), Example(1, "Q", "8" * 9)], [long, "x"])
     assert values[0] == 0 and math.isnan(values[1]) and len(seen) == 1
@@ -886,8 +889,8 @@ def test_where_answers_are_random_the_log_probability_rewards_hedging():
         """Mean over the answers that may come, through the reward itself."""
         given = [torch.tensor([math.log(p)]) for row in table for p in row]
         reward = rewards.AnswerProbability(
-            lambda text, **_: {"input_ids": [0], "offset_mapping": [(0, len(text))]}, lambda e: [0],
-            lambda prompts, answers: given, 9, options)
+            lambda text, **_: {"input_ids": [0], "offset_mapping": [(0, len(text))]}, 9, options)
+        reward.prompt_ids, reward.logprobs = {0: [0]}, lambda prompts, answers: given
         values = reward([Example(0, "q", "a")] * 20, ["r"] * 20)
         return [sum(values[4 * z:4 * z + 4]) / 4 for z in range(5)]
 

@@ -18,7 +18,7 @@ from transformers import AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
 
 import dpo
 import star
-from common import curves, data, models
+from common import curves, data, models, rewards
 from common.data import HINT, Example
 from common.tables import read_csv
 from star import (
@@ -29,7 +29,6 @@ from star import (
     accumulate_gradients,
     add_lora,
     explains,
-    iteration_metrics,
     rows_to_train,
     training_rows,
     with_hint,
@@ -108,9 +107,9 @@ def test_metrics_of_an_iteration_by_level():
     expected = {"questions": 3, "samples": 4, "rows": 2, "correct": 0.5, "solved": pytest.approx(1 / 3),
                 "hinted": 2, "rationalized": 0.5, "unexplained": 7, "solved level 3": 1.0,
                 "kept level 3": 1.0, "solved level 4": 0.0, "kept level 4": 0.5}  # unfinished: not solved
-    assert iteration_metrics(of, {"hinted": 2, "unexplained": 7}, rows_of(of, "sft")) == expected
+    assert rewards.iteration_metrics(of, {"hinted": 2, "unexplained": 7}, rows_of(of, "sft")) == expected
     loaded = [replace(s, source="loaded") for s in of[:4]]
-    assert iteration_metrics(loaded, {}, rows_of(loaded, "sft"))["correct"] == 0.5
+    assert rewards.iteration_metrics(loaded, {}, rows_of(loaded, "sft"))["correct"] == 0.5
 
 
 @pytest.mark.parametrize("options, iteration, expected", [
@@ -236,14 +235,16 @@ def watched(monkeypatch):
         return [p.detach().clone() for p in model.parameters() if p.requires_grad]
 
     def sampling(sampler, prompt_ids, keys, n, temperature, run, doing):
-        seen["sampled"].append((doing, weights(sampler.model), prompt_ids))
-        return sample(sampler, prompt_ids, keys, n, temperature, run, doing)
+        if prompt_ids:
+            seen["sampled"].append((doing, weights(sampler.model), prompt_ids))
+        return sample(sampler, prompt_ids, keys, n, temperature, run, None)
 
     def training(model, rows, *rest, **more):
         seen["trained"].append((weights(model), rows))
         return train(model, rows, *rest, **more)
 
     monkeypatch.setattr(star, "sample_all", sampling)
+    monkeypatch.setattr(star.Run, "counter", lambda self, doing: doing)
     monkeypatch.setattr(star, "accumulate_gradients", training)
     monkeypatch.setattr(torch.optim, "AdamW", AdamW)
     return seen
@@ -504,7 +505,7 @@ def test_a_token_budget_ends_with_its_iteration(tmp_path):
     (["--generations", "none.csv"], "none.csv"),
     (["--rewards", "answer-prob:often"], "unknown often; take mean, exp, prior, others"),
     (["--few-shot", 99999], "worked examples to show"),
-    (["--max-prompt-tokens", 2], "0 questions are left to train on and 0 held out"),
+    (["--max-prompt-tokens", 2], "leaves 0 questions to train on and 0 held out"),
     (["--token-budget", -1], "--token-budget -1: cannot be negative")])
 def test_mistakes_end_in_one_line(words, complaint, tmp_path):
     out = run("--out", "a", *words, cwd=tmp_path, fails=True, script="star.py")

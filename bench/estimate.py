@@ -217,11 +217,10 @@ def peak(parts, first_step=False) -> dict[str, float]:
     return {name: value / GB for name, value in (found | {"sum": sum(found.values())}).items()}
 
 
-def of_run(args, script, config, device, row, context=0, sampler=None, ranks=1) -> dict:
-    """Setup's fields for a run of `script` (sft, dpo, ...), whose longest row trained on has `row` tokens.
+def of_run(args, script, config, device, row, ranks=1) -> dict:
+    """Setup's fields for a run of `script` (sft, dpo, ...), whose longest row has `row` tokens.
 
-    context: the longest prompt and completion sampled, if not `row`. Rows sampled at a time: with a sampler
-    those of its cache; without, the most that training or evaluation ask for.
+    Rows sampled at a time: the most that training or evaluation ask for.
     """
     def get(name, default=0):
         return getattr(args, name, default)
@@ -231,10 +230,8 @@ def of_run(args, script, config, device, row, context=0, sampler=None, ranks=1) 
     rows = rows or get("prompts_per_step") * get("num_generations") // get("minibatches", 1)
     rows, row_tokens = -(-rows // ranks), row * (1 + pairs)
     at_once = min(rows, max(1, get("tokens_per_batch") // max(1, row_tokens)))
-    slots, length, samples = 0, context or row, get("num_generations", 1)
-    if sampler:
-        slots, length = sampler.cache.shape[2], sampler.cache.shape[4] - sampler.sync_every
-    elif get("slots"):
+    slots, length, samples = 0, row, get("num_generations", 1)
+    if get("slots"):
         asked = (get("prompts_per_step") or get("questions")) * samples
         slots = min(args.slots, -(-max(asked, get("eval_questions")) // ranks))
         samples = samples if asked >= get("eval_questions") else 1
@@ -250,16 +247,3 @@ def of_run(args, script, config, device, row, context=0, sampler=None, ranks=1) 
         "prompt": max(1, length - get("max_new_tokens")), "samples": samples,
         "ranks": ranks if get("shard", False) else 1, "reshard": get("reshard", False),
         "on_gpu": device.type == "cuda"}
-
-
-def report(measured, first, whole=None) -> str:
-    """The estimate of a dry run beside the peak `measured` in it (GB), and that of the run: both by part.
-
-    first, whole: their parts. The run has AdamW's moments from its second step on, and evaluations' cache.
-    """
-    def text(found):
-        return ", ".join(f"{name} {value:.2f}" for name, value in found.items() if value) + " GB"
-
-    found = peak(first, first_step=True)
-    return (f"estimate: {text(found)}: {found['sum'] / measured - 1:+.0%} of the {measured:.2f} GB measured"
-            + (f"\nestimate of later steps and evaluations: {text(peak(whole))}" if whole else ""))
