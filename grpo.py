@@ -411,7 +411,8 @@ def main(args: Args) -> None:
     run = Run(args, __file__, device, tags=models.run_tags(args.model, args.data))
     run.print(models.describe(args, model, params, dtype))
     run.print(f"data: {args.data}, {len(train)} questions to train on, {len(held_out)} held out, prompts "
-              f"up to {longest - args.max_new_tokens} tokens; {args.prompts_per_step} x {args.num_generations} samples a step")
+              f"up to {longest - args.max_new_tokens} tokens; {args.prompts_per_step} x "
+              f"{args.num_generations} samples a step")
     save_weights = partial(models.save_trained, model, tokenizer, adapter, args)
     run.restore(state, partial(models.load_trained, model=model, adapter=adapter), save_weights, sampler,
                 optimizer=optimizer)
