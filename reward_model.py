@@ -167,8 +167,8 @@ def accumulate_gradients(model, head, comparisons, args, n_questions, tokens_per
 def side_by_side(scores):
     """[B, N] of B questions' scores, -inf where one has fewer than N replies."""
     padded = scores[0].new_full((len(scores), max(map(len, scores))), -math.inf)
-    for row, values in zip(padded, scores):
-        row[:len(values)] = values
+    for i, values in enumerate(scores):
+        padded[i, :len(values)] = values
     return padded
 
 
