@@ -574,7 +574,8 @@ def load_questions(args, tokenizer, per_step):
         if not train or not held_out:
             raise ValueError(f"--max-prompt-tokens {most} leaves {len(train)} questions to train on and "
                              f"{len(held_out)} held out")
-    longest = max(len(prompt_ids[e.id]) for e in train + held_out) + args.max_new_tokens
+    prompt_ids = {e.id: prompt_ids[e.id] for e in train + held_out}
+    longest = max(map(len, prompt_ids.values())) + args.max_new_tokens
     if args.dry_run:
         train = sorted(train, key=lambda e: -len(prompt_ids[e.id]))[:per_step]
     return train, held_out, prompt_ids, longest

@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from common import data, dist, models, rewards, run, shard
+from common import checks, data, dist, models, rewards, run, shard
 
 
 class Torch(types.ModuleType):
@@ -30,7 +30,7 @@ def softmax(original, x, dim, dtype=None):
 
 def use_float64(script, setattr=setattr):
     """For this process, or for as long as `setattr` does: in a script (a module) and in common/."""
-    for module in (script, data, dist, models, rewards, run, shard):
+    for module in (script, checks, data, dist, models, rewards, run, shard):
         if hasattr(module, "torch"):
             setattr(module, "torch", Torch("torch"))
     setattr(torch.Tensor, "float", torch.Tensor.double)
