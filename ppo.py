@@ -20,7 +20,6 @@ The first update's policy loss is near 0 and its clip shares are 0, by construct
     torchrun --nproc-per-node 8 ppo.py --model Qwen/Qwen2.5-3B-Instruct
 """
 
-import hashlib
 import itertools
 import math
 import random
@@ -35,6 +34,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from common import checks, data, dist, models, rewards, shard
+from common.draws import Completion, draw, noise_key, uniform
 from common.run import Fitting, Run, RunState, TrainArgs, cli, defaults, mean, retry_smaller
 
 # Shapes: B rows, T tokens, V vocabulary, P prompts, G samples per prompt, D hidden size, L layers or a row's
@@ -319,7 +319,7 @@ def token_values(model, head, input_ids, completion_mask):
 def completion_values(model, head, prompt_ids, completion_ids, tokens_per_batch, device):
     """Values [L + 1] of each row: before each token and after the last; a list in the rows' order."""
     found = [None] * len(prompt_ids)
-    batches = pack([len(p) + len(c) for p, c in zip(prompt_ids, completion_ids)], tokens_per_batch)
+    batches = split_by_length([len(p) + len(c) for p, c in zip(prompt_ids, completion_ids)], tokens_per_batch)
     for rows in shard.micro_batches(model, batches, lambda *none: token_values(model, head, *none)[0]):
         input_ids, mask = make_batch([prompt_ids[i] for i in rows], [completion_ids[i] for i in rows], device)
         values, after = (x.cpu() for x in token_values(model, head, input_ids, mask))
@@ -406,7 +406,7 @@ def accumulate_gradients(model, critic, critic_on, head, rollouts, args, beta, n
         with critic_on():
             return token_values(critic, head, input_ids, mask)[0]
 
-    batches = pack([len(r) for r in rollouts], tokens_per_batch)
+    batches = split_by_length([len(r) for r in rollouts], tokens_per_batch)
     for rows in shard.micro_batches(model, batches, policy_logprobs, critic_values):
         batch = [rollouts[i] for i in rows]
         input_ids, cpu_mask = make_batch(
@@ -516,7 +516,7 @@ def main(args: Args) -> None:
     adamw = partial(torch.optim.AdamW, weight_decay=args.weight_decay, **shard.optimizer_kernel(args, device))
     optimizer, critic_optimizer = adamw(params, lr=args.lr), adamw(critic_params, lr=args.critic_lr)
     stop_ids = models.stop_ids(model, tokenizer, args.dry_run)
-    sampler = Sampler(model, stop_ids, args.slots, dtype, by_layer=args.reshard)
+    sampler = Sampler(model, stop_ids, args.slots, dtype)
     state = State(beta=args.beta, tokens_per_batch=args.tokens_per_batch or models.tokens_that_fit(
         model, [*params, *critic_params], dtype, sampler.cache_bytes(longest)))
     fits = Fitting(state, device, smallest=longest)
@@ -756,60 +756,56 @@ class TokenLogprobs(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, hidden, weight, targets, temperature, softcap, chunk_tokens):
+    def forward(ctx, hidden, weight, targets, *settings):
         hidden_grad, weight_grad = ctx.needs_input_grad[:2]
-        head = weight.to(hidden.dtype)
-        logprobs = hidden.new_empty(len(hidden), dtype=torch.float32)
+        head, logprobs = weight.to(hidden.dtype), hidden.new_empty(len(hidden), dtype=torch.float32)
         slope = torch.empty_like(hidden) if hidden_grad and not weight_grad else None
-        buffer = hidden.new_empty(min(chunk_tokens, len(hidden)), len(head), dtype=torch.float32)
-        for i in range(0, len(hidden), chunk_tokens):
-            piece = slice(i, i + chunk_tokens)
-            logits = head_logits(hidden[piece], head, buffer[:len(hidden[piece])])
-            logprobs[piece], negative = chunk_logprobs(logits, targets[piece], temperature, softcap)
+        for piece, values, negative in logprob_chunks(hidden, head, targets, *settings):
+            logprobs[piece] = values
             if slope is not None:
                 slope[piece] = negative.to(head.dtype) @ head
         ctx.save_for_backward(*((hidden, weight, targets) if weight_grad else (slope,)))
-        ctx.settings = temperature, softcap, chunk_tokens
+        ctx.settings = settings
         return logprobs
 
     @staticmethod
     def backward(ctx, grad):
-        temperature, softcap, chunk_tokens = ctx.settings
-        grad = grad[:, None] / -temperature
+        grad = grad[:, None] / -ctx.settings[0]  # the temperature
         if len(ctx.saved_tensors) == 1:
             slope = ctx.saved_tensors[0]
-            return (grad * slope).to(slope.dtype), None, None, None, None, None
+            return (grad * slope).to(slope.dtype), *[None] * 5
         hidden, weight, targets = ctx.saved_tensors
         head = weight.to(hidden.dtype)
         hidden_grad, weight_grad = torch.empty_like(hidden), torch.zeros_like(weight)
-        for i in range(0, len(hidden), chunk_tokens):
-            piece = slice(i, i + chunk_tokens)
-            logits = head_logits(hidden[piece], head)
-            _, negative = chunk_logprobs(logits, targets[piece], temperature, softcap)
+        for piece, _, negative in logprob_chunks(hidden, head, targets, *ctx.settings):
             slope = negative.mul_(grad[piece]).to(head.dtype)
             hidden_grad[piece] = slope @ head
             weight_grad += slope.T @ hidden[piece]
-        return hidden_grad, weight_grad, None, None, None, None
+        return hidden_grad, weight_grad, *[None] * 4
 
 
-# Copied from grpo.py::chunk_logprobs
-def chunk_logprobs(logits, targets, temperature, softcap):
-    """From raw logits [n, V]: log-probs [n] of the targets, and -temperature d log-prob / d logits [n, V].
+# Copied from grpo.py::logprob_chunks
+def logprob_chunks(hidden, head, targets, temperature, softcap, chunk_tokens):
+    """By chunks: the slice of tokens, their log-probs [n], and -temperature d log-prob / d logits [n, V].
 
-    All float32 and in place: each pass over [n, V] costs as much as the products.
+    All float32 and in place, until the next chunk: each pass over [n, V] costs as much as the products.
     """
-    if softcap:
-        logits.div_(softcap).tanh_()
-        cap_slope = 1 - logits**2
-        logits.mul_(softcap)
-    if temperature != 1:
-        logits.div_(temperature)
-    top, at = logits.max(1, keepdim=True)
-    chosen, targets = logits.gather(1, targets[:, None]), targets[:, None]
-    probs = torch.softmax(logits, 1, out=logits)
-    log_sum = top - probs.gather(1, at).log()  # the largest probability is never 0
-    negative = probs.scatter_add_(1, targets, torch.full_like(chosen, -1.0))
-    return (chosen - log_sum).squeeze(1), negative.mul_(cap_slope) if softcap else negative
+    buffer = hidden.new_empty(min(chunk_tokens, len(hidden)), len(head), dtype=torch.float32)
+    for i in range(0, len(hidden), chunk_tokens):
+        piece = slice(i, i + chunk_tokens)
+        logits = models.head_logits(hidden[piece], head, buffer[:len(hidden) - i])
+        if softcap:
+            logits.div_(softcap).tanh_()
+            cap_slope = 1 - logits**2
+            logits.mul_(softcap)
+        if temperature != 1:
+            logits.div_(temperature)
+        (top, at), tokens = logits.max(1, keepdim=True), targets[piece, None]
+        chosen = logits.gather(1, tokens)
+        probs = torch.softmax(logits, 1, out=logits)
+        log_sum = top - probs.gather(1, at).log()  # the largest probability is never 0
+        negative = probs.scatter_add_(1, tokens, torch.full_like(chosen, -1.0))
+        yield piece, (chosen - log_sum).squeeze(1), negative.mul_(cap_slope) if softcap else negative
 
 
 # Copied from grpo.py::token_logprobs
@@ -842,21 +838,17 @@ def make_batch(prompt_ids, completion_ids, device):
 
     The mask comes from the lengths: an end token that is also the padding token stays in it.
     """
-    T = max(len(p) + len(c) for p, c in zip(prompt_ids, completion_ids))
-    input_ids = torch.zeros(len(prompt_ids), T, dtype=torch.int64)
-    mask = torch.zeros(len(prompt_ids), T, dtype=torch.bool)
-    for i, (p, c) in enumerate(zip(prompt_ids, completion_ids)):
-        input_ids[i, :len(p) + len(c)] = torch.tensor(p + c)
-        mask[i, len(p):len(p) + len(c)] = True
+    pad, rows = partial(nn.utils.rnn.pad_sequence, batch_first=True), list(zip(prompt_ids, completion_ids))
+    input_ids = pad([torch.tensor(p + c) for p, c in rows])
+    mask = pad([torch.arange(len(p) + len(c)) >= len(p) for p, c in rows])
     return input_ids.to(device, non_blocking=True), mask
 
 
 # Copied from grpo.py::pad_logprobs
 def pad_logprobs(values, mask):
     """Each row's [L] values at the places of its completion in a [B, T] tensor."""
-    padded = torch.zeros(mask.shape)
-    padded[mask] = torch.cat([torch.as_tensor(value, dtype=torch.float32) for value in values])
-    return padded
+    values = torch.cat([torch.as_tensor(value, dtype=torch.float32) for value in values])
+    return torch.zeros(mask.shape).masked_scatter(mask, values)
 
 
 # Copied from grpo.py::completion_logprobs
@@ -864,7 +856,7 @@ def pad_logprobs(values, mask):
 def completion_logprobs(model, prompt_ids, completion_ids, temperature, tokens_per_batch, device):
     """Log-probs [L] of each row's completion under the model as it stands, a list in the rows' order."""
     values = [None] * len(prompt_ids)
-    batches = pack([len(p) + len(c) for p, c in zip(prompt_ids, completion_ids)], tokens_per_batch)
+    batches = split_by_length([len(p) + len(c) for p, c in zip(prompt_ids, completion_ids)], tokens_per_batch)
     for rows in shard.micro_batches(model, batches, partial(token_logprobs, model)):
         input_ids, mask = make_batch([prompt_ids[i] for i in rows], [completion_ids[i] for i in rows], device)
         logprobs = token_logprobs(model, input_ids, mask, temperature)
@@ -873,8 +865,8 @@ def completion_logprobs(model, prompt_ids, completion_ids, temperature, tokens_p
     return values
 
 
-# Copied from grpo.py::pack
-def pack(lengths, tokens_per_batch):
+# Copied from grpo.py::split_by_length
+def split_by_length(lengths, tokens_per_batch):
     """Split rows into micro-batches of similar length: lists of row numbers, each row once.
 
     A micro-batch, padded to its longest row, holds at most tokens_per_batch tokens (one row may exceed it).
@@ -882,152 +874,66 @@ def pack(lengths, tokens_per_batch):
     micro-batch counts tokens_per_batch / 8 more: a pass has a cost of its own, on a GPU launches.
     """
     rows = sorted(range(len(lengths)), key=lambda row: -lengths[row])
-    least, begin = [0.0], [0]  # of the first n rows: the least cost, and where their last micro-batch begins
+    best = [(0.0, [])]  # of the first n rows: the least cost, and how they are cut
     for n in range(1, len(rows) + 1):
-        costs = {}
+        ways = []  # (cost, minus where the last micro-batch starts)
         for start in range(n - 1, -1, -1):
             padded = (n - start) * lengths[rows[start]]
-            if padded > tokens_per_batch and costs:
+            if padded > tokens_per_batch and ways:
                 break
-            costs[start] = least[start] + padded + tokens_per_batch / 8
-        begin.append(min(costs, key=costs.get))
-        least.append(costs[begin[n]])
-    batches, end = [], len(rows)
-    while end:
-        batches.append(rows[begin[end]:end])
-        end = begin[end]
-    return batches[::-1]
-
-
-# Copied from grpo.py::Completion
-@dataclass
-class Completion:
-    """A sampled answer: token ids (stop token included), their log-probs, whether it stopped by itself."""
-
-    ids: list[int]
-    logprobs: list[float]
-    finished: bool
-
-    def text(self, tokenizer):
-        """What it says, without the stop token and other special tokens."""
-        ids = self.ids[:-1] if self.finished else self.ids
-        return tokenizer.decode(ids, skip_special_tokens=True)
-
-
-# Copied from grpo.py::noise_key
-def noise_key(*parts: int) -> int:
-    """A signed 64-bit key from integers like (seed, step, question, sample): the same on every machine."""
-    digest = hashlib.blake2b(" ".join(map(str, parts)).encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "little", signed=True)
-
-
-# Copied from grpo.py::uniform
-def uniform(keys, positions):
-    """A number in (0, 1) per row from its key and position: a counter hash (splitmix64), no generator state.
-
-    So a token's noise depends on neither its slot nor the batch, the number of ranks or a captured graph.
-    """
-    x = keys + positions * -7046029254386353131  # 2^64 / golden ratio; int64 products wrap around
-    x = (x ^ (x >> 30 & (1 << 34) - 1)) * -4658895280553007687
-    x = (x ^ (x >> 27 & (1 << 37) - 1)) * -7723592293110705685
-    x = x ^ (x >> 31 & (1 << 33) - 1)
-    return ((x >> 41 & (1 << 23) - 1).float() + 0.5) / (1 << 23)  # 24 bits: exact in float32, never 0 or 1
-
-
-# Copied from grpo.py::draw
-def draw(logits, temperature, u):
-    """Invert the distribution function of softmax(logits / temperature) at u; temperature 0 takes the top.
-
-    Shapes: logits [B, V] float32, overwritten; u [B] -> tokens, log-probs [B] (at temperature 0: of 1).
-    The sum runs over blocks, then inside one: faster and more exact in float32 than one long cumulative sum.
-    """
-    if temperature == 0:
-        best, tokens = logits.max(-1)
-        return tokens, best - logits.logsumexp(-1)
-    probs = torch.softmax(logits.div_(temperature) if temperature != 1 else logits, -1, out=logits)
-    width = math.gcd(probs.shape[1], 128)
-    blocks = probs.view(len(probs), -1, width)  # [B, V / width, width]
-    edges = F.pad(blocks.sum(-1).cumsum(-1), (1, 0))  # [B, V / width + 1]: the sum before each block, and all
-    target = u[:, None] * edges[:, -1:]
-    block = torch.searchsorted(edges, target, right=True).sub_(1).clamp_(max=blocks.shape[1] - 1)  # [B, 1]
-    inside = blocks.gather(1, block[:, :, None].expand(-1, -1, width)).squeeze(1).cumsum(-1)  # [B, width]
-    # rounding may leave the rest at or above the block's sum: stay below it, on a token that has probability
-    rest = torch.minimum(target - edges.gather(1, block), inside[:, -1:] * (1 - 1e-6))
-    tokens = torch.searchsorted(inside, rest, right=True).clamp_(max=width - 1).add_(block, alpha=width)
-    return tokens.squeeze(1), probs.gather(1, tokens).log().squeeze(1)
-
-
-# Copied from grpo.py::head_logits
-def head_logits(hidden, weight, out=None):
-    """hidden [N, D] @ weight [V, D].T in float32: bfloat16 logits would be off by hundredths of a nat."""
-    if hidden.is_cuda and torch.version.cuda and hidden.dtype.itemsize < 4:
-        return torch.mm(hidden, weight.T, out_dtype=torch.float32, out=out)
-    return torch.mm(hidden, weight.T, out=out if hidden.dtype == torch.float32 else None).float()
+            ways.append((best[start][0] + padded + tokens_per_batch / 8, -start))
+        cost, start = min(ways)
+        best.append((cost, [*best[-start][1], rows[-start:n]]))
+    return best[-1][1]
 
 
 # Copied from grpo.py::FusedLinear
 class FusedLinear:
     """Projections of one input as one product, for the sampler: `weight` [out, in] holds theirs stacked.
 
-    In float32 the active adapters are merged into it. In bfloat16 a merge would round small updates away, so
-    they stay apart: A [n R, in] lies under W, so that one product gives both, and B [out, n R] is
-    block-diagonal; `weight` becomes the storage of the modules' own weights: no second copy. `refresh` writes
-    in place: a captured graph sees the new values. Quantized projections are called as they are.
+    In float32 the active adapters are merged into it, a copy. In bfloat16, where a merge would round small
+    updates away, they stay apart: A [R, in] lies under W, so that one product gives both, B [out, R] is
+    block-diagonal; the modules' weights become views of `weight`: no second copy. `refresh` writes in place:
+    a captured graph sees the new values. Weights that cannot be stacked, in 4 bits or split over ranks, stay
+    where they are: `apart`, the modules are called one after the other.
     """
 
     def __init__(self, parts, dtype):
-        self.parts, self.bases, self.dtype = parts, [getattr(part, "base", part) for part in parts], dtype
-        self.split, self.quantized = False, hasattr(self.bases[0].weight, "quant_state")
-        if self.quantized:
+        self.parts, self.bases = parts, [getattr(part, "base", part) for part in parts]
+        first, adapters = self.bases[0], [part.A for part in parts if isinstance(part, LoRALinear)]
+        self.apart = hasattr(first.weight, "quant_state") or shard.is_split(first.weight)
+        if self.apart:
             return
-        self.outs = [base.out_features for base in self.bases]
-        adapted = [part for part in parts if isinstance(part, LoRALinear)]
+        self.merge = bool(adapters) and dtype == torch.float32
+        self.shared = not self.merge and first.weight.dtype == dtype
+        # of any adapter that is made active
+        self.rank = 0 if self.merge else sum(max(map(len, A.values())) for A in adapters)
         weights = [base.weight.detach() for base in self.bases]
-        self.split = shard.is_split(weights[0])
-        self.merge = bool(adapted) and dtype == torch.float32
-        self.shared = not (self.merge or self.split) and all(weight.dtype == dtype for weight in weights)
-        self.rank = 0 if self.merge else sum(  # of any adapter made active
-            max(len(A) for A in part.A.values()) for part in adapted)
-        new = partial(torch.zeros, dtype=dtype, device=weights[0].device)
-        self.weight = None
-        if not self.split:
-            alone = self.shared and len(parts) == 1 and not self.rank
-            self._hold(weights[0] if alone else torch.cat(
-                [*weights, new(self.rank, self.bases[0].in_features)]).to(dtype))
+        self.weight = torch.cat([*weights, first.weight.new_zeros(self.rank, first.in_features)]).to(dtype)
+        if self.merge:  # a copy may lie in memory as [in, out]: CPUs multiply few rows by it faster
+            self.weight = self.weight.T.contiguous().T
+        *self.rows, self.A = self.weight.split([*map(len, weights), self.rank])  # each part's own, views
         if self.shared:
             for base, rows in zip(self.bases, self.rows):
                 base.weight.data = rows
-        self.bias = new(sum(self.outs) + self.rank) if self.bases[0].bias is not None else None
-        self.B = new(sum(self.outs), self.rank) if self.rank else None
-
-    def _hold(self, weight):
-        self.weight = weight
-        *self.rows, self.A = weight.split([*self.outs, self.rank])  # each part's own, views
-
-    def release(self):
-        """Let go of weights that were gathered."""
-        if self.split:
-            self.weight = self.rows = self.A = None
+        self.B = self.weight.new_zeros(len(self.weight) - self.rank, self.rank)
+        self.bias = None if first.bias is None else self.weight.new_zeros(len(self.weight))
 
     @torch.no_grad()
     def refresh(self):
-        """Take over the present weights, biases and active adapters of the modules; gather split weights."""
-        if self.quantized:
+        """Take over the present weights, biases and active adapters of the modules."""
+        if self.apart:
+            self.weight = self.bases[0].weight  # the head's is read
             return
-        if self.weight is None:
-            self._hold(torch.empty(sum(self.outs) + self.rank, self.bases[0].in_features,
-                                   dtype=self.dtype, device=self.bases[0].weight.device))
-            self.A.zero_()
         if self.bias is not None:
-            self.bias[:sum(self.outs)] = torch.cat([base.bias for base in self.bases])
-        if self.B is not None:
-            self.B.zero_()
+            self.bias[:len(self.B)] = torch.cat([base.bias for base in self.bases])
+        self.B.zero_()
         out = rank = 0
         for part, base, rows in zip(self.parts, self.bases, self.rows):
             if not self.shared:
-                rows.copy_(shard.whole(base.weight))
-            if isinstance(part, LoRALinear) and part.active:
-                A, B, scale = part.A[part.active], part.B[part.active], part.scale[part.active]
+                rows.copy_(base.weight)
+            if active := getattr(part, "active", None):
+                A, B, scale = part.A[active], part.B[active], part.scale[active]
                 if self.merge:
                     rows.addmm_(B, A, alpha=scale)
                 else:
@@ -1037,10 +943,10 @@ class FusedLinear:
             out += len(rows)
 
     def __call__(self, x):
-        if self.quantized:
+        if self.apart:
             return torch.cat([part(x) for part in self.parts], -1)
         y = F.linear(x, self.weight, self.bias)
-        if self.B is None:
+        if not self.rank:
             return y
         y, low_rank = y.split([len(self.B), self.rank], -1)
         return y.addmm_(low_rank, self.B.T)
@@ -1048,14 +954,13 @@ class FusedLinear:
 
 # Copied from grpo.py::SamplerLayer
 class SamplerLayer:
-    """One decoder layer of the Llama family, written out: x [N, D] -> [N, D], for any N tokens of any rows.
+    """One decoder layer of the Llama family, written out for one token of each row: x [N, D] -> [N, D].
 
     Covers grouped-query attention, q/k norms (Qwen3), norms around blocks and (1 + weight) norms (Gemma).
-    by_layer: split weights are gathered at each call and let go after it.
     """
 
-    def __init__(self, layer, dtype, by_layer=False):
-        attn, mlp, self.by_layer = layer.self_attn, layer.mlp, by_layer
+    def __init__(self, layer, dtype):
+        attn, mlp = layer.self_attn, layer.mlp
         self.qkv = FusedLinear([attn.q_proj, attn.k_proj, attn.v_proj], dtype)
         self.out = FusedLinear([attn.o_proj], dtype)
         self.gate_up = FusedLinear([mlp.gate_proj, mlp.up_proj], dtype)
@@ -1071,34 +976,26 @@ class SamplerLayer:
         self.heads = attn.q_proj.out_features // self.head_dim
         self.kv_heads = attn.k_proj.out_features // self.head_dim
         self.scale, self.softcap = attn.scaling, getattr(attn, "attn_logit_softcapping", None)
-        self.kernels = None  # on CUDA: common/kernels.py
+        self.kernels = models.decode_kernels(self, dtype, self.attn_norm.weight.device)
 
     def refresh(self):
         for part in (self.qkv, self.out, self.gate_up, self.down):
             part.refresh()
 
-    def release(self):
-        for part in (self.qkv, self.out, self.gate_up, self.down):
-            part.release()
-
-    def __call__(self, x, y, attend):
+    def __call__(self, x, y, cache, *where):
         """x, y -> x, y [N, D]: the residual stream, and the last block's output that is not yet added to it.
 
-        attend(qkv [N, H + 2 Hkv, K]) -> [N, H K] turns q and k by their positions and keeps k and v.
+        cache: keys and values [2, slots, Hkv, length, K]; where: as `attend` takes it.
         """
-        if self.by_layer:
-            self.refresh()
         x, normed = self.add_norm(x, y, self.attn_norm)
-        qkv = self.qkv(normed).view(len(x), -1, self.head_dim)
+        qkv = self.qkv(normed).view(len(x), -1, self.head_dim)  # [N, H + 2 Hkv, K]
         if self.q_norm:
             q, k = qkv[:, :self.heads], qkv[:, self.heads:-self.kv_heads]
             q.copy_(self.q_norm(q))
             k.copy_(self.k_norm(k))
-        y = self.out(attend(qkv))
+        y = self.out(self.attend(qkv, cache, *where))
         x, normed = self.add_norm(x, self.attn_out_norm(y) if self.attn_out_norm else y, self.mlp_norm)
         y = self.down(self.swiglu(self.gate_up(normed)))
-        if self.by_layer:
-            self.release()
         return x, self.mlp_out_norm(y) if self.mlp_out_norm else y
 
     def add_norm(self, x, y, norm):
@@ -1113,197 +1010,112 @@ class SamplerLayer:
         gate, up = x.chunk(2, -1)
         return self.act(gate) * up
 
+    def attend(self, qkv, cache, rows, positions, cos, sin, bias):
+        """Turn q and k by their positions (RoFormer, arXiv 2104.09864 eq. 34), keep k and v: -> [N, H K].
 
-# Copied from grpo.py::rotate
-def rotate(qkv, kv_heads, cos, sin):
-    """Turn q and k in place by rotary embedding: qkv [N, H + 2 Hkv, K] -> q [N, H, K], kv [N, 2, Hkv, K].
-
-    cos, sin [N, 1, K], sine signed as the rotated half. Source: RoFormer, arXiv 2104.09864 eq. 34.
-    """
-    qk = qkv[:, :-kv_heads]
-    torch.addcmul(qk * cos, qk.roll(qk.shape[-1] // 2, -1), sin, out=qk)
-    return qk[:, :-kv_heads], qkv[:, -2 * kv_heads:].unflatten(1, (2, kv_heads))
-
-
-# Copied from grpo.py::attention
-def attention(q, k, v, bias, scale, softcap):
-    """Softmax attention. Shapes: q [B, H, Q, K]; k, v [B, H, S, K]; bias [.., S] on scores, 0 or -inf."""
-    if q.is_cuda and not softcap:
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=scale)
-    scores = (q * scale) @ k.transpose(-1, -2)  # CPU: two plain products beat the fused kernel at this size
-    if softcap:
-        scores = softcap * torch.tanh(scores / softcap)
-    return scores.add_(bias).softmax(-1, dtype=torch.float32).to(q.dtype) @ v
+        cos, sin: of all positions for the kernels, else [N, 1, K], sine signed as the rotated half; bias
+        [N, 1, 1, S] on scores, 0 or -inf: the S first columns of the cache are read.
+        """
+        if self.kernels:
+            return self.kernels.attend(qkv, cos, sin, positions, *cache, self.scale)
+        n, Hkv, K, qk = len(qkv), self.kv_heads, self.head_dim, qkv[:, :-self.kv_heads]
+        torch.addcmul(qk * cos, qk.roll(K // 2, -1), sin, out=qk)
+        cache[:, rows, :, positions] = qkv[:, -2 * Hkv:].view(n, 2, Hkv, K)
+        q = qkv[:, :self.heads].view(n, Hkv, -1, K)  # heads of one key: as queries
+        k, v = cache[:, :n, :, :bias.shape[-1]]
+        if q.is_cuda and not self.softcap:
+            return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=self.scale).reshape(n, -1)
+        scores = (q * self.scale) @ k.transpose(-1, -2)  # CPU: two plain products beat the fused kernel here
+        if self.softcap:
+            scores = self.softcap * torch.tanh(scores / self.softcap)
+        return (scores.add_(bias).softmax(-1, dtype=torch.float32).to(q.dtype) @ v).reshape(n, -1)
 
 
 # Copied from grpo.py::Sampler
 class Sampler:
     """Samples completions by continuous batching in a static KV cache of `slots` rows, one token a step each.
 
-    A row that ends leaves at once: the last live row moves into its slot, so that the live ones are always
-    the first, and the next waiting row is admitted behind them. A prompt is prefilled once for all its
-    samples. Attention reads the cache only up to the longest live row, in blocks, or, by the kernels for
-    CUDA, each row's own keys. There a step is a captured graph for each block of rows, and the host looks at
-    the tokens only every `sync_every` steps; what a row drew past its end is thrown away. The weights of a
-    model that is split over ranks are gathered for the time of `sample`, or, `by_layer`, each layer's for its
-    turn in each pass; no graph is captured then, for it would hold their addresses.
+    The state of a row is on the device: token ids, log-probs and noise by position, the position of its last
+    token and that of its end. A row that has ended stands still; when the host looks, every `sync_every`
+    steps, the last live rows move into the slots of those that ended, so that the live ones are always the
+    first, and waiting rows come in behind them. A prompt is prefilled by the model's own pass, once for the
+    samples of it that begin together. Attention reads the cache up to the longest live row, in blocks, or, by
+    the kernels for CUDA, each row's own keys. There a step is a captured graph for each block of rows.
     """
 
-    def __init__(self, model, stop_ids, slots=256, dtype=None, sync_every=None, graphs=None, by_layer=False):
+    def __init__(self, model, stop_ids, slots=256, dtype=None, sync_every=None, graphs=None):
         self.model, self.stop_ids, self.slots = model, set(stop_ids), slots
-        self.device = model.get_input_embeddings().weight.device
-        self.dtype = dtype or model.get_input_embeddings().weight.dtype
+        head = model.get_output_embeddings()
+        self.device, self.dtype = head.weight.device, dtype or head.weight.dtype
         on_gpu = self.device.type == "cuda"
         self.sync_every = sync_every or (8 if on_gpu else 1)
-        self.split = shard.is_split(model.get_input_embeddings().weight)
-        self.by_layer = by_layer and self.split
         self.block, self.row_block = (256, 32) if on_gpu else (16, 1)
-        self.layers = [SamplerLayer(layer, self.dtype, self.by_layer) for layer in model.base_model.layers]
-        self.use_graphs = (on_gpu if graphs is None else graphs) and not (
-            self.split or self.layers[0].qkv.quantized)
-        self.kernels = models.decode_kernels(self.layers[0], self.dtype) if on_gpu else None
-        for layer in self.layers:
-            layer.kernels = self.kernels
-        self.head = FusedLinear([model.get_output_embeddings()], self.dtype)
+        self.layers = [SamplerLayer(layer, self.dtype) for layer in model.base_model.layers]
+        self.head = FusedLinear([head], self.dtype)
+        self.kernels = self.layers[0].kernels
+        self.use_graphs = (on_gpu if graphs is None else graphs) and not self.layers[0].qkv.apart
         self.softcap = getattr(model.config, "final_logit_softcapping", None)
-        self.cache = None
-        self.graphs = {}
-
-    def _gather(self):
-        """Take over the present weights; what is split is gathered, which all ranks do together."""
-        dist.lockstep = self.split
-        for part in (self.head,) if self.by_layer else (*self.layers, self.head):
-            part.refresh()
-        if self.split:
-            embedding, head = self.model.get_input_embeddings(), self.model.get_output_embeddings()
-            self.embedding = (self.head.weight if embedding.weight is head.weight
-                              else shard.whole(embedding.weight).to(self.dtype))
-        dist.lockstep = self.by_layer
-
-    def _release(self):
-        """Let go of gathered weights."""
-        if self.split:
-            self.embedding = None
-            for part in (*self.layers, self.head):
-                part.release()
-
-    def _leave_together(self):
-        """Join in the passes of ranks that still sample: none of them waits for this one's weights."""
-        while self.by_layer and dist.any_rank(False, self.device):
-            for layer in self.layers:
-                layer.refresh()
-                layer.release()
-        dist.lockstep = False
-
-    def _embed(self, ids):
-        module = self.model.get_input_embeddings()
-        if not self.split:
-            return module(ids).to(self.dtype)
-        if self.by_layer:  # a pass begins: those in `_leave_together` join in
-            dist.any_rank(True, self.device)
-        x, scale = F.embedding(ids, self.embedding), getattr(module, "embed_scale", None)  # Gemma's
-        return x if scale is None else x * scale.to(x.dtype)
-
-    def _rounded(self, rows):
-        """Rows of a step: whole row blocks, or all slots; they do not depend on what was sampled before."""
-        return min(self.slots, -(-rows // self.row_block) * self.row_block)
+        self.cache, self.graphs = None, {}
 
     def cache_bytes(self, length):
         """What the keys and values of all slots take, for prompts and completions of `length` tokens."""
-        layer = self.layers[0]
-        return (len(self.layers) * 2 * self.slots * layer.kv_heads * layer.head_dim
-                * (length + self.sync_every + self.block) * self.dtype.itemsize)
+        columns, layer = length + 1 + self.block, self.layers[0]
+        return (2 * len(self.layers) * self.slots * layer.kv_heads * columns * layer.head_dim
+                * self.dtype.itemsize)
 
-    def _allocate(self, slots, length):
-        """Make the cache [L, 2, slots, Hkv, length, K] and the buffers of a step large enough."""
-        if (self.cache is not None and slots <= self.cache.shape[2] <= self.slots
-                and length <= self.cache.shape[4]):
+    def _allocate(self, rows, length):
+        """Make cache and state large enough for so many rows, in whole row blocks, of `length` tokens."""
+        slots = min(self.slots, math.ceil(rows / self.row_block) * self.row_block)
+        if self.cache is not None and slots <= len(self.ids) <= self.slots and length < self.ids.shape[1]:
             return
         self.cache = self.graphs = self.pool = None  # free the old ones before the new are made
-        layer, new = self.layers[0], partial(torch.zeros, device=self.device)
-        length = -(-length // self.block) * self.block
-        self.cache = new(len(self.layers), 2, slots, layer.kv_heads, length, layer.head_dim, dtype=self.dtype)
-        self.graphs, self.rows = {}, torch.arange(slots, device=self.device)
-        self.tokens, self.positions = (new(slots, dtype=torch.int64) for _ in range(2))
-        self.noise = new(slots, length)
-        self.drawn = new(self.sync_every, slots, dtype=torch.int64), new(self.sync_every, slots)
-        self.count = new(1, dtype=torch.int64)
-        self.columns = torch.arange(length, device=self.device)
-        cos, sin = self.model.base_model.rotary_emb(  # [1, length, K]
-            new(1, dtype=self.dtype), self.columns[None])
-        half = cos.shape[-1] // 2
-        self.cos = cos[0, :, None]
-        self.sin = torch.cat([-sin[0, :, :half], sin[0, :, half:]], -1)[:, None]
+        columns, new = math.ceil((length + 1) / self.block) * self.block, partial(
+            torch.zeros, device=self.device)
+        self.cache = new(len(self.layers), 2, slots, self.layers[0].kv_heads, columns,
+                         self.layers[0].head_dim, dtype=self.dtype)
+        self.ids = new(slots, columns, dtype=torch.int64)
+        self.logprobs, self.noise = new(slots, columns), new(slots, columns)
+        self.state = new(2, slots, dtype=torch.int64)
+        self.positions, self.ends = self.state
+        self.rows, self.columns = (torch.arange(n, device=self.device) for n in (slots, columns))
+        self.stops, self.graphs = new(len(self.head.weight), dtype=torch.bool), {}
+        cos, sin = self.model.base_model.rotary_emb(self.cache, self.columns[None])  # [1, columns, K]
+        self.cos, self.sin = cos[0, :, None], sin[0, :, None].clone()
+        self.sin[..., :sin.shape[-1] // 2].neg_()
 
-    def _logits(self, x):
-        logits = head_logits(self.model.base_model.norm(x).to(x.dtype), self.head.weight)
+    def _logits(self, hidden):
+        logits = models.head_logits(hidden.to(self.dtype), self.head.weight.to(self.dtype))
         return self.softcap * torch.tanh(logits / self.softcap) if self.softcap else logits
 
-    def _prefill(self, prompts):
-        """Keys and values of right-padded prompts [L, 2, P, Hkv, T, K], and the logits after each [P, V]."""
-        lengths = torch.tensor([len(prompt) for prompt in prompts])
-        P, T = len(prompts), int(lengths.max())
-        ids = torch.zeros(P, T, dtype=torch.int64)
-        for row, prompt in zip(ids, prompts):
-            row[:len(prompt)] = torch.tensor(prompt)
-        x = self._embed(ids.to(self.device)).flatten(0, 1)  # [P T, D]
-        cos, sin = self.cos[:T].repeat(P, 1, 1), self.sin[:T].repeat(P, 1, 1)
-        kept = x.new_empty(len(self.layers), 2, P, self.layers[0].kv_heads, T, self.layers[0].head_dim)
-        ahead = self.columns[:T] > self.columns[:T, None]
-        bias = torch.zeros(T, T, dtype=self.dtype, device=self.device).masked_fill(ahead, -torch.inf)
-        y = torch.zeros_like(x)
-        for i, layer in enumerate(self.layers):
+    def _append(self, rows, logits, temperature):
+        """Draw a token for each of the slots `rows`, a slice; in place, as all in a step: graph-safe.
 
-            def attend(qkv):
-                q, kv = rotate(qkv, layer.kv_heads, cos, sin)
-                q, k, v = (t.unflatten(0, (P, T)).transpose(1, 2) for t in (q, kv[:, 0], kv[:, 1]))
-                kept[i, 0], kept[i, 1] = k, v
-                if self.kernels:
-                    y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True,
-                                                       scale=layer.scale)
-                else:
-                    k, v = (t.repeat_interleave(layer.heads // layer.kv_heads, 1) for t in (k, v))
-                    y = attention(q, k, v, bias, layer.scale, layer.softcap)
-                return y.transpose(1, 2).reshape(P * T, -1)
-
-            x, y = layer(x, y, attend)
-        last = torch.arange(P) * T + lengths - 1
-        return kept, self._logits((x + y)[last.to(self.device)])
+        A row that has ended draws as well, but does not move on: its token is not read.
+        """
+        positions, ends = self.positions[rows], self.ends[rows]
+        at = positions[:, None] + 1
+        tokens, logprobs = draw(logits, temperature, self.noise[rows].gather(1, at).squeeze(1))
+        self.ids[rows].scatter_(1, at, tokens[:, None])
+        self.logprobs[rows].scatter_(1, at, logprobs[:, None])
+        positions += positions < ends
+        torch.where(self.stops[tokens], positions, ends, out=ends)
 
     def _decode(self, n, length, temperature):
-        """One token for each of the first n slots, reading `length` cache columns; in place: graph-safe."""
-        positions, rows = self.positions[:n], self.rows[:n]
-        x = self._embed(self.tokens[:n])  # [n, D]
+        """One token for each of the first n slots, reading `length` columns of the cache."""
+        positions, cos, sin, bias = self.positions[:n], self.cos, self.sin, None
+        ids = self.ids[:n].gather(1, positions[:, None]).squeeze(1)
+        x = self.model.get_input_embeddings()(ids).to(self.dtype)  # [n, D]
         y = torch.zeros_like(x)
         if not self.kernels:
-            cos, sin = self.cos[positions], self.sin[positions]
-            ahead = self.columns[:length] > positions[:, None]
-            bias = torch.zeros(n, length, dtype=self.dtype, device=self.device).masked_fill(
-                ahead, -torch.inf)[:, None, None]
-        for layer, cache in zip(self.layers, self.cache):  # [2, slots, Hkv, length, K]
-
-            def attend(qkv):
-                if self.kernels:
-                    return self.kernels.attend(qkv, self.cos, self.sin, positions, *cache, layer.scale)
-                q, kv = rotate(qkv, layer.kv_heads, cos, sin)
-                cache[:, rows, :, positions] = kv
-                keys, values = cache[:, :n, :, :length]
-                q = q.reshape(n, layer.kv_heads, -1, layer.head_dim)  # heads of one key: as if a query each
-                return attention(q, keys, values, bias, layer.scale, layer.softcap).reshape(n, -1)
-
-            x, y = layer(x, y, attend)
-        positions += 1
-        tokens, logprobs = draw(self._logits(x + y), temperature,
-                                self.noise[:n].gather(1, positions[:, None]).squeeze(1))
-        self.tokens[:n] = tokens
-        self.drawn[0][:, :n].index_copy_(0, self.count, tokens[None])
-        self.drawn[1][:, :n].index_copy_(0, self.count, logprobs[None])
-        self.count += 1
+            cos, sin, ahead = cos[positions], sin[positions], self.columns[:length] > positions[:, None]
+            bias = torch.where(ahead, -torch.inf, 0.0).to(self.dtype)[:, None, None]
+        for layer, cache in zip(self.layers, self.cache):
+            x, y = layer(x, y, cache, self.rows[:n], positions, cos, sin, bias)
+        self._append(slice(n), self._logits(self.model.base_model.norm(x + y)), temperature)
 
     def _run(self, n, length, temperature):
-        """`sync_every` steps; returns their tokens and log-probs as lists [n][steps]."""
-        self.count.zero_()
-        key = (n, length, temperature)
+        """`sync_every` times `_decode`, from a graph where there is one."""
+        key = n, length, temperature
         for _ in range(self.sync_every):
             if key in self.graphs:
                 self.graphs[key].replay()
@@ -1314,7 +1126,44 @@ class Sampler:
                 with torch.cuda.graph(graph, pool=self.pool):
                     self._decode(n, length, temperature)
                 self.graphs[key] = graph  # here, not before: half a graph would draw nonsense
-        return [drawn[:, :n].T.tolist() for drawn in self.drawn]
+
+    def _admit(self, first, prompts, keys, max_new_tokens, temperature):
+        """Prefill the prompts; each key of each begins a row, from slot `first` on, by its first token."""
+        ids = nn.utils.rnn.pad_sequence([torch.tensor(prompt) for prompt in prompts], batch_first=True)
+        lasts = torch.tensor([len(prompt) - 1 for prompt in prompts], device=self.device)
+        of, keys = torch.tensor([(p, key) for p, of_prompt in enumerate(keys) for key in of_prompt],
+                                device=self.device).T
+        training = self.model.training
+        if getattr(self.model.base_model.layers[0], "gradient_checkpointing", False):
+            self.model.eval()  # or it would drop the cache
+        try:
+            output = self.model.base_model(input_ids=ids.to(self.device), use_cache=True)
+        finally:
+            if self.model.training != training:
+                self.model.train(training)
+        rows, T = slice(first, first + len(of)), ids.shape[1]
+        for cache, layer in zip(self.cache, output.past_key_values.layers):
+            cache[0, rows, :, :T] = layer.keys.index_select(0, of)
+            cache[1, rows, :, :T] = layer.values.index_select(0, of)
+        self.noise[rows] = uniform(keys[:, None], self.columns)
+        self.positions[rows], self.ends[rows] = lasts[of], lasts[of] + max_new_tokens
+        logits = self._logits(output.last_hidden_state[self.rows[:len(prompts)], lasts])
+        self._append(rows, logits[of], temperature)
+
+    def _leave(self, ended, live, positions):
+        """Ids and log-probs of the rows that ended, by position; the last live rows move into their slots."""
+        slots = torch.tensor(ended, device=self.device)
+        rows = self.ids[slots].cpu(), self.logprobs[slots].cpu()
+        n = len(live) - len(ended)
+        for slot, start in zip(ended, [slot for slot in range(n, len(live)) if slot not in ended]):
+            filled = positions[start] + 1
+            self.cache[:, :, slot, :, :filled] = self.cache[:, :, start, :, :filled]
+            for of_rows in (self.ids, self.logprobs, self.noise, self.state.T):
+                of_rows[slot] = of_rows[start]
+            live[slot] = live[start]
+        self.state[:, n:] = 0  # a free slot inside the row block still steps: at the first position
+        del live[n:]
+        return rows
 
     @torch.inference_mode()
     def sample(self, prompts, keys, max_new_tokens, temperature=1.0, progress=None):
@@ -1327,88 +1176,42 @@ class Sampler:
         """
         if not all(prompts):
             raise ValueError("a prompt has no tokens; there is nothing to continue")
-        done = [[Completion([], [], False) for _ in row] for row in keys]
+        done = [[None] * len(row) for row in keys]
         waiting = deque((p, g) for p, row in enumerate(keys) for g in range(len(row)))
-        if not waiting and not self.split:
+        if not waiting:
             return done
-        total, live, prefilled = len(waiting), [], {}
-        self._gather()
-        if waiting:
-            self._allocate(self._rounded(total), max(map(len, prompts)) + max_new_tokens + self.sync_every)
-            slots = self.cache.shape[2]
-
-        def record(slot_rows, tokens, logprobs):
-            """Append draws [slots][steps], up to each row's end; returns the slots whose row has ended."""
-            ended = []
-            for slot, ((p, g), ids, of_ids) in enumerate(zip(slot_rows, tokens, logprobs)):
-                row = done[p][g]
-                ids = ids[:max_new_tokens - len(row.ids)]
-                row.finished = not self.stop_ids.isdisjoint(ids)
-                if row.finished:  # what it drew after its end is thrown away
-                    ids = ids[:1 + next(i for i, token in enumerate(ids) if token in self.stop_ids)]
-                row.ids += ids
-                row.logprobs += of_ids[:len(ids)]
-                if row.finished or len(row.ids) == max_new_tokens:
-                    ended.append(slot)
-            return ended
-
-        def leave(ended):
-            rows = [(p, g, done[p][g]) for p, g in (live[slot] for slot in ended)]
-            for slot in sorted(ended, reverse=True):
-                last = len(live) - 1
-                if slot != last:
-                    p, g = live[last]
-                    filled = len(prompts[p]) + len(done[p][g].ids)
-                    self.cache[:, :, slot, :, :filled] = self.cache[:, :, last, :, :filled]
-                    for buffer in (self.tokens, self.positions, self.noise):
-                        buffer[slot] = buffer[last]
-                    live[slot] = live[last]
-                live.pop()
-            if progress and rows:
-                progress(total - len(waiting) - len(live), total, rows)
-
-        def admit():
-            new = [waiting.popleft() for _ in range(min(slots - len(live), len(waiting)))]
-            fresh = [p for p in dict.fromkeys(p for p, _ in new) if p not in prefilled]
-            while fresh:  # a bounded number of prompt tokens at a time
-                size = max(1, 16384 // max(len(prompts[p]) for p in fresh))
-                part, fresh = fresh[:size], fresh[size:]
-                kept, logits = self._prefill([prompts[p] for p in part])
-                prefilled.update((p, (kept[:, :, j, :, :len(prompts[p])], logits[j]))
-                                 for j, p in enumerate(part))
-            first = len(live)
-            for p, samples in itertools.groupby(new, key=lambda row: row[0]):
-                n, kept = len(list(samples)), prefilled[p][0]
-                self.cache[:, :, first:first + n, :, :kept.shape[-2]] = kept[:, :, None]
-                first += n
-            slot = slice(len(live), first)
-            row_keys = torch.tensor([keys[p][g] for p, g in new], device=self.device)
-            self.noise[slot] = uniform(row_keys[:, None], self.columns)
-            self.positions[slot] = torch.tensor([len(prompts[p]) for p, _ in new], device=self.device)
-            logits = torch.stack([prefilled[p][1] for p, _ in new])
-            u = self.noise[slot].gather(1, self.positions[slot, None]).squeeze(1)
-            tokens, logprobs = draw(logits, temperature, u)
-            self.tokens[slot] = tokens
-            ended = [len(live) + j for j in record(new, tokens[:, None].tolist(), logprobs[:, None].tolist())]
-            live.extend(new)
-            still = {p for p, _ in waiting}
-            for p in [p for p in prefilled if p not in still]:
-                del prefilled[p]
-            leave(ended)
-
+        total, live, longest = len(waiting), [], 0  # live: (p, g) of the first slots; longest: its positions
+        for part in (*self.layers, self.head):
+            part.refresh()
+        self._allocate(total, max(map(len, prompts)) + max_new_tokens)
+        self.state.zero_()
+        self.stops.zero_()[[token for token in self.stop_ids if token < len(self.stops)]] = True
+        slots, columns = self.ids.shape
+        at_once = max(1, 16384 // max(map(len, prompts)))  # prompts prefilled
         while waiting or live:
-            while waiting and slots - len(live) >= max(1, min(slots // 8, len(waiting))):
-                admit()
-            if not live:
+            if waiting and slots - len(live) >= max(1, min(slots // 4, len(waiting))):
+                first, new = len(live), {}  # new: the keys of each prompt
+                while waiting and len(live) < slots and (len(new) < at_once or waiting[0][0] in new):
+                    p, g = waiting.popleft()
+                    new.setdefault(p, []).append(keys[p][g])
+                    live.append((p, g))
+                self._admit(first, [prompts[p] for p in new], new.values(), max_new_tokens, temperature)
+            else:
+                n = min(slots, math.ceil(len(live) / self.row_block) * self.row_block)
+                length = math.ceil((longest + 1 + self.sync_every) / self.block) * self.block
+                self._run(n, columns if self.kernels else min(columns, length), temperature)
+            positions, ends = self.state[:, :len(live)].tolist()  # the host looks
+            ended = [slot for slot, end in enumerate(ends) if positions[slot] == end]
+            longest = max((at for at, end in zip(positions, ends) if at < end), default=0)
+            if not ended:
                 continue
-            n = self._rounded(len(live))
-            self.positions[len(live):n] = 0  # a free slot inside the row block still steps: keep it in bounds
-            longest = max(len(prompts[p]) + len(done[p][g].ids) for p, g in live) + self.sync_every
-            columns = self.cache.shape[4]  # the kernels take all: they read what is live
-            length = columns if self.kernels else min(columns, -(-longest // self.block) * self.block)
-            leave(record(live, *self._run(n, length, temperature)))
-        self._leave_together()
-        self._release()
+            left = [live[slot] for slot in ended]
+            for slot, (p, g), ids, logprobs in zip(ended, left, *self._leave(ended, live, positions)):
+                row = slice(len(prompts[p]), positions[slot] + 1)
+                ids = ids[row].tolist()
+                done[p][g] = Completion(ids, logprobs[row].tolist(), ids[-1] in self.stop_ids)
+            if progress:
+                progress(total - len(waiting) - len(live), total, [(p, g, done[p][g]) for p, g in left])
         return done
 
 
@@ -1424,7 +1227,8 @@ def sample_all(sampler, prompt_ids, keys, max_new_tokens, temperature, run, prog
             sampler.slots, sampler.cache, sampler.graphs = slots, None, {}
         return sampler.sample(prompt_ids, keys, max_new_tokens, temperature, progress)
 
-    return retry_smaller(attempt, min(sampler.slots, most_rows), run.device, 1, "slots")[0]
+    with shard.whole_model(sampler.model):
+        return retry_smaller(attempt, min(sampler.slots, most_rows), run.device, 1, "slots")[0]
 
 
 # Copied from grpo.py::learning_rate

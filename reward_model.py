@@ -150,7 +150,7 @@ def accumulate_gradients(model, head, comparisons, args, n_questions, tokens_per
     model.zero_grad()  # of an attempt that ran out of memory
     head.grad = None
     names, sums = ("loss", "accuracy", "margin", "chosen", "rejected"), Counter()
-    batches = pack([c.padded() for c in comparisons], tokens_per_batch)
+    batches = split_by_length([c.padded() for c in comparisons], tokens_per_batch)
     for picked in shard.micro_batches(model, batches, partial(no_scores, model, head)):
         batch = [comparisons[i] for i in picked]
         margins = torch.tensor([args.margin * c.preference.margin for c in batch]).to(device)
@@ -177,7 +177,7 @@ def score_all(model, head, comparisons, tokens_per_batch):
     """The scores of each comparison's replies, a tensor [N] for each, on the CPU."""
     rows = [row for c in comparisons for row in c.rows]
     scores = torch.zeros(len(rows))
-    for picked in shard.micro_batches(model, pack(list(map(len, rows)), tokens_per_batch),
+    for picked in shard.micro_batches(model, split_by_length(list(map(len, rows)), tokens_per_batch),
                                       partial(no_scores, model, head)):
         scores[picked] = models.last_token_scores(model, head, [rows[i] for i in picked]).cpu()
     return scores.split([len(c.rows) for c in comparisons])
@@ -472,8 +472,8 @@ def merged_state_dict(model) -> dict[str, torch.Tensor]:
     return state
 
 
-# Copied from grpo.py::pack
-def pack(lengths, tokens_per_batch):
+# Copied from grpo.py::split_by_length
+def split_by_length(lengths, tokens_per_batch):
     """Split rows into micro-batches of similar length: lists of row numbers, each row once.
 
     A micro-batch, padded to its longest row, holds at most tokens_per_batch tokens (one row may exceed it).
@@ -481,21 +481,17 @@ def pack(lengths, tokens_per_batch):
     micro-batch counts tokens_per_batch / 8 more: a pass has a cost of its own, on a GPU launches.
     """
     rows = sorted(range(len(lengths)), key=lambda row: -lengths[row])
-    least, begin = [0.0], [0]  # of the first n rows: the least cost, and where their last micro-batch begins
+    best = [(0.0, [])]  # of the first n rows: the least cost, and how they are cut
     for n in range(1, len(rows) + 1):
-        costs = {}
+        ways = []  # (cost, minus where the last micro-batch starts)
         for start in range(n - 1, -1, -1):
             padded = (n - start) * lengths[rows[start]]
-            if padded > tokens_per_batch and costs:
+            if padded > tokens_per_batch and ways:
                 break
-            costs[start] = least[start] + padded + tokens_per_batch / 8
-        begin.append(min(costs, key=costs.get))
-        least.append(costs[begin[n]])
-    batches, end = [], len(rows)
-    while end:
-        batches.append(rows[begin[end]:end])
-        end = begin[end]
-    return batches[::-1]
+            ways.append((best[start][0] + padded + tokens_per_batch / 8, -start))
+        cost, start = min(ways)
+        best.append((cost, [*best[-start][1], rows[-start:n]]))
+    return best[-1][1]
 
 
 # Copied from grpo.py::learning_rate

@@ -44,7 +44,6 @@ class Setup:
     prompt: int = 1  # tokens of the longest prompt
     samples: int = 1  # of each prompt
     ranks: int = 1  # over which --shard splits the weights
-    reshard: bool = False
     on_gpu: bool = True
 
     def __post_init__(self):
@@ -127,10 +126,10 @@ def sampler_weights(m, s):
 
 
 def cache(m, s):
-    """Sampler._allocate: [L, 2, slots, Hkv, length, K] and noise; the logits of a captured step stay, too."""
-    block, sync = (256, 8) if s.on_gpu else (16, 1)  # Sampler.__init__
-    length = -(-(s.length + sync) // block) * block
-    return s.slots * (length * (2 * m.L * m.kv * s.e + 4) + s.on_gpu * step_logits(m, s))
+    """Sampler._allocate: [L, 2, slots, Hkv, length, K], ids, log-probs and noise; on CUDA a step's logits, too."""
+    block = 256 if s.on_gpu else 16  # Sampler.__init__
+    length = -(-(s.length + 1) // block) * block
+    return s.slots * (length * (2 * m.L * m.kv * s.e + 16) + s.on_gpu * step_logits(m, s))
 
 
 def step_logits(m, s):
@@ -139,20 +138,18 @@ def step_logits(m, s):
 
 
 def sampling(m, s):
-    """Keys and values of the prompts, and the largest of: a layer of _prefill (its q, k, v, and gate, up,
-    activation and product or, on the CPU, the scores twice), the logits in `admit`, those of _decode. Weights
-    not there in the dtype come on top: split ones gathered, all of them or (--reshard) a layer, embeddings
-    and head; a matrix of NF4.
+    """Keys and values of the prompts, and the largest of: a layer of the model's pass (its q, k, v, and
+    activation, up and product or, soft-capped, the scores twice), the logits in `_admit`, those of `_decode`.
+    On top come split weights, gathered whole, and a matrix of NF4 in the dtype.
     """
     prompts = -(-s.slots // s.samples)
     rows = min(prompts, max(1, 16384 // s.prompt))  # prefilled at a time
     kept = 2 * m.L * m.kv * prompts * s.prompt * s.e
-    attention = 3 * m.q * s.e + (0 if s.on_gpu else 8 * m.H * s.prompt)
-    layer = rows * s.prompt * ((3 * m.D + 2 * m.q + 3 * m.kv) * s.e + max(4 * m.mlp * s.e, attention))
-    split = s.ranks > 1
-    gathered = split * (m.layer * (1 if s.reshard else m.L) + m.tables) + s.nf4 * m.largest
+    attention = 3 * m.q * s.e + m.softcap * 8 * m.H * s.prompt
+    layer = rows * s.prompt * ((2 * m.D + m.q + 2 * m.kv) * s.e + max(3 * m.mlp * s.e, attention))
+    gathered = (s.ranks > 1) * (m.layer * m.L + m.tables) * (4 if s.full else s.e) + s.nf4 * m.largest * s.e
     admitted = kept + 4 * m.V * (prompts + s.slots)
-    return gathered * s.e + max(kept + layer, admitted, s.slots * step_logits(m, s))
+    return gathered + max(kept + layer, admitted, s.slots * step_logits(m, s))
 
 
 def saved(m, s):
@@ -245,5 +242,5 @@ def of_run(args, script, config, device, row, ranks=1) -> dict:
         "tokens": at_once * row_tokens, "row": row, "one_pass": at_once == rows,
         "checkpointing": get("gradient_checkpointing", False), "slots": slots, "length": length,
         "prompt": max(1, length - get("max_new_tokens")), "samples": samples,
-        "ranks": ranks if get("shard", False) else 1, "reshard": get("reshard", False),
+        "ranks": ranks if get("shard", False) else 1,
         "on_gpu": device.type == "cuda"}

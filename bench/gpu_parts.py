@@ -323,7 +323,7 @@ def check_oom_sampling():
     expected, needed = reserved_by(lambda: sample(new_sampler(model, rows), prompts, rows // 2, new)[1])
     for what, slots, short in (
             ("sampling", 2 * rows, partial(short_of_memory, 0.75 * needed, "Sampler._allocate",
-                                           lambda _, slots, length: slots > rows // 2)),
+                                           lambda of, n, length: min(of.slots, n) > rows // 2)),
             ("capture", 2 * rows, nullcontext), ("capture, all slots in use", rows, nullcontext)):
         sampler = new_sampler(model, slots)
         clean()
@@ -546,10 +546,12 @@ class Shape:
         """The sampler in the middle of `rows` rows; a step is captured. Returns a call of 8 steps."""
         sampler, middle = self.sampler, self.prompt_tokens + self.new // 2
         sampler.slots = rows
-        sampler._gather()
+        for part in (*sampler.layers, sampler.head):
+            part.refresh()
         sampler._allocate(rows, self.prompt_tokens + self.new + sampler.sync_every)
-        sampler.tokens.zero_()
+        sampler.ids.zero_()
         sampler.noise.fill_(0.5)
+        sampler.ends.fill_(len(sampler.columns) - 1)  # no row ends
 
         @torch.inference_mode()
         def steps():
@@ -702,7 +704,6 @@ class Shape:
         @torch.inference_mode()
         def eager():
             sampler.positions.fill_(self.prompt_tokens + self.new // 2)
-            sampler.count.zero_()
             sampler._decode(rows, len(sampler.columns), 1.0)
 
         eager()

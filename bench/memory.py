@@ -106,15 +106,15 @@ def measure(only):
 
 CARDS, RANKS = (24, 40, 80), (2, 4, 8, 16, 32, 64)
 LORA, FULL = "--gradient-checkpointing", "--full --gradient-checkpointing"
-FLAGS = ("", LORA, f"{LORA} --quantize nf4", f"{LORA} --shard", f"{LORA} --shard --reshard",
-         "--full", FULL, f"{FULL} --shard", f"{FULL} --shard --reshard")
+FLAGS = ("", LORA, f"{LORA} --quantize nf4", f"{LORA} --shard",
+         "--full", FULL, f"{FULL} --shard")
 
 
 def per_gpu(shape, settings, flags, ranks, a):
     """GB of grpo.py's peak with `flags`, by part."""
     args = grpo.Args(full="--full" in flags, gradient_checkpointing="checkpointing" in flags, slots=a.slots,
                      dtype="bfloat16", max_new_tokens=a.new, tokens_per_batch=a.tokens_per_batch)
-    args = SimpleNamespace(**vars(args) | {"shard": "--shard" in flags, "reshard": "--reshard" in flags,
+    args = SimpleNamespace(**vars(args) | {"shard": "--shard" in flags,
                                            "quantize": "nf4" if "nf4" in flags else ""})
     setup = estimate.of_run(args, "grpo", settings, torch.device("cuda"), a.prompt + a.new, ranks=ranks)
     return estimate.peak(estimate.estimate(shape, **setup))

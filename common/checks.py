@@ -9,6 +9,8 @@ from functools import partial
 import torch
 from torch import nn
 
+from common import shard
+
 
 def before_training(model, params, sampler, prompt_ids, args, temperature, token_logprobs,
                     completion_logprobs, make_batch, use_adapter):
@@ -21,7 +23,8 @@ def before_training(model, params, sampler, prompt_ids, args, temperature, token
     device = sampler.device
     exact = device.type == "cpu" and sampler.dtype == torch.float32
     measure, limit = (torch.max, 1e-4) if exact else (torch.mean, 0.3)  # rounding to bfloat16 makes up to 0.1
-    samples = sampler.sample(prompt_ids, noise_keys(args.seed, len(prompt_ids)), 16, temperature)
+    with shard.whole_model(model):
+        samples = sampler.sample(prompt_ids, noise_keys(args.seed, len(prompt_ids)), 16, temperature)
     # a row that did not stop by itself gets a stop token, so that each has one to look for
     completion_ids = [c.ids if c.finished else c.ids + [min(sampler.stop_ids, default=0)] for (c,) in samples]
     input_ids, mask = make_batch(prompt_ids, completion_ids, device)
@@ -37,7 +40,7 @@ def before_training(model, params, sampler, prompt_ids, args, temperature, token
         "stop tokens left out": (sum(not row[len(p) + len(c) - 1]
                                      for row, p, c in zip(mask, prompt_ids, completion_ids)), 0),
         **gradients(model)}
-    if not (exact or sampler.split or sampler.layers[0].qkv.quantized):
+    if not (exact or sampler.layers[0].qkv.apart):
         checks["in float64"] = gap_in_float64(
             model, prompt_ids, args.seed, temperature, device, type(sampler), completion_logprobs), 1e-4
     if adapted(model) and not args.resume:
@@ -112,6 +115,8 @@ def gap_in_float64(model, prompt_ids, seed, temperature, device, Sampler, comple
     copies |= {id(b): double(b) for b in embedding.buffers()}  # Gemma's scale
     copies |= {id(B): drawn(0.02, *B.shape) for module in adapted(layers) for B in module.B.values()}
     copies[id(base.layers)] = copy.deepcopy(layers, copies)
+    for i, layer in enumerate(copies[id(base.layers)]):
+        layer.self_attn.layer_idx = i  # its place in the cache of a pass
     small = copy.deepcopy(model, copies)
     small.get_input_embeddings().padding_idx = None
     prompts = [[i % 1024 for i in ids[:8 + 8 * p]] for p, ids in enumerate(prompt_ids)]

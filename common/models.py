@@ -318,9 +318,16 @@ def rms_norm(module, x):
     return F.rms_norm(wide, weight.shape, weight.to(wide.dtype), eps).to(x.dtype)  # autocast makes it float32
 
 
-def decode_kernels(layer, dtype):
-    """common/kernels.py, if Triton works here and it can run SamplerLayers like this one; else None."""
-    kernels = working_kernels() if torch.version.cuda else None
+def head_logits(hidden, weight, out=None):
+    """hidden [N, D] @ weight [V, D].T in float32: bfloat16 logits would be off by hundredths of a nat."""
+    if hidden.is_cuda and torch.version.cuda and hidden.dtype.itemsize < 4:
+        return torch.mm(hidden, weight.T, out_dtype=torch.float32, out=out)
+    return torch.mm(hidden, weight.T, out=out if hidden.dtype == torch.float32 else None).float()
+
+
+def decode_kernels(layer, dtype, device):
+    """common/kernels.py, on CUDA, if Triton works and it can run SamplerLayers like this one; else None."""
+    kernels = working_kernels() if torch.version.cuda and device.type == "cuda" else None
     return kernels if kernels and kernels.fit(layer, dtype) else None
 
 

@@ -75,8 +75,6 @@ class TrainArgs(RunArgs):
     gradient_checkpointing: bool = False
     # split the weights over the ranks of torchrun (FSDP2): the frozen base, or with --full all there is
     shard: bool = False
-    # with --shard, gather them layer by layer while sampling too: slower, for what one GPU cannot hold
-    reshard: bool = False
     # padded tokens per forward and backward pass and GPU, halved if out of memory; 0: what fits, CPU 2048
     tokens_per_batch: int = 0
 
@@ -222,8 +220,6 @@ def check_args(args) -> None:
     An `--out` that holds something or cannot be written, numbers out of range, ways of saving memory that
     exclude each other, pass@k of more samples than there are.
     """
-    if getattr(args, "reshard", False) and not args.shard:
-        raise ValueError("--reshard says when --shard gathers the weights: add --shard")
     if getattr(args, "quantize", "none") != "none":
         reasons = {"full": "4 bits are too coarse to train", "shard": "FSDP2 splits plain weights",
                    "merge": "the adapter belongs to a base in 4 bits"}

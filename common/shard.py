@@ -5,6 +5,7 @@ whole on every rank. FSDP2 gathers a layer when a pass reaches it, on all ranks 
 equally many passes (`micro_batches`), and what asks for `whole` tensors asks on all ranks.
 """
 
+from contextlib import contextmanager
 from functools import lru_cache
 
 import torch
@@ -82,6 +83,30 @@ def split(model, source, device) -> None:
             target.copy_(full)
     # the first pass prepares FSDP's state: not under the sampler's inference mode
     base(input_ids=torch.zeros(1, 1, dtype=torch.int64, device=device), use_cache=False)
+
+
+@contextmanager
+def whole_model(model):
+    """Within the block every rank has the weights of a split model whole. All enter it together.
+
+    Passes in it wait for no other rank: each makes as many as it likes, and leaves when it likes.
+    """
+    parts = [module for module in model.modules() if hasattr(module, "unshard")]
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    tied = head.weight is embedding.weight  # FSDP swaps the embedding's alone
+
+    def swap(whole):
+        for part in parts:
+            part.set_reshard_after_forward(not whole, recurse=False)
+            part.unshard() if whole else part.reshard()
+        if tied:
+            head.weight = embedding.weight
+
+    swap(whole=True)
+    try:
+        yield
+    finally:
+        swap(whole=False)
 
 
 def micro_batches(model, batches, *forwards):

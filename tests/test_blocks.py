@@ -650,7 +650,7 @@ def test_fused_projections_equal_the_modules(dtype, tolerance):
         fused.refresh()
         expected = torch.cat([part(x) for part in parts], 1)
         assert (fused(x).float() - expected.float()).abs().max() <= tolerance
-    assert fused.merge == (dtype == torch.float32) and (fused.B is None) == fused.merge
+    assert fused.merge == (dtype == torch.float32) and (fused.rank == 0) == fused.merge
 
 
 @pytest.mark.parametrize("kind", ["qwen2", "llama", "gemma2"])
@@ -731,18 +731,23 @@ def shift_positions(monkeypatch):
 
 
 def leave_out_adapters(end, monkeypatch):
-    """Of the projections whose name ends so."""
-    gather = Sampler._gather
+    """Of the projections whose name ends so, once the prompt is prefilled."""
+    sample, refresh = Sampler.sample, SamplerLayer.refresh
 
-    def partly(self):
+    def partly(self, *args, **more):
         left_out = [module for path, module in lora_modules(self.model).items() if path.endswith(end)]
-        for module in left_out:
-            module.active = None
-        gather(self)
-        for module in left_out:
-            module.active = "policy" if module.A else None
 
-    monkeypatch.setattr(Sampler, "_gather", partly)
+        def refresh_without(layer):
+            for module in left_out:
+                module.active = None
+            refresh(layer)
+            for module in left_out:
+                module.active = "policy" if module.A else None
+
+        monkeypatch.setattr(SamplerLayer, "refresh", refresh_without)
+        return sample(self, *args, **more)
+
+    monkeypatch.setattr(Sampler, "sample", partly)
 
 
 def change_norms(name, change, monkeypatch):

@@ -9,6 +9,8 @@ import re
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).resolve().parents[1]
 MARKER = re.compile(r"# (Copied|Adapted) from (\w+\.py)::(\w+)(: \S.*)?")
 EACH_ITS_OWN = {"Args", "State", "main", "check", "evaluate", "accumulate_gradients"}  # every script has its own
@@ -151,6 +153,25 @@ def test_fix_rewrites_the_copy_alone():
     fixed = fix({"a.py": HOME, "b.py": drifted})
     assert fixed["a.py"] == HOME
     assert fixed["b.py"] == "x = 1\n\n\n" + COPY + "\n\ny = 2\n"
+
+
+ABOVE = {"grpo.py": 500, "ppo.py": 620, "star.py": 580, "dpo.py": 420, "eval.py": 420, "reward_model.py": 340,
+         "sft.py": 240}  # lines of the method, above the ruled line
+RULE = ("# Shared blocks, word for word in every script that has them (tests/test_copies.py): LoRA, log-probs, "
+        "sampler")
+
+
+@pytest.mark.parametrize("name", ABOVE)
+def test_a_script_is_short_enough_to_read_whole(name):
+    """Its method, its main (flat: no function in it), its blocks; no line longer than 110 columns."""
+    source = (ROOT / name).read_text(encoding="utf-8")
+    lines = source.splitlines()
+    assert lines.index(RULE) - 1 <= ABOVE[name] and len(lines) - lines.index(RULE) <= 650
+    main = next(node for node in ast.parse(source).body if getattr(node, "name", "") == "main")
+    assert main.end_lineno - main.lineno < 125
+    inside = [node for node in ast.walk(main) if isinstance(node, ast.FunctionDef | ast.Lambda)]
+    assert inside == [main]
+    assert max(map(len, lines)) <= 110
 
 
 if __name__ == "__main__":

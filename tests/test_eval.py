@@ -7,9 +7,9 @@ import random
 import re
 import shutil
 import statistics
-import subprocess
-import sys
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -240,12 +240,13 @@ def test_latex_answers_are_judged_by_math_verify(tmp_path, monkeypatch):
         for i, gold in enumerate(golds)))
 
     class Says:
-        slots = 4
+        slots, model = 4, SimpleNamespace()
 
         def sample(self, prompts, keys, *_):
             return [[eval.Completion([i], [0.0], False) for _ in row] for i, row in enumerate(keys)]
 
     monkeypatch.setattr(eval.OneBase, "sampler", lambda self, *_: Says())
+    monkeypatch.setattr(eval.shard, "whole_model", nullcontext)
     tokenizer = models.load_tokenizer("")
     monkeypatch.setattr(type(tokenizer), "decode", lambda self, ids, **_: texts[ids[0]])
     monkeypatch.chdir(tmp_path)

@@ -41,12 +41,12 @@ from grpo import (
     learning_rate,
     noise_key,
     overlong_penalty,
-    pack,
     policy_loss,
     row_weights,
     sample_rollouts,
     sampler_weights,
     score_rollouts,
+    split_by_length,
 )
 from tests.tiny_models import SIZES, tiny_model
 
@@ -754,7 +754,7 @@ def test_micro_batches_change_no_gradient(aggregation, kind, rows):
     loss, _ = loss_by_hand(model_logprobs(model, rollouts), rollouts, args, len(rollouts), n_tokens(rollouts))
     expected = torch.cat([g.flatten() for g in torch.autograd.grad(loss, params)])
     for size, batches in ((1000, 1), (200, 2), (60, 3), (1, len(rollouts))):
-        dealt = pack([len(r) for r in rollouts], size)
+        dealt = split_by_length([len(r) for r in rollouts], size)
         assert len(dealt) == batches
         if 1 < batches < len(rollouts):  # unequal in rows and in tokens
             assert len({len(batch) for batch in dealt}) > 1
@@ -1150,22 +1150,22 @@ def test_overlong_penalty_golden():
     assert overlong_penalty(0, 20, 20) == 0 and overlong_penalty(5, 20, 20) == -0.25
 
 
-def test_pack_deals_each_row_once_within_the_budget():
+def test_split_by_length_deals_each_row_once_within_the_budget():
     rng = random.Random(0)
     for _ in range(200):
         lengths = [rng.randint(1, 50) for _ in range(rng.randint(0, 40))]
         budget = rng.choice([1, 10, 60, 200, 10**6])
-        batches = pack(lengths, budget)
+        batches = split_by_length(lengths, budget)
         assert sorted(itertools.chain(*batches)) == list(range(len(lengths))) and all(batches)
         for batch in batches:
             assert len(batch) == 1 or len(batch) * max(lengths[i] for i in batch) <= budget
         # of similar length: no row of one micro-batch is longer than any of the one before
         for one, other in itertools.pairwise(batches):
             assert min(lengths[i] for i in one) >= max(lengths[i] for i in other)
-    assert pack([7] * 6, 14) == [[0, 1], [2, 3], [4, 5]]
+    assert split_by_length([7] * 6, 14) == [[0, 1], [2, 3], [4, 5]]
 
 
-def test_pack_wastes_least_of_all_cuts():
+def test_split_by_length_wastes_least_of_all_cuts():
     """Against every way to cut 9 sorted rows: padded tokens, and budget / 8 for each micro-batch."""
     rng = random.Random(0)
 
@@ -1179,7 +1179,7 @@ def test_pack_wastes_least_of_all_cuts():
         rows = sorted(range(9), key=lambda row: -lengths[row])
         cuts = itertools.chain(*(itertools.combinations(range(1, 9), n) for n in range(9)))
         ways = [[rows[a:b] for a, b in itertools.pairwise((0, *cut, 9))] for cut in cuts]
-        assert cost(pack(lengths, budget), lengths, budget) == close(min(
+        assert cost(split_by_length(lengths, budget), lengths, budget) == close(min(
             cost(way, lengths, budget) for way in ways))
 
 
@@ -1187,7 +1187,7 @@ def test_micro_batches_of_a_step_are_few_and_little_padded():
     """16 x 8 rows of log-normal length, mean 230 behind prompts of 130 tokens, at what fits 3B on 80 GB."""
     rng, budget = random.Random(0), 10_240
     lengths = [130 + min(512, int(rng.lognormvariate(5.3, 0.5))) for _ in range(128)]
-    batches = pack(lengths, budget)
+    batches = split_by_length(lengths, budget)
     padded = sum(len(batch) * max(lengths[i] for i in batch) for batch in batches)
     assert 1 - sum(lengths) / padded < 0.08 and len(batches) <= 1 + math.ceil(sum(lengths) / budget)
 

@@ -11,8 +11,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from grpo import rotate
-
 ROUNDING = {torch.float32: 2e-6, torch.float16: 4e-3}  # of results of about 4
 
 
@@ -38,6 +36,17 @@ def test_layers_of_another_form_are_left_to_the_plain_forms(change, fits):
     assert not kernels.fit(SimpleNamespace(**layer), torch.float32)
 
 
+def rotate(qkv, kv_heads, cos, sin):
+    """RoFormer's rotation (arXiv 2104.09864 eq. 34) of q and k; the sine is signed as the rotated half.
+
+    qkv [N, H + 2 Hkv, K] -> q [N, H, K], kv [N, 2, Hkv, K].
+    """
+    first, second = qkv.chunk(2, -1)
+    turned = qkv * cos + torch.cat([second, first], -1) * sin
+    q, k, v = turned[:, :-2 * kv_heads], turned[:, -2 * kv_heads:-kv_heads], qkv[:, -kv_heads:]
+    return q, torch.stack([k, v], 1)
+
+
 def check_attend(kernels, kv_heads, group, K, dtype, positions=(0, 1, 63, 64, 150)):
     """Rows at the first position, inside, at the border of and after blocks of 64 keys; qkv is a slice."""
     torch.manual_seed(0)
@@ -53,7 +62,7 @@ def check_attend(kernels, kv_heads, group, K, dtype, positions=(0, 1, 63, 64, 15
     expected = cache.clone()
 
     got = kernels.attend(qkv, cos, sin, positions, *cache, scale=K**-0.5)
-    q, kv = rotate(qkv.float().clone(), kv_heads, cos[positions].float(), sin[positions].float())
+    q, kv = rotate(qkv.float(), kv_heads, cos[positions].float(), sin[positions].float())
     expected[:, torch.arange(n), :, positions] = kv.to(dtype)
     torch.testing.assert_close(cache, expected, rtol=0, atol=ROUNDING[dtype], equal_nan=True)
     for row, position in enumerate(positions):

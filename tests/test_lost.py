@@ -130,7 +130,7 @@ def one_line(group):
     return said[0]
 
 
-@pytest.mark.parametrize("victim, more", [(1, {}), (0, {}), (2, {"shard": True, "reshard": True})])
+@pytest.mark.parametrize("victim, more", [(1, {}), (0, {}), (2, {"shard": True})])
 def test_a_killed_rank_ends_all(go, victim, more):
     """kill -9: soon there is one line that names the rank, and no process left."""
     run = go("run", ranks=3, wait=False, max_steps=10_000, **more)

@@ -82,13 +82,13 @@ def first_two_calls(prompts, responses, answers):  # then every row earns the sa
 """
 
 COUNTED = """
-def pack(lengths, tokens_per_batch):
+def split_by_length(lengths, tokens_per_batch):
     batches = original(lengths, tokens_per_batch)
-    with open(f"packed-{os.environ.get('WORLD_SIZE', 1)}-{os.environ.get('RANK', 0)}.txt", "a") as file:
+    with open(f"dealt-{os.environ.get('WORLD_SIZE', 1)}-{os.environ.get('RANK', 0)}.txt", "a") as file:
         print(len(batches), file=file)
     return batches
 
-original, script.pack = script.pack, pack
+original, script.split_by_length = script.split_by_length, split_by_length
 """
 
 
@@ -121,7 +121,7 @@ def test_any_number_of_ranks_makes_the_same_run(go, tiny, tmp_path, name):
     assert moved > 3e-4
     for path in (one, *others):
         ranks = json.loads((path / "config.json").read_text())["world_size"]
-        counts = [(tmp_path / f"packed-{ranks}-{rank}.txt").read_text().split() for rank in range(ranks)]
+        counts = [(tmp_path / f"dealt-{ranks}-{rank}.txt").read_text().split() for rank in range(ranks)]
         assert path.name == f"r{ranks}" and (ranks == 1 or len(set(map(tuple, counts))) > 1)
         assert "idle" not in name or ranks == 1 or "0" in counts[-1]
     if (one / "eval.csv").exists():
@@ -165,7 +165,7 @@ original, script.Rollout.row = script.Rollout.row, row
 
 
 @pytest.mark.parametrize("ranks, more", [
-    (3, {}), (2, {"shard": True}), (3, {"shard": True, "reshard": True, "slots": 4})])
+    (3, {}), (2, {"shard": True}), (3, {"shard": True, "slots": 4})])
 def test_float32_differs_only_by_draws_at_a_boundary(go, tiny, tmp_path, ranks, more):
     """Every token of every rank is the one on which its draw falls in float64, to 1e-5: the distribution
     function of float32 is off by about 1e-7. Where all tokens agree, so does the rest: weights to 1e-6 (the
@@ -174,7 +174,7 @@ def test_float32_differs_only_by_draws_at_a_boundary(go, tiny, tmp_path, ranks, 
     flags = {"model": tiny, "prompts_per_step": 11, "max_steps": 1} | more
     script = patched(tmp_path, "grpo", RECORDED)
     folders = [go(name, script=script, ranks=n, bare=True, **ALL | GRPO | flags | given).folder
-               for name, n, given in (("one", 1, {"shard": None, "reshard": None}), ("split", ranks, {}))]
+               for name, n, given in (("one", 1, {"shard": None}), ("split", ranks, {}))]
     model = models.load_model(str(tiny), torch.float64, torch.device("cpu"))
     for row in rows(folders[0], step=1) + rows(folders[1], step=1):
         prompt, ids = json.loads(row["prompt_ids"]), json.loads(row["ids"])

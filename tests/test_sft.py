@@ -74,8 +74,8 @@ def test_loss_and_gradient_are_those_of_transformers(kind):
 def test_micro_batches_of_unequal_sizes_change_nothing(tokens_per_batch, batches):
     model, params = adapted()
     rows = make_rows()
-    packed = sft.pack([len(p) + len(c) for p, c in rows], tokens_per_batch)
-    sizes = [total([rows[i] for i in part]) for part in packed]
+    parts = sft.split_by_length([len(p) + len(c) for p, c in rows], tokens_per_batch)
+    sizes = [total([rows[i] for i in part]) for part in parts]
     assert len(sizes) == batches and (batches == 1 or len(set(sizes)) > 1)
     loss, found = gradient(model, params, rows, total(rows), tokens_per_batch)
     alone = [gradient(model, params, [row], total(rows), 1) for row in rows]
@@ -107,7 +107,7 @@ def test_prompt_tokens_and_padding_get_no_loss():
     model.base_model.register_forward_hook(keep)
     sft.accumulate_gradients(model, rows, total(rows), 10**9, CPU)
     (hidden,) = states
-    order = sft.pack([len(p) + len(c) for p, c in rows], 10**9)[0]
+    order = sft.split_by_length([len(p) + len(c) for p, c in rows], 10**9)[0]
     for i, state in zip(order, hidden.grad):
         p, c = rows[i]
         predicting = [t for t, row in enumerate(state) if row.any()]

@@ -31,9 +31,9 @@ EMBEDDED = ASKING | {"model": "", "level": None, "max_new_tokens": 40, "num_gene
 PAIRS = {"pairs": "pairs.jsonl", "pairs_per_step": 7, "eval_pairs": 5}
 CASES = {  # the first word is the script
     "grpo": GRPO | {"gradient_checkpointing": True, "train_layers": "1"},
-    "grpo --reshard": GRPO | {"reshard": True, "slots": 4},  # a rank that fills its slots again and again
+    "grpo slots": GRPO | {"slots": 4},  # a rank that fills its slots again and again, the others have left
     "grpo --full": GRPO | {"full": True, "updates_per_batch": 2},
-    "grpo idle --reshard": GRPO | {"prompts_per_step": 1, "eval_questions": 1, "reshard": True},
+    "grpo idle": GRPO | {"prompts_per_step": 1, "eval_questions": 1},
     "sft --full": SFT | {"full": True, "gradient_checkpointing": True},
     "reward_model --full": PAIRS | {"full": True},
     "dpo": EMBEDDED | {"questions": 17, "pairs_per_step": 7, "passes": 2},
@@ -64,7 +64,7 @@ def test_split_over_ranks_it_makes_the_same_run(go, tiny, tmp_path, pairs, name)
     flags = {"model": tiny} | ALL | CASES[name]
     ranks = 3 if name == "grpo" else 2
     script = patched(tmp_path, name.split()[0], FLOAT64 + WATCHED)
-    one = go("one", script=script, bare=True, **flags | {"reshard": None}).folder
+    one = go("one", script=script, bare=True, **flags).folder
     split = go("split", script=script, ranks=ranks, shard=True, bare=True, **flags).folder
     assert_same_runs(split, one)  # the samples of both token for token
     held, of = map(int, (tmp_path / "held-0.txt").read_text().split())
@@ -86,16 +86,15 @@ def test_other_families(go, tmp_path, kind):
     flags = ALL | GRPO | {"model": tmp_path / kind, "max_steps": 1, "prompts_per_step": 3}
     script = patched(tmp_path, "grpo", FLOAT64)
     one = go("one", script=script, bare=True, **flags).folder
-    for more in ({}, {"reshard": True}):
-        split = go(f"split{len(more)}", script=script, ranks=2, shard=True, bare=True, **flags, **more).folder
-        assert_same_runs(split, one)
+    split = go("split", script=script, ranks=2, shard=True, bare=True, **flags).folder
+    assert_same_runs(split, one)
 
 
 def test_evaluation(go, tmp_path):
     flags = {"limit": 7, "k": [1, 2], "level": 1, "max_new_tokens": 24, "slots": 3}
     script = patched(tmp_path, "eval", FLOAT64)
     one = go("one", script=script, bare=True, **flags).folder
-    split = go("split", script=script, ranks=2, shard=True, reshard=True, bare=True, **flags).folder
+    split = go("split", script=script, ranks=2, shard=True, bare=True, **flags).folder
     assert_same_runs(split, one)
 
 
@@ -136,7 +135,6 @@ def test_the_adapter_is_merged_into_what_was_split(go, tiny, tmp_path, dtype):
 
 def test_mistakes(go, tiny):
     assert "torchrun" in go("run", shard=True, fails=True).err
-    assert "--shard" in go("run", reshard=True, fails=True).err
 
 
 def test_a_full_run_keeps_its_shard(go):
