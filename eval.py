@@ -45,6 +45,17 @@ class Args(RunArgs):
     seed: int = 0  # seed of the choice of questions and of sampling noise
     dry_run: bool = False  # answer the longest questions at full length, project the time, keep nothing
 
+    # ---- model ----
+
+    # hub ids, folders, runs or checkpoints, a row of results for each; base: the base of the others
+    model: tuple[str, ...] = ("",)
+    # of the frozen weights and the computation; auto: bfloat16 on CUDA, else float32
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    # keep the frozen decoder layers in 4 bits (bitsandbytes; QLoRA, arXiv 2305.14314)
+    quantize: Literal["none", "nf4"] = "none"
+    # split the weights over the ranks of torchrun (FSDP2): the frozen base, or with --full all there is
+    shard: bool = False
+
     # ---- data ----
 
     # data set name, hub id, or local .jsonl/.csv/.parquet; empty: arithmetic (embedded model), else gsm8k
@@ -58,17 +69,6 @@ class Args(RunArgs):
     prompt_template: str = "{prompt}"  # text around the question, {prompt} in it
     prompt: str = ""  # answer this question alone, print its rewards and leave nothing behind
     answer: str = ""  # gold answer of --prompt
-
-    # ---- model ----
-
-    # hub ids, folders, runs or checkpoints, a row of results for each; base: the base of the others
-    model: tuple[str, ...] = ("",)
-    # of the frozen weights and the computation; auto: bfloat16 on CUDA, else float32
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    # keep the frozen decoder layers in 4 bits (bitsandbytes; QLoRA, arXiv 2305.14314)
-    quantize: Literal["none", "nf4"] = "none"
-    # split the weights over the ranks of torchrun (FSDP2): the frozen base, or with --full all there is
-    shard: bool = False
 
     # ---- sampling ----
     max_new_tokens: int = 512  # longest completion; a longer one counts as truncated
@@ -139,8 +139,8 @@ def answer_all(sampler, questions, prompts, prompt_ids, reward_functions, args, 
 def scored_rows(flat, prompts, reward_functions, args, temperature, run):
     """Rows of samples.csv from (question, sample, Completion, text) of one temperature."""
     questions, texts = [e for e, *_ in flat], [text for *_, text in flat]
-    asked = [prompts[e.id] for e in questions]
-    scored = rewards.score(reward_functions, questions, texts, asked, args.reward_timeout)
+    shown = [prompts[e.id] for e in questions]
+    scored = rewards.score(reward_functions, questions, texts, shown, args.reward_timeout)
     if scored["error"]:
         run.print(scored["error"])
     columns, rows = scored["rewards"], []
@@ -152,7 +152,7 @@ def scored_rows(flat, prompts, reward_functions, args, temperature, run):
             **{f"reward/{name}": values[i] for name, values in columns.items()},
             "format": rewards.format([""], [text], [""])[0],
             **rewards.answer_row(e, g + (temperature > 0), completion, text, right),
-            "prompt": asked[i], "seed": args.seed})
+            "prompt": shown[i], "seed": args.seed})
     return rows
 
 
@@ -181,15 +181,15 @@ def summarise(rows, ks, temperature, mixed=None, learned=()):
 
     report("pass@1", [row["correct"] for row in first])
     if samples:
-        right = {id: [row["correct"] for row in of] for id, of in samples.items()}
+        right = {id: [row["correct"] for row in group] for id, group in samples.items()}
         n, at = len(samples[first[0]["id"]]), f"T={temperature:g}"
         for k in ks:
             report(f"pass@{k} {at}", [rewards.pass_at_k(n, sum(correct), k) for correct in right.values()])
         report(f"maj@{n} {at}", [
-            majority([row["extracted"] for row in of], right[id]) for id, of in samples.items()])
+            majority([row["extracted"] for row in group], right[id]) for id, group in samples.items()])
         for name in learned:
             report(f"best@{n} by {name} {at}", [
-                best_by([row[f"reward/{name}"] for row in of], right[id]) for id, of in samples.items()])
+                best_by([row[f"reward/{name}"] for row in samples[id]], right[id]) for id in samples])
         if mixed is None:
             mixed = [id for id, correct in right.items() if 0 < sum(correct) < n]
         metrics["acc_mixed"] = mean([row["correct"] for row in first if row["id"] in set(mixed)])
@@ -757,8 +757,8 @@ class Sampler:
         """Prefill the prompts; each key of each begins a row, from slot `first` on, by its first token."""
         ids = nn.utils.rnn.pad_sequence([torch.tensor(prompt) for prompt in prompts], batch_first=True)
         lasts = torch.tensor([len(prompt) - 1 for prompt in prompts], device=self.device)
-        of, keys = torch.tensor([(p, key) for p, of_prompt in enumerate(keys) for key in of_prompt],
-                                device=self.device).T
+        which, keys = torch.tensor([(p, key) for p, row in enumerate(keys) for key in row],
+                                   device=self.device).T  # prompt and noise key of each row
         training = self.model.training
         if getattr(self.model.base_model.layers[0], "gradient_checkpointing", False):
             self.model.eval()  # or it would drop the cache
@@ -767,14 +767,14 @@ class Sampler:
         finally:
             if self.model.training != training:
                 self.model.train(training)
-        rows, T = slice(first, first + len(of)), ids.shape[1]
+        rows, T = slice(first, first + len(which)), ids.shape[1]
         for cache, layer in zip(self.cache, output.past_key_values.layers):
-            cache[0, rows, :, :T] = layer.keys.index_select(0, of)
-            cache[1, rows, :, :T] = layer.values.index_select(0, of)
+            cache[0, rows, :, :T] = layer.keys.index_select(0, which)
+            cache[1, rows, :, :T] = layer.values.index_select(0, which)
         self.noise[rows] = uniform(keys[:, None], self.columns)
-        self.positions[rows], self.ends[rows] = lasts[of], lasts[of] + max_new_tokens
+        self.positions[rows], self.ends[rows] = lasts[which], lasts[which] + max_new_tokens
         logits = self._logits(output.last_hidden_state[self.rows[:len(prompts)], lasts])
-        self._append(rows, logits[of], temperature)
+        self._append(rows, logits[which], temperature)
 
     def _leave(self, ended, live, positions):
         """Ids and log-probs of the rows that ended, by position; the last live rows move into their slots."""
@@ -813,7 +813,7 @@ class Sampler:
         self.state.zero_()
         self.stops.zero_()[[token for token in self.stop_ids if token < len(self.stops)]] = True
         slots, columns = self.ids.shape
-        at_once = max(1, 16384 // max(map(len, prompts)))  # prompts prefilled
+        at_once = max(1, 16384 // max(map(len, prompts)))  # prompts to prefill in one pass
         while waiting or live:
             if waiting and slots - len(live) >= max(1, min(slots // 4, len(waiting))):
                 first, new = len(live), {}  # new: the keys of each prompt

@@ -994,8 +994,8 @@ class Sampler:
         """Prefill the prompts; each key of each begins a row, from slot `first` on, by its first token."""
         ids = nn.utils.rnn.pad_sequence([torch.tensor(prompt) for prompt in prompts], batch_first=True)
         lasts = torch.tensor([len(prompt) - 1 for prompt in prompts], device=self.device)
-        of, keys = torch.tensor([(p, key) for p, of_prompt in enumerate(keys) for key in of_prompt],
-                                device=self.device).T
+        which, keys = torch.tensor([(p, key) for p, row in enumerate(keys) for key in row],
+                                   device=self.device).T  # prompt and noise key of each row
         training = self.model.training
         if getattr(self.model.base_model.layers[0], "gradient_checkpointing", False):
             self.model.eval()  # or it would drop the cache
@@ -1004,14 +1004,14 @@ class Sampler:
         finally:
             if self.model.training != training:
                 self.model.train(training)
-        rows, T = slice(first, first + len(of)), ids.shape[1]
+        rows, T = slice(first, first + len(which)), ids.shape[1]
         for cache, layer in zip(self.cache, output.past_key_values.layers):
-            cache[0, rows, :, :T] = layer.keys.index_select(0, of)
-            cache[1, rows, :, :T] = layer.values.index_select(0, of)
+            cache[0, rows, :, :T] = layer.keys.index_select(0, which)
+            cache[1, rows, :, :T] = layer.values.index_select(0, which)
         self.noise[rows] = uniform(keys[:, None], self.columns)
-        self.positions[rows], self.ends[rows] = lasts[of], lasts[of] + max_new_tokens
+        self.positions[rows], self.ends[rows] = lasts[which], lasts[which] + max_new_tokens
         logits = self._logits(output.last_hidden_state[self.rows[:len(prompts)], lasts])
-        self._append(rows, logits[of], temperature)
+        self._append(rows, logits[which], temperature)
 
     def _leave(self, ended, live, positions):
         """Ids and log-probs of the rows that ended, by position; the last live rows move into their slots."""
@@ -1050,7 +1050,7 @@ class Sampler:
         self.state.zero_()
         self.stops.zero_()[[token for token in self.stop_ids if token < len(self.stops)]] = True
         slots, columns = self.ids.shape
-        at_once = max(1, 16384 // max(map(len, prompts)))  # prompts prefilled
+        at_once = max(1, 16384 // max(map(len, prompts)))  # prompts to prefill in one pass
         while waiting or live:
             if waiting and slots - len(live) >= max(1, min(slots // 4, len(waiting))):
                 first, new = len(live), {}  # new: the keys of each prompt

@@ -86,18 +86,18 @@ def accumulate_gradients(model, rows, n_tokens, tokens_per_batch, device):
     return loss_sum.item()
 
 
-def evaluate(model, sampler, questions, encoded, args, step, fits, tokenizer, run):
+def evaluate(model, sampler, held_out, encoded, args, step, fits, tokenizer, run):
     """Held-out loss per token, and greedy pass@1 where questions have an answer; all go to eval.csv."""
-    mine = dist.share(questions)
+    mine = dist.share(held_out)
     targets = [encoded[e.id] for e in mine]
     ids = [p for p, _ in targets], [c for _, c in targets]
     logprobs = fits(completion_logprobs, model, *ids, 1.0, device=run.device)
     sums = dist.sum_dict({"nll": -sum(row.sum().item() for row in logprobs),
                           "tokens": sum(len(c) for _, c in targets)}, run.device)
-    asked = [e for e in mine if e.answer]
-    completions = sample_all(sampler, [encoded[e.id][0] for e in asked], [[0]] * len(asked),
+    questions = [e for e in mine if e.answer]
+    completions = sample_all(sampler, [encoded[e.id][0] for e in questions], [[0]] * len(questions),
                              args.max_new_tokens, 0.0, run, run.counter("evaluation"))
-    run.log_evaluation(step, dist.gather_rows(rewards.answer_rows(asked, completions, tokenizer), "id"),
+    run.log_evaluation(step, dist.gather_rows(rewards.answer_rows(questions, completions, tokenizer), "id"),
                        {"eval/loss": sums["nll"] / max(1, sums["tokens"])})
 
 
@@ -732,8 +732,8 @@ class Sampler:
         """Prefill the prompts; each key of each begins a row, from slot `first` on, by its first token."""
         ids = nn.utils.rnn.pad_sequence([torch.tensor(prompt) for prompt in prompts], batch_first=True)
         lasts = torch.tensor([len(prompt) - 1 for prompt in prompts], device=self.device)
-        of, keys = torch.tensor([(p, key) for p, of_prompt in enumerate(keys) for key in of_prompt],
-                                device=self.device).T
+        which, keys = torch.tensor([(p, key) for p, row in enumerate(keys) for key in row],
+                                   device=self.device).T  # prompt and noise key of each row
         training = self.model.training
         if getattr(self.model.base_model.layers[0], "gradient_checkpointing", False):
             self.model.eval()  # or it would drop the cache
@@ -742,14 +742,14 @@ class Sampler:
         finally:
             if self.model.training != training:
                 self.model.train(training)
-        rows, T = slice(first, first + len(of)), ids.shape[1]
+        rows, T = slice(first, first + len(which)), ids.shape[1]
         for cache, layer in zip(self.cache, output.past_key_values.layers):
-            cache[0, rows, :, :T] = layer.keys.index_select(0, of)
-            cache[1, rows, :, :T] = layer.values.index_select(0, of)
+            cache[0, rows, :, :T] = layer.keys.index_select(0, which)
+            cache[1, rows, :, :T] = layer.values.index_select(0, which)
         self.noise[rows] = uniform(keys[:, None], self.columns)
-        self.positions[rows], self.ends[rows] = lasts[of], lasts[of] + max_new_tokens
+        self.positions[rows], self.ends[rows] = lasts[which], lasts[which] + max_new_tokens
         logits = self._logits(output.last_hidden_state[self.rows[:len(prompts)], lasts])
-        self._append(rows, logits[of], temperature)
+        self._append(rows, logits[which], temperature)
 
     def _leave(self, ended, live, positions):
         """Ids and log-probs of the rows that ended, by position; the last live rows move into their slots."""
@@ -788,7 +788,7 @@ class Sampler:
         self.state.zero_()
         self.stops.zero_()[[token for token in self.stop_ids if token < len(self.stops)]] = True
         slots, columns = self.ids.shape
-        at_once = max(1, 16384 // max(map(len, prompts)))  # prompts prefilled
+        at_once = max(1, 16384 // max(map(len, prompts)))  # prompts to prefill in one pass
         while waiting or live:
             if waiting and slots - len(live) >= max(1, min(slots // 4, len(waiting))):
                 first, new = len(live), {}  # new: the keys of each prompt

@@ -205,10 +205,7 @@ def explains(response, answer, form):
 
 
 def load_samples(sources, tokenizer, dropped, side, left_out=()):
-    """Samples from runs' samples.csv, less the questions whose text is in `left_out`; encoded, not scored.
-
-    side: 0 or 1, to have ids apart from those of the other side.
-    """
+    """Samples from runs' samples.csv, encoded, not scored; `side`, 0 or 1, keeps the ids of two sets apart."""
     samples, places = [], {}
     for example, correct in data.load_generations(sources, dropped, left_out) if sources else ():
         place = places.setdefault(example.id, [len(places), 0])
@@ -220,9 +217,10 @@ def load_samples(sources, tokenizer, dropped, side, left_out=()):
     return sorted(samples, key=lambda s: (s.question, s.number))
 
 
-def load(args, tokenizer, dropped):
-    """(questions to train on, held out; answers to train on, held out; their prompts' encoder and ids; the
-    longest prompt and row). No question stands on both sides; what is left out is counted in `dropped`.
+def load_data(args, tokenizer, dropped):
+    """(questions to train on, held out; answers to train on, held out; prompts' encoder, ids, longest; row).
+
+    No question stands on both sides; what is left out is counted in `dropped`.
     """
     train, held_out, prompt_ids, _ = data.load_questions(args, tokenizer, args.batch_size)
     held_samples = load_samples(args.eval_generations, tokenizer, dropped, 0)
@@ -324,10 +322,9 @@ def begin_iteration(sampler, train, loaded, encode, prompt_ids, reward_functions
                           s.completion.ids if args.strategy == "dpo" else []) for s in samples]
     run.log_iteration(state, rewards.iteration_metrics(samples, counts, state.rows))
     if not state.rows and (args.epochs or args.first_steps):
-        raise ValueError(
-            f"iteration {state.iteration}: no question gave anything to learn from by --strategy "
-            f"{args.strategy}: take more --questions or --num-generations, --rationalize, --few-shot or "
-            "another --level")
+        raise ValueError(f"iteration {state.iteration}: no question gave anything to learn from by "
+                         f"--strategy {args.strategy}: take more --questions or --num-generations, "
+                         "--rationalize, --few-shot or another --level")
 
 
 def set_reference(pairs, model, fits, device):
@@ -374,8 +371,7 @@ def accumulate_gradients(model, rows, beta, denominator, tokens_per_batch, devic
 
 
 def evaluate(model, sampler, questions, rows, pairs, prompt_ids, args, state, fits, tokenizer, run):
-    """Greedy pass@1 on held-out questions; of --eval-generations the loss per token of right answers, and the
-    share of pairs whose right answer gained more than the wrong one (a tie is half right)."""
+    """Greedy pass@1 of held-out questions; loss and ranking (a tie is half right) of held-out answers."""
     metrics, mine = {"iteration": state.iteration}, dist.share(questions)
     completions = sample_all(sampler, [prompt_ids[e.id] for e in mine], [[0]] * len(mine),
                              args.max_new_tokens, 0.0, run, run.counter("evaluation"))
@@ -463,7 +459,7 @@ def main(args: Args) -> None:
         args.rewards, partial(rewards.LearnedReward, dtype=dtype, device=device,
                               tokens_per_batch=args.tokens_per_batch or 8192),
         partial(rewards.AnswerProbability, tokenizer, args.max_new_tokens))
-    train, held_out, loaded, held_samples, encode, prompt_ids, longest, longest_row = load(
+    train, held_out, loaded, held_samples, encode, prompt_ids, longest, longest_row = load_data(
         args, tokenizer, dropped := Counter())
     if args.download_only:
         return models.download(args.model)
@@ -533,7 +529,7 @@ def main(args: Args) -> None:
         n = min(args.batch_size, rows_to_train(len(state.rows), state.iteration, args) - first)
         batch = [state.rows[i] for i in data.batch_indices(len(state.rows), first, n,
                                                            noise_key(args.seed, state.iteration))]
-        n_tokens = sum(len(row.chosen) for row in batch)
+        n_tokens, ends = sum(len(row.chosen) for row in batch), last_of_iteration(state, args)
 
         # ---- update ----
         with run.profile(state.step), autocast(), run.phase("update"):
@@ -543,12 +539,11 @@ def main(args: Args) -> None:
             norm = shard.clip_gradients(params, args.max_grad_norm)
             begun = state.first_step - 1 if args.restart == "base" else 0
             optimizer.param_groups[0]["lr"] = learning_rate(
-                state.step - begun, replace(args, max_steps=last_of_iteration(state, args) - begun))
+                state.step - begun, replace(args, max_steps=ends - begun))
             run.take_step(norm, optimizer)
 
         # ---- log ----
         sums = dist.sum_dict(sums, device)
-        ends = last_of_iteration(state, args)
         metrics = run.log(state.step, {
             "loss": sums["loss"], "grad_norm": norm, "lr": optimizer.param_groups[0]["lr"],
             "iteration": state.iteration, "epoch": (first + n) / len(state.rows), "tokens": n_tokens,
@@ -1110,8 +1105,8 @@ class Sampler:
         """Prefill the prompts; each key of each begins a row, from slot `first` on, by its first token."""
         ids = nn.utils.rnn.pad_sequence([torch.tensor(prompt) for prompt in prompts], batch_first=True)
         lasts = torch.tensor([len(prompt) - 1 for prompt in prompts], device=self.device)
-        of, keys = torch.tensor([(p, key) for p, of_prompt in enumerate(keys) for key in of_prompt],
-                                device=self.device).T
+        which, keys = torch.tensor([(p, key) for p, row in enumerate(keys) for key in row],
+                                   device=self.device).T  # prompt and noise key of each row
         training = self.model.training
         if getattr(self.model.base_model.layers[0], "gradient_checkpointing", False):
             self.model.eval()  # or it would drop the cache
@@ -1120,14 +1115,14 @@ class Sampler:
         finally:
             if self.model.training != training:
                 self.model.train(training)
-        rows, T = slice(first, first + len(of)), ids.shape[1]
+        rows, T = slice(first, first + len(which)), ids.shape[1]
         for cache, layer in zip(self.cache, output.past_key_values.layers):
-            cache[0, rows, :, :T] = layer.keys.index_select(0, of)
-            cache[1, rows, :, :T] = layer.values.index_select(0, of)
+            cache[0, rows, :, :T] = layer.keys.index_select(0, which)
+            cache[1, rows, :, :T] = layer.values.index_select(0, which)
         self.noise[rows] = uniform(keys[:, None], self.columns)
-        self.positions[rows], self.ends[rows] = lasts[of], lasts[of] + max_new_tokens
+        self.positions[rows], self.ends[rows] = lasts[which], lasts[which] + max_new_tokens
         logits = self._logits(output.last_hidden_state[self.rows[:len(prompts)], lasts])
-        self._append(rows, logits[of], temperature)
+        self._append(rows, logits[which], temperature)
 
     def _leave(self, ended, live, positions):
         """Ids and log-probs of the rows that ended, by position; the last live rows move into their slots."""
@@ -1166,7 +1161,7 @@ class Sampler:
         self.state.zero_()
         self.stops.zero_()[[token for token in self.stop_ids if token < len(self.stops)]] = True
         slots, columns = self.ids.shape
-        at_once = max(1, 16384 // max(map(len, prompts)))  # prompts prefilled
+        at_once = max(1, 16384 // max(map(len, prompts)))  # prompts to prefill in one pass
         while waiting or live:
             if waiting and slots - len(live) >= max(1, min(slots // 4, len(waiting))):
                 first, new = len(live), {}  # new: the keys of each prompt

@@ -68,10 +68,12 @@ def calibration(margins, bins=10) -> list[tuple[float, float, int]]:
     """How sure a reward model was against how often it was right: (confidence, accuracy, pairs) of each bin.
 
     margins: score of chosen less score of rejected. Confidence sigma(|margin|), 0.5 to 1, in equal bins; the
-    empty ones are left out. A tie is half right.
+    empty ones are left out, and so is NaN. A tie is half right.
     """
     found = defaultdict(list)
     for margin in margins:
+        if math.isnan(margin):
+            continue
         confidence = 1 / (1 + math.exp(-abs(margin)))
         right = 0.5 if margin == 0 else float(margin > 0)
         found[min(bins - 1, int((confidence - 0.5) * 2 * bins))].append((confidence, right))

@@ -777,9 +777,9 @@ def prompt_text(prompt):
 def worked_examples(data, n, asked, *, level=None, seed=0) -> list[Example]:
     """n examples of the train split (MMLU: dev) with a completion to show, none of them in `asked`.
 
-    Errors: ValueError if there are too few.
+    None without data. Errors: ValueError if there are too few.
     """
-    if not n:
+    if not n or not data:
         return []
     texts, splits = {e.text for e in asked}, ["train", "dev"]
     if data == "mmlu" or Path(data).is_dir():  # where dev is there to be shown

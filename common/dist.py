@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import suppress
 from datetime import timedelta
 
 import torch
@@ -202,10 +203,8 @@ class Watch:
 
     def _tell(self, message):
         for peer in self.peers.values():
-            try:
+            with suppress(OSError):  # it is gone, too
                 peer.sendall((json.dumps(message) + "\n").encode())
-            except OSError:
-                pass  # it is gone, too
 
     def end(self, message, show):
         """End this process, and the others with it."""

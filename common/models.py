@@ -272,11 +272,9 @@ def load_model(name: str, dtype: torch.dtype, device: torch.device, max_tokens: 
     elif (Path(folder) / REWARD_FILE).exists():
         raise ValueError(f"--model {name}: a reward model, no policy; use it as --rewards model:{name}")
     load_dtype, model = dtype if folder == base else torch.float32, None
-    if split and not dist.is_main():
-        pass  # its part comes from rank 0
-    elif from_scratch:
+    if from_scratch and (dist.is_main() or not split):
         model = AutoModelForCausalLM.from_config(config)
-    else:
+    elif dist.is_main() or not split:  # else its part comes from rank 0
         model = _reach("weights", base, lambda: AutoModelForCausalLM.from_pretrained(
             base, dtype=load_dtype, config=config))
         merge_adapters(model, folder)

@@ -658,14 +658,16 @@ def iteration_metrics(samples, counts, rows) -> dict:
                "solved": len(solved) / max(1, len(levels)), "hinted": hinted,
                "rationalized": len(explained) / max(1, hinted), "unexplained": counts.get("unexplained", 0)}
     for level in sorted(set(levels.values())) if len(set(levels.values())) > 1 else ():
-        of = {q for q in levels if levels[q] == level}
-        metrics |= {f"solved level {level}": len(of & solved) / len(of),
-                    f"kept level {level}": len(of & (solved | explained)) / len(of)}
+        questions = {q for q in levels if levels[q] == level}
+        metrics |= {f"solved level {level}": len(questions & solved) / len(questions),
+                    f"kept level {level}": len(questions & (solved | explained)) / len(questions)}
     return metrics
 
 
 def pass_at_ks(rows, ks) -> dict:
-    """eval/pass@k for each of `ks`, from rows of `answer_row`, with their temperature, of several samples."""
+    """eval/pass@k for each of `ks`, from rows of `answer_row`, with their temperature; {} without rows."""
+    if not rows:
+        return {}
     right = {}
     for row in rows:
         right.setdefault(row["id"], []).append(row["correct"])

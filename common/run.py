@@ -111,6 +111,9 @@ def cli(main, Args) -> None:
     except Exception as error:
         if isinstance(error, ValueError) and not os.environ.get("UNROLLED_TRACEBACK"):
             dist.fail(str(error))
+        if out_of_memory(error):  # outside of what `retry_smaller` tries again: loading, gathering weights
+            dist.fail(f"out of memory where nothing can be made smaller ({dist.first_line(error)}); "
+                      "MEMORY.md says what a model needs")
         if dist.world_size() == 1:
             raise
         time.sleep(2)  # a collective fails in all ranks when one is gone: that one is the news
@@ -550,11 +553,16 @@ class Run:
 
         load_weights(folder), save_weights(folder): the model's part. parts: optimizers, and lists of
         parameters beside the model's part, by name. Returns what `save` was given more, {} at a fresh start.
+        Errors: ValueError if something is missing in the checkpoint.
         """
         self.state, self.sampler, self._parts, self._save_weights = state, sampler, parts, save_weights
         folder, saved = self.load() if self.args.resume and not self.args.dry_run else (None, None)
         if not folder:
             return {}
+        fields = [field.name for field in dataclasses.fields(state)]
+        if missing := sorted({*parts, *fields, "rng"} - saved.keys()):
+            raise ValueError(f"{folder}: no {', '.join(missing)} in it (another version of {self.name}.py "
+                             f"wrote it): start another run with --model {folder}")
         load_weights(folder)
         for name, part in parts.items():
             if isinstance(part, torch.optim.Optimizer):
@@ -565,7 +573,7 @@ class Run:
                         p.copy_(value)
         torch.set_rng_state(saved.pop("rng"))
         most_tokens = state.tokens_per_batch
-        for name in [field.name for field in dataclasses.fields(state) if field.name in saved]:
+        for name in fields:
             setattr(state, name, saved.pop(name))
         state.tokens_per_batch = min(most_tokens, state.tokens_per_batch)
         if sampler:

@@ -16,7 +16,7 @@ import torch
 
 import eval
 from common import curves, data, models, rewards
-from common.rewards import pass_at_k
+from common.rewards import pass_at_k, pass_at_ks
 from eval import majority, summarise
 from tests.commands import SMALL, read, run
 
@@ -40,6 +40,9 @@ def test_pass_at_k_is_the_mean_over_all_subsets(n):
 
 def test_golden_pass_at_k():
     assert pass_at_k(10, 3, 5) == pytest.approx(0.916667, abs=1e-6)
+    rows = [{"id": id, "correct": c, "temperature": 0.5} for id, c in ((1, 1), (1, 0), (2, 0), (2, 0))]
+    assert pass_at_ks(rows, (1, 2)) == {"eval/pass@1 T=0.5": 0.25, "eval/pass@2 T=0.5": 0.5}
+    assert pass_at_ks([], (1,)) == {}
 
 
 @pytest.mark.parametrize("answers, correct, expected", [

@@ -1,5 +1,6 @@
 """No run is lost: signals, dead and failing ranks, full disks, damaged checkpoints."""
 
+import hashlib
 import json
 import os
 import re
@@ -8,6 +9,7 @@ import signal
 import stat
 
 import pytest
+import torch
 
 from common import dist
 from tests.processes import (
@@ -216,6 +218,31 @@ def test_a_full_disk_costs_no_run(go, tmp_path):
     (said,) = [line for line in run.out.splitlines() if "cannot be written" in line]
     assert "step 2" in said and "File too large" in said and "the last one is step-1" in said
     assert checkpoints(run.folder) == ["step-3"]
+
+
+@pytest.mark.parametrize("name", ["position", "optimizer", "rng"])
+def test_a_checkpoint_of_another_version_is_refused(go, name):
+    """By what it lacks: a position that starts anew would train on the same questions twice."""
+    folder = go("run", max_steps=1).folder
+    path = folder / "checkpoints/step-1/training.pt"
+    values = torch.load(path, weights_only=True)
+    del values[name]
+    torch.save(values, path)
+    state = json.loads((path.parent / "state.json").read_text())
+    state["sha256"]["training.pt"] = hashlib.sha256(path.read_bytes()).hexdigest()
+    (path.parent / "state.json").write_text(json.dumps(state))
+    said = go("run", resume=True, bare=True, fails=True).err
+    assert said.count("\n") == 1 and f"no {name} in it" in said and "start another run with --model" in said
+
+
+def test_memory_that_runs_out_while_loading_is_one_line(go, tmp_path):
+    wrapper = patched(tmp_path, "grpo", """
+def load_model(*args, **more):
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 12.00 GiB.")
+script.models.load_model = load_model
+""")
+    said = go("run", script=wrapper, fails=True).err
+    assert said.count("\n") == 1 and said.startswith("error: out of memory") and "12.00 GiB" in said
 
 
 def test_a_full_disk_at_the_end_is_one_line(go, tmp_path):

@@ -78,7 +78,7 @@ def test_calibration_by_hand():
     low, high = math.log(0.55 / 0.45), math.log(0.95 / 0.05)
     bins = curves.calibration([low, -low, high, high, high], bins=2)
     assert [(round(sure, 6), right, n) for sure, right, n in bins] == [(0.55, 0.5, 2), (0.95, 1.0, 3)]
-    assert curves.calibration([0.0]) == [(0.5, 0.5, 1)]
+    assert curves.calibration([0.0, math.nan]) == [(0.5, 0.5, 1)]
 
 
 # ---- on a model ----
