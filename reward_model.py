@@ -184,7 +184,7 @@ def score_all(model, head, comparisons, tokens_per_batch):
 
 
 def evaluate(model, head, comparisons, args, step, fits, run):
-    """Held-out loss, ranking and calibration; each score goes to eval.csv. Returns their (mean, deviation)."""
+    """Held-out loss, ranking, calibration; each score goes to eval.csv. Returns their (mean, deviation)."""
     mine = dist.share(comparisons)
     scored = [scores.tolist() for scores in fits(score_all, model, head, mine)]
     rows = dist.gather_rows([

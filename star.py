@@ -205,7 +205,7 @@ def explains(response, answer, form):
 
 
 def load_samples(sources, tokenizer, dropped, side, left_out=()):
-    """Samples from runs' samples.csv, encoded, not scored; `side`, 0 or 1, keeps the ids of two sets apart."""
+    """Samples out of samples.csv, encoded, not scored; `side`, 0 or 1, keeps the ids of two sets apart."""
     samples, places = [], {}
     for example, correct in data.load_generations(sources, dropped, left_out) if sources else ():
         place = places.setdefault(example.id, [len(places), 0])
