@@ -1,15 +1,12 @@
 """torch.distributed behind a few functions that also work on one process, so that no loop needs an `if`."""
 
-import json
 import os
-import secrets
 import signal
 import socket
 import subprocess
 import sys
 import threading
 import time
-from contextlib import suppress
 from datetime import timedelta
 
 import torch
@@ -55,15 +52,17 @@ def setup(device: str = "") -> torch.device:
         backend = "gloo" if not on_cuda else "cpu:gloo,cuda:nccl" if one_node else "nccl"
         # a rank that hangs must not hold the others for ever
         limit = timedelta(seconds=float(os.environ.get("UNROLLED_TIMEOUT", 1800)))
+        global _store
         try:
-            dist.init_process_group(backend, timeout=limit, device_id=chosen if on_cuda else None)
+            store, n, size = next(dist.rendezvous("env://", timeout=limit))
+            dist.init_process_group(backend, store=store, rank=n, world_size=size, timeout=limit,
+                                    device_id=chosen if on_cuda else None)
         except (RuntimeError, ValueError) as error:
             raise ValueError(f"rank {os.environ['RANK']} of {os.environ.get('WORLD_SIZE')}: cannot join the "
                              f"others at {os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')} "
                              f"({first_line(error)})") from None
-        if world_size() > 1:
-            global _watch
-            _watch = Watch()
+        # torchrun's outlives the ranks; without torchrun rank 0 would take it along
+        _store = store if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" else None
     return chosen
 
 
@@ -91,11 +90,12 @@ def first_line(error) -> str:
 
 # ---- ending together: a signal, a failure, a rank that is gone ----
 
+FAILED = "unrolled/failed"  # the key under which `_store`, common to the ranks, counts those that have failed
 stop_signal = ""  # the name of the signal that asks this process to save and leave
 stoppable = False  # whether what is under way can be given up: a step that has moved the weights cannot
 lockstep = False  # whether the ranks make each pass together (--shard): none can leave in between
 _stopped_at = 0.0
-_watch = None
+_store = None
 
 
 class Stopped(Exception):
@@ -130,6 +130,8 @@ def _handle(handler):
 
 def _on_signal(number, frame):
     global stop_signal, _stopped_at
+    if _store is not None and _store.check([FAILED]):  # torchrun ends all: nothing can be saved together
+        leave_now(1)
     # torchrun passes on a Ctrl-C that the terminal has sent to its ranks already, and ends those that are
     # still saving when the first has left with SIGTERM
     if stop_signal and number == signal.SIGINT and time.monotonic() - _stopped_at > 1:
@@ -138,87 +140,6 @@ def _on_signal(number, frame):
         stop_signal, _stopped_at = signal.Signals(number).name, time.monotonic()
         if is_main():  # not print: the signal may have come inside another
             os.write(2, f"\n{stop_signal}: saving (Ctrl-C: leave at once)\n".encode())
-
-
-class Watch:
-    """A connection from each rank to rank 0 for as long as it lives: who fails or is killed ends all at once.
-
-    The kernel closes a dead process's connection, so that a kill -9 is seen in milliseconds, also by ranks
-    that wait in a collective, where no Python runs but this class's threads. Rank 0 prints the one line; if
-    rank 0 is gone, the next one on each machine does. A machine that goes down is noticed by TCP keep-alive,
-    in 30 seconds.
-    """
-
-    def __init__(self):
-        self.lock, self.done, self.peers = threading.Lock(), False, {}
-        token, server = secrets.token_hex(), None
-        if is_main():
-            both = socket.has_dualstack_ipv6()
-            server = socket.create_server(("", 0), family=socket.AF_INET6 if both else socket.AF_INET,
-                                          dualstack_ipv6=both, backlog=world_size())
-            server.settimeout(60)
-        port, token = broadcast((server.getsockname()[1], token) if server else None)
-        if server:
-            while len(self.peers) < world_size() - 1:
-                peer, _ = server.accept()
-                peer.settimeout(10)
-                try:
-                    hello = peer.recv(200).decode().split()  # a line of some 70 bytes: one piece
-                except OSError:
-                    continue
-                if hello[:1] == [token]:
-                    peer.settimeout(None)
-                    self._follow(int(hello[1]), peer)
-            server.close()
-        else:
-            peer = socket.create_connection((os.environ["MASTER_ADDR"], port), timeout=60)
-            peer.settimeout(None)
-            peer.sendall(f"{token} {rank()}\n".encode())
-            self._follow(0, peer)
-        barrier()
-
-    def _follow(self, of_rank, peer):
-        peer.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-        for name, value in (("TCP_KEEPIDLE", 10), ("TCP_KEEPINTVL", 5), ("TCP_KEEPCNT", 3)):
-            if hasattr(socket, name):
-                peer.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
-        self.peers[of_rank] = peer
-        threading.Thread(target=self._read, args=(of_rank, peer), daemon=True).start()
-
-    def _read(self, of_rank, peer):
-        message = None  # the connection ends without a word: the process is gone
-        try:
-            with peer.makefile() as lines:
-                message = json.loads(lines.readline() or "null")
-        except (OSError, ValueError):
-            pass
-        gone, n = message is None, world_size()
-        if gone:
-            message = (f"rank {of_rank} of {n} is gone (killed? out of memory? no answer in time?); "
-                       "all ranks end; --resume goes on from the last checkpoint")
-        first = rank() == 1 or os.environ.get("LOCAL_RANK") == "0"  # the first one left on this machine
-        if message and not self.done:  # "" is a goodbye
-            time.sleep(0.3 if is_main() else 0)  # what all ranks find wrong, rank 0 says for itself
-            self.end(message, show=is_main() or gone and first)
-
-    def _tell(self, message):
-        for peer in self.peers.values():
-            with suppress(OSError):  # it is gone, too
-                peer.sendall((json.dumps(message) + "\n").encode())
-
-    def end(self, message, show):
-        """End this process, and the others with it."""
-        with self.lock:  # never released: one line, once
-            if show:
-                os.write(2, f"\nerror: {message}\n".encode())
-            if is_main():
-                self._tell(message)
-            leave_now(1)
-
-    def leave(self):
-        """The end of a run that did not fail."""
-        self.done = True
-        self._tell("")
 
 
 at_exit = []  # called by a process that leaves in the middle
@@ -231,14 +152,25 @@ def leave_now(code) -> None:
     os._exit(code)
 
 
+def lost_rank(error) -> str:
+    """What an error in a collective says of the other ranks, by the words of gloo and NCCL; "" if nothing."""
+    text = str(error).lower() if isinstance(error, RuntimeError) else ""
+    if "timed out" in text or "timeout" in text:
+        return "another rank did not answer in time (UNROLLED_TIMEOUT seconds, default 1800)"
+    ended = ("connection closed", "connection reset", "broken pipe", "remote process exit")
+    return "another rank has ended (killed? out of memory?)" if any(word in text for word in ended) else ""
+
+
 def fail(message: str) -> None:
-    """Say on rank 0's stderr, once, why this rank cannot go on; then the processes of all ranks end."""
-    if _watch is None or _watch.done:
+    """Say on stderr, once for all ranks, why this one cannot go on; torchrun or srun then ends the others."""
+    if world_size() == 1:
         sys.exit(f"error: {message}")
     if not is_main():
-        _watch._tell(f"rank {rank()}: {message}")
-        time.sleep(20)  # rank 0 ends this process when it has said so
-    _watch.end(message, show=True)
+        time.sleep(1)  # what all ranks find wrong, rank 0 says; this one is ended meanwhile
+        message = f"rank {rank()}: {message}"
+    if _store is None or _store.add(FAILED, 1) == 1:
+        os.write(2, f"\nerror: {message}\n".encode())
+    leave_now(1)
 
 
 def rank() -> int:
@@ -260,13 +192,11 @@ def barrier() -> None:
 
 def finish() -> None:
     """Take leave of the other ranks."""
-    global _watch
+    global _store
     if dist.is_initialized():
-        if _watch:
-            barrier()  # torchrun ends the others as soon as one has left with a code that is not 0
-            _watch.leave()
-            _watch = None
+        barrier()  # torchrun ends the others as soon as one has left with a code that is not 0
         dist.destroy_process_group()
+    _store = None
 
 
 def share(items):

@@ -116,10 +116,8 @@ def cli(main, Args) -> None:
                       "MEMORY.md says what a model needs")
         if dist.world_size() == 1:
             raise
-        time.sleep(2)  # a collective fails in all ranks when one is gone: that one is the news
-        if "imed out" in str(error):
-            dist.fail("another rank did not answer in time (UNROLLED_TIMEOUT seconds, default 1800): "
-                      f"{dist.first_line(error)}")
+        if lost := dist.lost_rank(error):
+            dist.fail(f"{lost}: {dist.first_line(error)}; --resume goes on from the last checkpoint")
         traceback.print_exc()
         dist.fail(f"{type(error).__name__}: {dist.first_line(error)}")
     dist.finish()

@@ -85,6 +85,7 @@ class Process:
 
     def __init__(self, ask, files, folder, request):
         self.ask, self.files, self.folder, self.code, self.group = ask, files, folder, None, [self]
+        self.told = []
         self.pid = ask(request | {"out": f"{files}.out", "err": f"{files}.err"})
 
     def poll(self):
@@ -93,9 +94,15 @@ class Process:
         return self.code
 
     def wait(self):
-        """Until all ranks have ended."""
-        wait_for(lambda: None not in [process.poll() for process in self.group],
-                 lambda: f"the run goes on\n{self.said()}")
+        """Until all ranks have ended; as torchrun does, the others are sent SIGTERM once one has failed."""
+        def ended():
+            codes = [process.poll() for process in self.group]
+            if any(codes) and not self.told:
+                self.told = [os.kill(process.pid, signal.SIGTERM)
+                             for process, code in zip(self.group, codes) if code is None]
+            return None not in codes
+
+        wait_for(ended, lambda: f"the run goes on\n{self.said()}")
         return self
 
     def kill(self):
@@ -161,13 +168,17 @@ def launcher(start, tiny, cwd):
     Returns the Process (of rank 0).
     """
 
+    stores = []  # torchrun's, in which the ranks find each other; it outlives them
+
     def go(out, *more, script="grpo.py", ranks=1, wait=True, fails=False, bare=False, env=None, path=(),
            cwd=cwd, **flags):
         defaults = {} if bare else small_sft(tiny) if Path(script).name.startswith("sft") else small(tiny)
         argv = [ROOT / script, *words(defaults | {"out": out} | flags), *more]  # absolute paths stay
         group = [{}]
         if ranks > 1:
-            shared = {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+            stores.append(torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False))
+            shared = {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(stores[-1].port),
+                      "TORCHELASTIC_USE_AGENT_STORE": "True"}
             group = [shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(ranks)]
         processes = [start(argv, cwd, (env or {}) | rank, path, Path(cwd) / (out or "")) for rank in group]
         processes[0].group = processes
