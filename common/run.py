@@ -11,10 +11,12 @@ import csv
 import dataclasses
 import fcntl
 import hashlib
+import inspect
 import json
 import math
 import os
 import platform
+import re
 import resource
 import shutil
 import subprocess
@@ -93,12 +95,9 @@ def cli(main, Args) -> None:
     the values that the command line does not. UNROLLED_TRACEBACK=1 shows a mistake's traceback all the same.
     Exit codes: 0 the run is finished, 1 it failed, 75 a signal ended it and `--resume` goes on, 130 Ctrl-C.
     """
-    import tyro
-
     def to_the_end():
         try:
-            main(tyro.cli(Args, default=_defaults(Args, sys.argv[1:]),
-                          description=sys.modules["__main__"].__doc__))
+            main(parse(Args, sys.argv[1:]))
         except dist.Stopped:
             dist.stop_signal = dist.stop_signal or "another rank's signal"
             Run.current.write_checkpoint()
@@ -125,24 +124,48 @@ def cli(main, Args) -> None:
         sys.exit(dist.STOPPED)
 
 
-def _defaults(Args, argv):
-    def value_of(flag):
-        for i, word in enumerate(argv):
-            if word == flag and i + 1 < len(argv):
-                return argv[i + 1]
-            if word.startswith(flag + "="):
-                return word[len(flag) + 1:]
-        return ""
+def parse(Args, argv):
+    """The arguments of a command line, behind those of --config or --resume; --help shows them by headings."""
+    import tyro
 
-    path = value_of("--config")
-    if "--resume" in argv:
-        if not value_of("--out"):
+    heading, headings = "run", {}
+    for cls in reversed(Args.__mro__[:-1]):
+        for line in inspect.getsource(cls).splitlines():
+            if found := re.fullmatch(r"    # ---- (.+) ----", line):
+                heading = found[1]
+            elif found := re.match(r"    (\w+):", line):
+                headings[found[1]] = headings.get(found[1], heading)
+        heading = "run"
+    fields = []
+    for name in dict.fromkeys(headings.values()):  # to tyro: `Args` once more, with this heading's fields alone
+        own = {field.name: field for field in dataclasses.fields(Args) if headings[field.name] == name}
+        part = type("Args", (Args,), {"__module__": Args.__module__, "__doc__": "", "__dataclass_fields__": own})
+        fields.append((name, tyro.conf.OmitArgPrefixes[part], dataclasses.field(default_factory=part)))
+    grouped = dataclasses.make_dataclass("Grouped", fields)
+    given, path = _config_words(argv)
+    try:
+        args = tyro.cli(grouped, args=[*given, *argv], description=sys.modules["__main__"].__doc__)
+    except SystemExit as end:
+        if end.code and given:
+            print(f"given were the arguments of {path}, then the command line's", file=sys.stderr)
+        raise
+    return Args(**{name: getattr(getattr(args, heading), name) for name, heading in headings.items()})
+
+
+def _config_words(argv):
+    """What --config, or a resumed run's config.json, gives, as words of a command line; and the file."""
+    import tyro
+
+    known, _ = tyro.cli(RunArgs, args=argv, return_unknown_args=True, add_help=False)
+    path = known.config
+    if known.resume:
+        if not known.out:
             raise ValueError("--resume needs --out RUN, the run directory to go on with")
-        path = path or f"{value_of('--out')}/config.json"
+        path = path or f"{known.out}/config.json"
         if not os.path.exists(path):
-            raise ValueError(f"--out {value_of('--out')} --resume: there is no run in that directory")
+            raise ValueError(f"--out {known.out} --resume: there is no run in that directory")
     if not path:
-        return Args()
+        return [], path
     import yaml
 
     try:
@@ -152,26 +175,20 @@ def _defaults(Args, argv):
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         reason = " ".join(str(error).split())[:150]
         raise ValueError(f"--config {path}: not valid YAML or JSON ({reason})") from None
+    if isinstance(values, dict) and isinstance(values.get("args"), dict):  # a run's: all but which run it is
+        values = {key: value for key, value in values["args"].items() if key not in ("out", "resume", "config")}
     if not isinstance(values, dict):
         raise ValueError(f"--config {path}: not a list of arguments with values, such as 'lr: 0.001'")
-    values = {key.replace("-", "_"): value for key, value in values.get("args", values).items()}
-    fields = {field.name: field for field in dataclasses.fields(Args)}
-    if unknown := set(values) - set(fields):
-        raise ValueError(f"--config {path}: unknown {', '.join(sorted(unknown))}; known: {', '.join(fields)}")
+    words = []
     for key, value in values.items():
-        kind = fields[key].type
-        many = typing.get_origin(kind) is tuple
-        allowed = typing.get_args(kind) if typing.get_origin(kind) is typing.Literal else (value,)
-        if value not in allowed:
-            raise ValueError(f"--config {path}: {key} is {value!r}, but takes {', '.join(allowed)}")
-        if many != isinstance(value, list | tuple) or (kind in (int, bool) and type(value) is not kind):
-            wanted = "a list" if many else f"one value ({getattr(kind, '__name__', kind)})"
-            raise ValueError(f"--config {path}: {key} is {value!r}, but takes {wanted}")
-        try:  # YAML reads 1e-4 as text, and a level of 3 as a number
-            values[key] = tuple(value) if many else kind(value) if kind in (float, str) else value
-        except (TypeError, ValueError):
-            raise ValueError(f"--config {path}: {key} is {value!r}, but takes a number") from None
-    return Args(**values)
+        flag = str(key).replace("_", "-")
+        if isinstance(value, bool):
+            words.append(f"--{flag}" if value else f"--no-{flag}")
+        elif isinstance(value, list):
+            words += [f"--{flag}", *map(str, value)]
+        else:
+            words.append(f"--{flag}={'' if value is None else value}")
+    return words, path
 
 
 MAY_BE_0 = ("seed", "warmup_steps", "max_refills", "clip_eps_low", "clip_eps_high", "value_clip", "gamma",
