@@ -146,9 +146,8 @@ def test_help_says_what_each_flag_is(script, tmp_path):
     done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
     assert done.returncode == 0 and done.stderr == "" and list(tmp_path.iterdir()) == []
     for name, _, text, group in FIELDS[script]:
-        (shown,) = re.findall(rf"─ {group} options ─.*?╰", done.stdout, re.DOTALL)
-        assert re.search(rf"--{name.replace('_', '-')}\b", shown), name
-        assert text in shown, name
+        assert re.search(rf"--{name.replace('_', '-')}\b", done.stdout), name
+        assert text in done.stdout and f"─ {group} options ─" in done.stdout, name
     method = ast.get_docstring(ast.parse(SOURCES[script])).splitlines()[0]
     assert method in done.stdout
 
