@@ -13,6 +13,7 @@ evaluate model text and take time linear in its length. `model:runs/rm` is a mod
 """
 
 import ast
+import atexit
 import faulthandler
 import importlib.util
 import inspect
@@ -516,7 +517,9 @@ def parse_rewards(specs: list[str], learned=LearnedReward, answer_prob=None) -> 
         if target == "math" and importlib.util.find_spec("math_verify") is None:
             raise ValueError("reward 'math' needs the package math_verify: pip install math-verify")
         function = (learned(path) if is_model else answer_prob(path) if is_prob
-                    else _Worker(path or __file__, name) if colon or name == "math" else BUILT_IN[name])
+                    else _Worker(path, name) if colon
+                    else _Worker(__file__, name, failed=0.0) if name == "math"  # not judged in time: not right
+                    else BUILT_IN[name])
         parsed.append(RewardFunction(name, weight, function))
     return parsed
 
@@ -687,23 +690,27 @@ def pass_at_k(n, c, k) -> float:
 
 # ---- Other people's functions, in a process of their own: no fork (CUDA, threads), no pickle, no signals.
 # One JSON line per request, [timeout_s, arguments], and one per reply, [values or null, error]. The first
-# request loads the function. The worker keeps the time limit itself: faulthandler prints where the function
-# hangs and ends the process, even one that never lets go of the interpreter's lock or whose parent has died.
+# request loads the function. The worker keeps the time limit: faulthandler prints where the function hangs and
+# ends the process, also after its parent's death. What undoes that (a fork, SIGSTOP) the parent ends soon after.
 
 _START = "import sys; sys.path.insert(0, sys.argv.pop(1)); from common.rewards import _serve; _serve()"
+GRACE_S = 2.0  # the parent's limit is so much longer
 
 
 class _Worker:
-    """One reward function in a process, which starts at once, and again when needed after it has ended."""
+    """One reward function in a process, which starts at once, and again when needed after it has ended.
 
-    def __init__(self, path, name):
+    failed: the reward of a row for which it fails or is late.
+    """
+
+    def __init__(self, path, name, failed=nan):
         root = Path(__file__).resolve().parents[1]
         self.command = [sys.executable, "-uB", "-c", _START,  # B: no bytecode in a user's folder
                         str(root), str(Path(path).resolve()), name]
-        self.lock, self.process = threading.Lock(), None
+        self.failed, self.lock, self.process = failed, threading.Lock(), None
         if error := self.load():
-            self.kill()
             raise ValueError(f"reward {name!r}: {error}")
+        atexit.register(self.kill)
 
     def kill(self):
         if self.process:
@@ -715,33 +722,39 @@ class _Worker:
         """Start the process, unless it runs, until it has loaded the function; what went wrong, or ""."""
         if self.process:
             return ""
-        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
         # A session of its own: Ctrl-C reaches the run alone, which needs its rewards to finish the step.
-        self.process = subprocess.Popen(self.command, start_new_session=True, **pipes)
-        return self.ask(None, LOAD_TIMEOUT_S)[1]
+        self.process = subprocess.Popen(self.command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+                                        start_new_session=True)
+        error = self.ask(None, LOAD_TIMEOUT_S)[1]
+        if error:
+            self.kill()
+        return error
 
     def ask(self, arguments, timeout_s):
         """The reply (values, error) to one request, the time of `load` not counted; no values: it failed."""
         if error := self.load():
             return None, error
         process, reply = self.process, ""
+        deadline = threading.Timer(timeout_s + GRACE_S, os.killpg, (process.pid, signal.SIGKILL))
+        deadline.start()
         try:
             with suppress(BrokenPipeError):
                 print(json.dumps([timeout_s, arguments]), file=process.stdin, flush=True)
                 reply = process.stdout.readline()
         finally:
+            deadline.cancel()
             if not reply:  # it has ended, or Ctrl-C came: a late reply must not be read as the next call's
                 self.kill()
         ended = f"no result within {timeout_s:g} s, or it ended by itself: exit code {process.returncode}"
         return json.loads(reply) if reply else (None, ended)
 
     def __call__(self, prompts, responses, answers, columns, timeout_s):
-        """(values, error) of one call for the batch, else of one per row: NaN where it fails or is late."""
+        """(values, error) of one call for the batch, else of one per row."""
         with self.lock:
             values, error = self.ask([prompts, responses, answers, columns], timeout_s)
             if values is not None:
                 return values, error
-            values, loading, calling = [nan] * len(prompts), 0.0, 0.0
+            values, loading, calling = [self.failed] * len(prompts), 0.0, 0.0
             for i in range(len(prompts)):
                 begun = time.monotonic()
                 if calling >= 2 * timeout_s or loading >= LOAD_TIMEOUT_S or self.load():
@@ -750,7 +763,7 @@ class _Worker:
                 row = [column[i : i + 1] for column in (prompts, responses, answers)]
                 row.append({name: column[i : i + 1] for name, column in columns.items()})
                 found, _ = self.ask(row, max(1.0, timeout_s / len(prompts)))
-                values[i] = found[0] if found else nan
+                values[i] = found[0] if found else self.failed
                 loading, calling = loading + loaded - begun, calling + time.monotonic() - loaded
             return values, error
 
@@ -799,3 +812,4 @@ def _serve():
             reply = None, " ".join(f"{type(error).__name__}: {error}".split())[:300] + "".join(lines[-1:])
         faulthandler.cancel_dump_traceback_later()
         print(json.dumps(reply), file=replies, flush=True)
+    os.killpg(0, signal.SIGKILL)  # the parent has gone: what the function started goes, too

@@ -643,6 +643,43 @@ def test_the_process_dies_with_its_parent_even_in_the_middle_of_a_call(tmp_path)
     wait_for(lambda: not alive(worker))
 
 
+@pytest.mark.parametrize("wrong", [
+    "os.fork(); time.sleep(1000)", "os.kill(os.getpid(), signal.SIGSTOP)",
+    "faulthandler.cancel_dump_traceback_later(); time.sleep(1000)"])
+def test_what_undoes_the_limit_is_ended_by_the_parent_with_all_that_it_started(user, tmp_path, monkeypatch,
+                                                                               wrong):
+    monkeypatch.setattr(rewards, "GRACE_S", 0.3)
+    functions = user(
+        "import faulthandler, os, signal, time\n"
+        "def f(prompts, responses, answers):\n"
+        f"    {wrong}\n"
+    )
+    group = functions[0].function.process.pid
+    assert run(functions, ["a"], timeout_s=0.5)["failed"] == 1
+    with pytest.raises(ProcessLookupError):
+        os.killpg(group, 0)
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="needs /proc")
+@pytest.mark.parametrize("end", ["", "; import time; time.sleep(1000)"])
+def test_what_a_reward_started_ends_with_the_run(tmp_path, end):
+    (tmp_path / "r.py").write_text(
+        "import pathlib, subprocess\n"
+        "def f(prompts, responses, answers):\n"
+        "    child = subprocess.Popen(['sleep', '1000'])\n"
+        f"    pathlib.Path({str(tmp_path / 'pid')!r}).write_text(str(child.pid))\n"
+        "    return [1.0]\n"
+    )
+    code = ("import sys; from common.data import Example; from common.rewards import parse_rewards, score\n"
+            f"score(parse_rewards([sys.argv[1]]), [Example(0, 'q', 'a')], ['r']){end}\n")
+    parent = subprocess.Popen([sys.executable, "-c", code, f"{tmp_path / 'r.py'}:f"], cwd=ROOT)
+    wait_for(lambda: (tmp_path / "pid").exists() and (tmp_path / "pid").read_text())
+    if end:
+        parent.kill()
+    parent.wait()
+    wait_for(lambda: not alive(int((tmp_path / "pid").read_text())))
+
+
 def test_built_in_rewards_start_no_process(monkeypatch):
     monkeypatch.setattr(subprocess, "Popen", lambda *args, **options: pytest.fail("started a process"))
     functions = parse_rewards(["correctness=2", "format", "digit", "mark"])
@@ -665,6 +702,17 @@ def test_math_does_algebra_in_its_process():
     functions[0].function.kill()
     assert result["rewards"]["math"] == [1.0, 1.0, 0.0, 0.0, 0.0]
     assert result["correct"] == [0.0, 1.0, 0.0, 0.0, 0.0]
+
+
+def test_an_answer_that_cannot_be_judged_in_time_is_not_right():
+    """0, not NaN: a row that is left out of its group would be one that was never wrong."""
+    pytest.importorskip("math_verify")
+    functions = parse_rewards(["math"])
+    bomb = "\\boxed{9^{9^{9^{9}}}}"
+    result = score(functions, [Example(0, "q", "x+1")] * 2, ["\\boxed{1+x}", bomb], timeout_s=3.0)
+    functions[0].function.kill()
+    assert result["rewards"]["math"][1] == 0.0 and result["failed"] == 0
+    assert "no result within 3 s" in result["error"]
 
 
 def test_the_countdown_and_arithmetic_demonstrations_are_correct():
