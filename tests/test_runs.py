@@ -594,8 +594,9 @@ NOT_A_NUMBER = """
 def policy_loss(*inputs, **options):
     calls.append(1)
     loss, low, high = original(*inputs, **options)
-    first, last = map(int, os.environ["NAN_CALLS"].split("-"))
-    return loss * (float("nan") if first <= len(calls) <= last else 1.0), low, high
+    ranges = [map(int, part.split("-")) for part in os.environ["NAN_CALLS"].split()]
+    wrong = any(first <= len(calls) <= last for first, last in ranges)
+    return loss * (float("nan") if wrong else 1.0), low, high
 
 calls, original, script.policy_loss = [], script.policy_loss, policy_loss
 """
@@ -620,6 +621,12 @@ def test_nan_losses_in_a_row_stop_the_run_with_its_state_saved(go, tmp_path):
     saved = weights(process.folder, "checkpoints/step-6")
     largest = max(tensor.abs().max() for name, tensor in saved.items() if "lora_B" in name)
     assert largest == pytest.approx(1e-3, rel=1e-2)  # AdamW's first step is lr long, and it was the only one
+
+
+def test_nan_losses_that_are_not_in_a_row_stop_nothing(go, tmp_path):
+    process = go("run", script=patched(tmp_path, "grpo", NOT_A_NUMBER), env={"NAN_CALLS": "1-4 6-7"},
+                 max_steps=8, beta=0.01)
+    assert re.findall(r"\((\d) in a row\)", process.out) == ["1", "2", "3", "4", "1", "2"]
 
 
 @pytest.mark.parametrize("script, beta", [
