@@ -138,7 +138,8 @@ def load_tokenizer(name: str, flag: str = "--model"):
                                        for file in ("tokenizer.json", "tokenizer.model", "vocab.json")):
         raise ValueError(f"{flag} {name}: no tokenizer in that folder (tokenizer.json, tokenizer.model or "
                          "vocab.json)")
-    tokenizer = _reach("tokenizer", name, lambda: AutoTokenizer.from_pretrained(name), flag)
+    tokenizer = _reach("tokenizer", name, lambda: AutoTokenizer.from_pretrained(
+        name, trust_remote_code=False), flag)
     if tokenizer.eos_token_id is None:
         raise ValueError(f"{flag} {name}: its tokenizer has no eos_token; set one in tokenizer_config.json")
     return tokenizer
@@ -152,7 +153,11 @@ def load_config(name: str):
     from transformers import AutoConfig
 
     name = base_of(name)
-    config = _reach("configuration", name, lambda: AutoConfig.from_pretrained(name))
+    config = _reach("configuration", name, lambda: AutoConfig.from_pretrained(name, trust_remote_code=False))
+    if quantized := getattr(config, "quantization_config", None):
+        method = quantized.get("quant_method") if isinstance(quantized, dict) else quantized
+        raise ValueError(f"--model {name}: its weights are quantized ({method}); pass the model that they "
+                         "were made from, with --quantize nf4 if it must be small")
     if config.model_type not in SUPPORTED:
         raise ValueError(f"--model {name}: model type {config.model_type!r} is not supported "
                          "(fused projections, experts, or another layer form); "
@@ -177,9 +182,16 @@ def base_of(name: str) -> str:
 
 
 def adapter_settings(name: str) -> dict:
-    """The adapter_config.json of a model that is an adapter; {} for any other."""
+    """The adapter_config.json of a model that is an adapter; {} for any other. Errors: `check_adapter`'s."""
     path = Path(resolve(name)) / "adapter_config.json"
-    return json.loads(path.read_text()) if path.exists() else {}
+    if not path.exists():
+        return {}
+    try:
+        config = json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"--model {name}: adapter_config.json is not valid JSON ({error})") from None
+    check_adapter(name, config)
+    return config
 
 
 def check_reward_model(name: str) -> str:
@@ -260,8 +272,7 @@ def load_model(name: str, dtype: torch.dtype, device: torch.device, max_tokens: 
     from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 
     disable_progress_bar()  # one bar per rank, for files that load in a second
-    if scores:
-        set_verbosity_error()  # the head is not the body's: no news
+    set_verbosity_error()  # what is missing or left over is said below
     config = load_config(name)
     check_length(name, config, max_tokens)
     if getattr(config, "attn_logit_softcapping", None):  # the fused kernels leave it out
@@ -275,8 +286,13 @@ def load_model(name: str, dtype: torch.dtype, device: torch.device, max_tokens: 
     if from_scratch and (dist.is_main() or not split):
         model = AutoModelForCausalLM.from_config(config)
     elif dist.is_main() or not split:  # else its part comes from rank 0
-        model = _reach("weights", base, lambda: AutoModelForCausalLM.from_pretrained(
-            base, dtype=load_dtype, config=config))
+        model, info = _reach("weights", base, lambda: AutoModelForCausalLM.from_pretrained(
+            base, dtype=load_dtype, config=config, trust_remote_code=False, output_loading_info=True))
+        for what, names in (("lack", info["missing_keys"]), ("hold", info["unexpected_keys"])):
+            if names := sorted(set(names) - ({HEAD} if scores else set())):
+                raise ValueError(f"--model {name}: its weights {what} {', '.join(names[:3])} "
+                                 f"({len(names)} such tensors): not a whole causal language model of its "
+                                 "config.json's kind")
         merge_adapters(model, folder)
     if split:
         source = model
@@ -414,33 +430,75 @@ def check_length(name: str, config, max_tokens: int) -> None:
                          f"({max_tokens} tokens); shorten --max-new-tokens")
 
 
+# What an adapter_config.json may say: the first row is read, the rest changes no weight.
+ADAPTER_SETTINGS = {
+    "alpha_pattern", "base_model_name_or_path", "lora_alpha", "peft_type", "r", "rank_pattern", "use_rslora",
+    "auto_mapping", "bias", "exclude_modules", "inference_mode", "layers_pattern", "layers_to_transform",
+    "lora_dropout", "megatron_core", "modules_to_save", "peft_version", "qalora_group_size", "revision",
+    "target_modules", "task_type"}
+MERGE_FIRST = "merge it into its base with PEFT first (merge_and_unload) and pass the merged model"
+
+
+def check_adapter(name, config) -> None:
+    """Errors: ValueError naming the first setting that is more than LoRA's A and B, or what is missing."""
+    strange = {key: value for key, value in config.items() if value and key not in ADAPTER_SETTINGS}
+    if config.get("peft_type") != "LORA":
+        strange = {"peft_type": config.get("peft_type")}
+    if strange.get("init_lora_weights") in (True, "gaussian", "orthogonal"):  # others have changed the base
+        del strange["init_lora_weights"]
+    for key, value in strange.items():
+        raise ValueError(f"--model {name}: its adapter has {key} {value!r:.60}, more than LoRA's A and B: "
+                         f"{MERGE_FIRST}")
+    if not config.get("base_model_name_or_path"):
+        raise ValueError(f"--model {name}: its adapter_config.json names no base_model_name_or_path: write "
+                         "there which model the adapter stands on")
+    if not Path(resolve(name), "adapter_model.safetensors").exists():
+        raise ValueError(f"--model {name}: no adapter_model.safetensors in it (other formats are not read)")
+
+
+def adapter_scale(config, path, r) -> float:
+    """The adapter's factor for the layer at `path`, whose A has r rows; patterns match as in PEFT."""
+    alpha = next((value for key, value in (config.get("alpha_pattern") or {}).items()
+                  if re.match(rf"(.*\.)?({key})$", path)), config["lora_alpha"])
+    return alpha / (r ** 0.5 if config.get("use_rslora") else r)
+
+
 @torch.no_grad()
 def merge_adapters(model, folder: str) -> None:
     """Add the adapter in `folder` (PEFT's format) to `model`'s weights, and first the adapter it stands on.
 
-    Errors: ValueError naming the first tensor whose place or shape does not fit, with both shapes.
+    Errors: ValueError naming the first tensor that is not LoRA's A or B of a linear layer of the model, or
+    does not fit it, with both shapes.
     """
-    path, config = Path(folder), adapter_settings(folder)
+    config = adapter_settings(folder)
     if not config:
         return
     merge_adapters(model, resolve(config["base_model_name_or_path"]))
-    scale = config["lora_alpha"] / (config["r"] ** 0.5 if config.get("use_rslora") else config["r"])
-    tensors = load_file(path / "adapter_model.safetensors")
-    for key, A in tensors.items():
-        if ".lora_A." not in key:
+    tensors = load_file(Path(folder) / "adapter_model.safetensors")
+    if (Path(folder) / REWARD_FILE).exists():
+        del tensors[f"base_model.model.{HEAD}"]  # `load_head` reads it
+    for key in sorted(tensors):
+        match = re.fullmatch(r"base_model\.model\.(.+)\.lora_([AB])\.weight", key)
+        path = match[1] if match else key
+        pair = [f"base_model.model.{path}.lora_{letter}.weight" for letter in "AB"]
+        if not match or not tensors.keys() >= set(pair):
+            raise ValueError(f"--model {folder}: its adapter's {key} is no LoRA A with its B: {MERGE_FIRST}")
+        if match[2] == "B":
             continue
-        B = tensors[key.replace(".lora_A.", ".lora_B.")].float()
-        target = key.removeprefix("base_model.model.").split(".lora_A.")[0] + ".weight"
+        A, B = (tensors[name].float() for name in pair)
         try:
-            weight = model.get_parameter(target)
+            weight = model.get_parameter(f"{path}.weight")
         except AttributeError:
             raise ValueError(f"--model {folder}: its adapter has {key}, "
-                             f"but the base model has no {target}") from None
-        if weight.shape != (B.shape[0], A.shape[1]):
+                             f"but the base model has no {path}.weight") from None
+        if model.config.tie_word_embeddings and weight is model.get_input_embeddings().weight:
+            raise ValueError(f"--model {folder}: its adapter has {key}, but the base model's head is its "
+                             f"embedding, too: {MERGE_FIRST}")
+        if A.dim() != 2 or weight.shape != (B.shape[0], A.shape[1]):
             raise ValueError(f"--model {folder}: its adapter's {key} makes "
-                             f"{tuple((B.shape[0], A.shape[1]))}, "
-                             f"but the base model's {target} is {tuple(weight.shape)}")
-        weight += scale * (B @ A.float())
+                             f"{tuple((B.shape[0], A.shape[-1]))}, "
+                             f"but the base model's {path}.weight is {tuple(weight.shape)}")
+        weight += adapter_scale(config, path, len(A)) * (B @ A)
 
 
 def save_adapter(folder, tensors, alpha, base: str, model, head=None) -> None:

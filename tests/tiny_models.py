@@ -1,9 +1,10 @@
-"""Tiny models with random weights, of every family that is supported, for the tests to import."""
+"""Tiny models with random weights, of every family that is supported, and what tests of them share."""
 
 import torch
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 from common import models
+from grpo import add_lora
 
 KINDS = models.SUPPORTED
 
@@ -58,3 +59,40 @@ def tiny_tokenizer():
 def some_prompts(lengths, vocab=SIZES["vocab_size"], seed=0):
     generator = torch.Generator().manual_seed(seed)
     return [torch.randint(vocab, (n,), generator=generator).tolist() for n in lengths]
+
+
+@torch.no_grad()
+def shake(params, seed=1):
+    """Move the parameters away from where they start: an adapter with B = 0 would show nothing."""
+    generator = torch.Generator().manual_seed(seed)
+    for p in params:
+        p.add_(0.1 * torch.randn(p.shape, generator=generator))
+    return params
+
+
+def assert_close(a, b, tolerance):
+    """Within `tolerance`, absolute where the values are below 1 and relative to the largest above."""
+    largest = b.abs().max().item()
+    assert torch.isfinite(a).all() and (a - b).abs().max().item() <= tolerance * max(1.0, largest)
+
+
+def adapted_model(kind, r=3, alpha=5, name="policy", **overrides):
+    """A tiny model with an adapter that matters, on all projections; the scale is not 1 or 2 on purpose."""
+    model = tiny_model(kind, **overrides)
+    return model, shake(add_lora(model, name, r, alpha, models.PROJECTIONS))
+
+
+def greedy_by_generate(model, prompts, max_new_tokens, stop_ids=()):
+    """transformers' own greedy decoding of a left-padded batch, each row cut after its first stop token."""
+    T = max(map(len, prompts))
+    input_ids, attended = torch.zeros(2, len(prompts), T, dtype=torch.int64)
+    for i, prompt in enumerate(prompts):
+        input_ids[i, T - len(prompt):], attended[i, T - len(prompt):] = torch.tensor(prompt), 1
+    model.generation_config.eos_token_id = sorted(stop_ids) or None
+    output = model.generate(
+        input_ids, attention_mask=attended, do_sample=False, max_new_tokens=max_new_tokens)
+    rows = []
+    for row in output[:, T:].tolist():
+        ends = [i for i, token in enumerate(row) if token in stop_ids]
+        rows.append(row[:ends[0] + 1] if ends else row)
+    return rows
