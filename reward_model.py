@@ -183,12 +183,12 @@ def score_all(model, head, comparisons, tokens_per_batch):
     return scores.split([len(c.rows) for c in comparisons])
 
 
-def evaluate(model, head, comparisons, args, step, fits, run):
-    """Held-out loss, ranking, calibration; each score goes to eval.csv. Returns their (mean, deviation)."""
+def evaluate(model, head, comparisons, args, state, fits, run):
+    """Held-out loss, ranking, calibration, the scores' mean and deviation; each score goes to eval.csv."""
     mine = dist.share(comparisons)
     scored = [scores.tolist() for scores in fits(score_all, model, head, mine)]
     rows = dist.gather_rows([
-        {"step": step, "id": c.preference.id, "sample": n - 1,
+        {"step": state.step, "id": c.preference.id, "sample": n - 1,
          "prompt": data.prompt_text(c.preference.prompt),
          "chosen": c.preference.chosen, "rejected": (c.preference.rejected, *c.preference.others)[n - 1],
          "score_chosen": scores[0], "score_rejected": scores[n], "correct": int(scores[0] > scores[n]),
@@ -210,9 +210,8 @@ def evaluate(model, head, comparisons, args, step, fits, run):
                    torch.stack([ahead, longer]))[0, 1].nan_to_num().item(),
                "eval/score": scores.mean().item(), "eval/score_std": scores.std().item(),
                "eval/pairs": len(rows)}
-    run.log(step, metrics)
-    run.print(f"step {step}: " + "  ".join(f"{name} {value:.4g}" for name, value in metrics.items()))
-    return metrics["eval/score"], metrics["eval/score_std"]
+    state.scale = metrics["eval/score"], metrics["eval/score_std"]
+    run.log_held_out(state.step, metrics)
 
 
 def save_reward(model, head, tokenizer, adapter, args, state, folder, merge=False):
@@ -289,7 +288,7 @@ def main(args: Args) -> None:
             model, head, partial(score_all, model, head, some),
             partial(accumulate_gradients, model, head, some, args, len(some), device=device)))
         if state.step == 0 and not args.dry_run:
-            state.scale = evaluate(model, head, held_out, args, 0, fits, run)
+            evaluate(model, head, held_out, args, state, fits, run)
 
     last, stop = run.is_last(state), False
     while not (last or stop):
@@ -319,7 +318,7 @@ def main(args: Args) -> None:
         # ---- evaluate ----
         if state.step % args.eval_every == 0 or last:
             with autocast():
-                state.scale = evaluate(model, head, held_out, args, state.step, fits, run)
+                evaluate(model, head, held_out, args, state, fits, run)
 
         # ---- save ----
         stop = run.save(due=state.step % args.save_every == 0 or last)

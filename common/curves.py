@@ -22,17 +22,26 @@ COLOURS = ("#000000", "#d55e00", "#56b4e9", "#0072b2", "#e6c200", "#8b1a1a")  # 
 STYLES = ("-", "--", "-.", ":")
 
 
-def read_metrics(path) -> list[dict]:
-    """The lines of a run's metrics.jsonl (a directory or the file); [] where there is none yet."""
+def read_metrics(path, damaged=None) -> list[dict]:
+    """The lines of a run's metrics.jsonl (a directory or the file); [] where there is none yet.
+
+    A line that is not whole is left out; (place, text) goes into `damaged` if more follow: a kill cuts off
+    the last one.
+    """
     path = Path(path)
     path = path / "metrics.jsonl" if path.is_dir() or not path.suffix else path
-    lines = path.read_text().splitlines() if path.exists() else []
-    found = []
-    for line in lines:
+    found, left_out = [], []
+    for number, line in enumerate(path.read_bytes().splitlines() if path.exists() else [], 1):
         try:
-            found.append(json.loads(line))
-        except json.JSONDecodeError:  # a kill can leave half a line
+            values = json.loads(line)
+            int(values["step"])
+        except (ValueError, TypeError, KeyError, RecursionError):
+            left_out.append((f"{path}: line {number}", ascii(line)))
             continue
+        found.append(values)
+        if damaged is not None:
+            damaged += left_out
+        left_out = []
     return found
 
 

@@ -12,11 +12,14 @@ The columns decide how a row is read: see SCHEMAS and `_pair`. A user's mistake 
 import csv
 import gzip
 import hashlib
+import http.client
 import itertools
 import json
 import os
 import random
 import re
+import shutil
+import urllib.request
 import zlib
 from collections import Counter, defaultdict
 from contextlib import suppress
@@ -25,7 +28,6 @@ from dataclasses import dataclass, field, replace
 from functools import lru_cache, partial
 from pathlib import Path
 
-import torch
 from jinja2 import TemplateError
 
 from common import dist
@@ -221,10 +223,19 @@ def _download(url):
     cache = Path(os.environ.get("UNROLLED_CACHE") or "~/.cache/unrolled").expanduser()
     path = cache / hashlib.sha256(url.encode()).hexdigest()[:8] / url.rpartition("/")[2]
     if not path.exists():
+        aside = path.with_name(f".{os.getpid()}-{path.name}")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            torch.hub.download_url_to_file(url, str(path), progress=False)
-        except (OSError, ValueError) as error:  # URLError is an OSError
+            with urllib.request.urlopen(url, timeout=60) as reply, open(aside, "wb") as file:
+                shutil.copyfileobj(reply, file)
+            length = reply.headers.get("Content-Length")
+            if length and int(length) != aside.stat().st_size:
+                raise ValueError(f"{aside.stat().st_size} of {length} bytes came")
+            if reply.headers.get_content_type() == "text/html":
+                raise ValueError("it is a web page, not data: perhaps one to log in")
+            os.replace(aside, path)
+        except (OSError, ValueError, http.client.HTTPException) as error:  # URLError is an OSError
+            aside.unlink(missing_ok=True)
             raise ValueError(f"cannot download {url} ({error}): fetch it where there is a network and pass "
                              "the local file") from None
     if dist.is_main():

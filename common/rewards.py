@@ -518,7 +518,7 @@ def parse_rewards(specs: list[str], learned=LearnedReward, answer_prob=None) -> 
             raise ValueError("reward 'math' needs the package math_verify: pip install math-verify")
         function = (learned(path) if is_model else answer_prob(path) if is_prob
                     else _Worker(path, name) if colon
-                    else _Worker(__file__, name, failed=0.0) if name == "math"  # not judged in time: not right
+                    else _Worker(__file__, name, failed=0.0) if name == "math"  # late: not right
                     else BUILT_IN[name])
         parsed.append(RewardFunction(name, weight, function))
     return parsed
@@ -690,8 +690,8 @@ def pass_at_k(n, c, k) -> float:
 
 # ---- Other people's functions, in a process of their own: no fork (CUDA, threads), no pickle, no signals.
 # One JSON line per request, [timeout_s, arguments], and one per reply, [values or null, error]. The first
-# request loads the function. The worker keeps the time limit: faulthandler prints where the function hangs and
-# ends the process, also after its parent's death. What undoes that (a fork, SIGSTOP) the parent ends soon after.
+# request loads the function. The worker keeps the time limit: faulthandler prints where the function hangs
+# and ends the process, also after its parent's death. What undoes that (a fork, SIGSTOP) the parent ends.
 
 _START = "import sys; sys.path.insert(0, sys.argv.pop(1)); from common.rewards import _serve; _serve()"
 GRACE_S = 2.0  # the parent's limit is so much longer
@@ -723,8 +723,8 @@ class _Worker:
         if self.process:
             return ""
         # A session of its own: Ctrl-C reaches the run alone, which needs its rewards to finish the step.
-        self.process = subprocess.Popen(self.command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-                                        start_new_session=True)
+        self.process = subprocess.Popen(self.command, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                                        text=True, start_new_session=True)
         error = self.ask(None, LOAD_TIMEOUT_S)[1]
         if error:
             self.kill()

@@ -1,7 +1,7 @@
 """The run directory: arguments, metrics, samples and checkpoints on disk; terminal progress, resume, retry.
 
     runs/NAME/ config.json  SCRIPT.py  log.txt  metrics.jsonl  samples.csv  eval.csv  [git.diff]
-               checkpoints/step-N/ (the saved weights, training.pt, state.json)  final/
+               checkpoints/step-N/ (the saved weights, training.pt, state.json)  best/  final/
 
 Only rank 0 writes and prints; all ranks make the same calls.
 """
@@ -24,7 +24,6 @@ import sys
 import tempfile
 import time
 import traceback
-import typing
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext, suppress
 from functools import partial
@@ -33,7 +32,7 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 
 from common import curves, dist, models, rewards, shard
 from common.data import THINK_ANSWER_SYSTEM
@@ -124,8 +123,16 @@ def cli(main, Args) -> None:
         sys.exit(dist.STOPPED)
 
 
+OF_THE_PROCESS = {"out", "resume", "config", "dry_run", "profile"}  # not of what the run does
+MAY_CHANGE = {"max_steps", "token_budget", "eval_every", "save_every", "keep", "show_every", "wandb", "slots",
+              "tokens_per_batch"} | OF_THE_PROCESS
+
+
 def parse(Args, argv):
-    """The arguments of a command line, behind those of --config or --resume; --help shows them by headings."""
+    """The arguments of a command line, behind those of --config or --resume; --help shows them by headings.
+
+    Errors: ValueError for a file that cannot be read, or a resumed run's argument that would change.
+    """
     import tyro
 
     heading, headings = "run", {}
@@ -137,26 +144,38 @@ def parse(Args, argv):
                 headings[found[1]] = headings.get(found[1], heading)
         heading = "run"
     fields = []
-    for name in dict.fromkeys(headings.values()):  # to tyro: `Args` once more, with this heading's fields alone
+    for name in dict.fromkeys(headings.values()):  # to tyro: `Args` once more, with its fields alone
         own = {field.name: field for field in dataclasses.fields(Args) if headings[field.name] == name}
-        part = type("Args", (Args,), {"__module__": Args.__module__, "__doc__": "", "__dataclass_fields__": own})
+        part = type("Args", (Args,), {"__module__": Args.__module__, "__doc__": "",
+                                      "__dataclass_fields__": own})
         fields.append((name, tyro.conf.OmitArgPrefixes[part], dataclasses.field(default_factory=part)))
     grouped = dataclasses.make_dataclass("Grouped", fields)
-    given, path = _config_words(argv)
+
+    def read(words):
+        args = tyro.cli(grouped, args=words, description=sys.modules["__main__"].__doc__)
+        return Args(**{name: getattr(getattr(args, heading), name) for name, heading in headings.items()})
+
+    known, _ = tyro.cli(RunArgs, args=argv, return_unknown_args=True, add_help=False)
+    given, path = _config_words(known, headings)
     try:
-        args = tyro.cli(grouped, args=[*given, *argv], description=sys.modules["__main__"].__doc__)
+        args = read([*given, *argv])
+        of_run = read(given) if known.resume else args
     except SystemExit as end:
         if end.code and given:
             print(f"given were the arguments of {path}, then the command line's", file=sys.stderr)
         raise
-    return Args(**{name: getattr(getattr(args, heading), name) for name, heading in headings.items()})
+    for name in headings.keys() - MAY_CHANGE:
+        if (now := getattr(args, name)) != (then := getattr(of_run, name)):
+            raise ValueError(f"--resume: --{name.replace('_', '-')} is {now!r}, but the run began with "
+                             f"{then!r}; for another run choose another --out, without --resume")
+    return args
 
 
-def _config_words(argv):
-    """What --config, or a resumed run's config.json, gives, as words of a command line; and the file."""
-    import tyro
+def _config_words(known, names):
+    """What --config, or a resumed run's config.json, gives, as words of a command line; and the file.
 
-    known, _ = tyro.cli(RunArgs, args=argv, return_unknown_args=True, add_help=False)
+    known: the RunArgs of the command line; names: the arguments that the script has.
+    """
     path = known.config
     if known.resume:
         if not known.out:
@@ -176,7 +195,11 @@ def _config_words(argv):
         reason = " ".join(str(error).split())[:150]
         raise ValueError(f"--config {path}: not valid YAML or JSON ({reason})") from None
     if isinstance(values, dict) and isinstance(values.get("args"), dict):  # a run's: all but which run it is
-        values = {key: value for key, value in values["args"].items() if key not in ("out", "resume", "config")}
+        script, values = values.get("argv", ["another script"])[0], values["args"]
+        if known.resume and (strange := values.keys() - names):
+            raise ValueError(f"--out {known.out} --resume: that run is {Path(script).name}'s; this script "
+                             f"has no {', '.join(sorted(strange)[:3])}")
+        values = {key: value for key, value in values.items() if key not in ("out", "resume", "config")}
     if not isinstance(values, dict):
         raise ValueError(f"--config {path}: not a list of arguments with values, such as 'lr: 0.001'")
     words = []
@@ -276,7 +299,8 @@ class Run:
     """One run's directory and terminal.
 
     State: `path`; `seconds`, what each phase of the present step took; `bad_steps`, the updates in a row that
-    were skipped; what `restore` was given, and the state that is not written yet.
+    were skipped; `unrewarded`, the steps in a row without a row whose rewards worked; what `restore` was
+    given, and the state that is not written yet.
     Errors: ValueError if the directory holds a run already (and not `args.resume`), or cannot be written.
     """
 
@@ -286,20 +310,12 @@ class Run:
     def __init__(self, args, script, device, *, tags=()):
         self.args, self.device, self.name = args, device, Path(script).stem
         self.seconds, self._wandb, self._table, self._unsaved = {}, None, [], None
-        self._profiled = self.bad_steps = 0
+        self._profiled = self.bad_steps = self.unrewarded = 0
         self._started, self._first_step, self._line = time.time(), None, 0
-        self.path = Path(dist.broadcast(self._make_directory(script, tags) if dist.is_main() else None))
         if Run.current and Run.current._lock:
             Run.current._lock.close()
         Run.current, self._lock = self, None
-        if dist.is_main():
-            self._lock = open(self.path / "config.json", "rb")
-            try:
-                fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise ValueError(f"--out {self.path}: another process is at work on that run") from None
-            except OSError:  # not on every file system
-                pass
+        self.path = Path(dist.broadcast(self._make_directory(script, tags) if dist.is_main() else None))
         dist.listen()
         if args.wandb and not args.dry_run and dist.is_main():
             import wandb
@@ -324,14 +340,18 @@ class Run:
             elif args.resume:
                 if not (path / "config.json").exists():
                     raise ValueError(f"--out {path} --resume: there is no run in that directory")
-                began = json.loads((path / "config.json").read_text())["args"].get("shard", False)
-                if getattr(args, "full", False) and began != args.shard:
-                    raise ValueError(f"--out {path} --resume: a run of --full keeps its --shard "
-                                     f"({'with' if began else 'without'}); start another with --model {path}")
+                self._take(path)
+                config = json.loads((path / "config.json").read_text())
+                config["args"] |= {name: value for name, value in dataclasses.asdict(args).items()
+                                   if name in MAY_CHANGE - OF_THE_PROCESS}
+                replace_text(path / "config.json", json.dumps(config, indent=1, default=str))
                 return str(path)
             while not (args.out or args.dry_run) and path.exists():  # two runs started in the same second
                 path = path.with_name(path.name + "x")
             path.mkdir(parents=True, exist_ok=True)
+            self._take(path)
+            if (path / "config.json").exists():
+                raise ValueError(f"--out {path}: another run has just begun there")
             git = self._git()
             diff = git.pop("diff")
             packages = ("torch", "transformers", "numpy", "datasets", "tyro")
@@ -349,6 +369,16 @@ class Run:
         except OSError as error:
             raise ValueError(f"--out {path}: cannot write there ({error.strerror})") from None
         return str(path)
+
+    def _take(self, path):
+        """Lock the directory for as long as this process lives: by a file that is never replaced."""
+        self._lock = open(path / ".lock", "w")
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f"--out {path}: another process is at work on that run") from None
+        except OSError:  # not on every file system
+            pass
 
     @staticmethod
     def _git():
@@ -504,6 +534,7 @@ class Run:
         self.write_rows(rows)
         names = [name for name in rows[0] if name.startswith("reward")]
         known = {name: [row[name] for row in rows if not math.isnan(row[name])] for name in names}
+        self.unrewarded = 0 if known["reward"] else self.unrewarded + 1
         n, n_tokens, average = len(rows), sum(row["tokens"] for row in rows), mean(known["reward"])
         state.sampled_tokens += n_tokens
         state.accumulated_reward += sum(known["reward"])
@@ -546,8 +577,34 @@ class Run:
         self.write_rows([{"step": step} | row for row in rows], "eval.csv")
         metrics = rewards.answer_metrics([row for row in rows if row["sample"] == 0]) | (more or {})
         metrics |= rewards.pass_at_ks([row for row in rows if row["sample"] > 0], ks)
+        self.log_held_out(step, metrics)
+
+    def log_held_out(self, step, metrics) -> None:
+        """Log and print held-out metrics; where they are the best so far, also than step 0's, write best/.
+
+        By pass@1, else ranking accuracy, else the loss, the lower the better.
+        """
         self.log(step, metrics)
         self.print(f"step {step}: " + "  ".join(f"{name} {value:.4g}" for name, value in metrics.items()))
+        name = next((n for n in ("eval/pass@1", "eval/ranking_accuracy", "eval/loss") if n in metrics), None)
+        if name is None or step == 0 or self.args.dry_run:
+            return
+        sign, better = -1 if name == "eval/loss" else 1, False
+        if dist.is_main():
+            start = [line[name] for line in curves.read_metrics(self.path)
+                     if line["step"] == 0 and line.get(name) is not None]
+            better = all(sign * metrics[name] > sign * score
+                         for score in [*start, *(best["score"] for best in [self.best()] if best)])
+        if dist.broadcast(better):
+            note = json.dumps({"step": step, "metric": name[5:], "score": metrics[name]})
+            error = self._write_whole(self.path / "best", None, self._save_weights, partial(_note, note))
+            if error:
+                self.print(f"step {step}: best/ cannot be written ({error}); going on")
+
+    def best(self) -> dict:
+        """Step, metric and score of best/; {} where there is none."""
+        path = self.path / "best/best.json"
+        return json.loads(path.read_text()) if path.exists() else {}
 
     def read_rows(self, file_name):
         return read_csv(self.path / file_name) if (self.path / file_name).exists() else []
@@ -626,20 +683,24 @@ class Run:
 
         more: further values by name, or functions that make them when they are written. A signal that comes
         in the next step, before `begin_update`, gives that step up and writes this state.
-        Errors: ValueError after five updates in a row that were not finite; they are written before.
+        Errors: ValueError after five updates in a row that were not finite, or three steps whose rewards
+        failed on every row; the state is written before.
         """
         if self.sampler:
             self.state.slots = self.sampler.slots
         self._unsaved = dataclasses.replace(self.state), {"rng": torch.get_rng_state(), **more}
         dist.stoppable = True
-        stop, diverged = dist.any_rank(bool(dist.stop_signal), self.device), self.bad_steps >= 5
+        stop, wrong = dist.any_rank(bool(dist.stop_signal), self.device), ""
+        if self.bad_steps >= 5:
+            wrong = f"the loss was not finite in {self.bad_steps} updates in a row: lower --lr"
+        if self.unrewarded >= 3:
+            wrong = f"--rewards: one failed on every row in {self.unrewarded} steps (why stands above)"
         if stop:
             dist.stop_signal = dist.stop_signal or "another rank's signal"
-        if due or stop or diverged:
+        if due or stop or wrong:
             self.write_checkpoint()
-        if diverged:
-            raise ValueError(f"the loss was not finite in {self.bad_steps} updates in a row; "
-                             f"the state is in {self.path}: lower --lr")
+        if wrong:
+            raise ValueError(f"{wrong}; the state is in {self.path}")
         return stop
 
     def write_checkpoint(self) -> None:
@@ -755,18 +816,19 @@ class Run:
                 shutil.rmtree(bad.with_name(f"damaged-{bad.name}"), ignore_errors=True)
                 bad.rename(bad.with_name(f"damaged-{bad.name}"))
             folder = found[-1] if found else None
-            step = int(folder.name[5:]) if folder else -1
-            lines = (self.path / "metrics.jsonl").read_text().splitlines(keepends=True) if (
-                self.path / "metrics.jsonl").exists() else []
-            # a kill can leave half a line, and of a row half its step
-            kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
-            if len(kept) < len(lines):
-                replace_text(self.path / "metrics.jsonl", "".join(kept))
+            step, damaged = int(folder.name[5:]) if folder else -1, []
+            if (self.path / "metrics.jsonl").exists():
+                lines = curves.read_metrics(self.path, damaged)
+                replace_text(self.path / "metrics.jsonl", "".join(
+                    json.dumps(line) + "\n" for line in lines if line["step"] <= step))
             for name in ("samples.csv", "eval.csv"):
-                rows = self.read_rows(name)
-                kept = [row for row in rows if None not in row.values() and int(row["step"]) <= step]
-                if len(kept) < len(rows):
-                    self.replace_rows(name, kept)
+                if (self.path / name).exists():
+                    rows = read_csv(self.path / name, damaged)
+                    self.replace_rows(name, [row for row in rows if int(row["step"]) <= step])
+            for place, text in damaged:  # by a power cut
+                self.print(f"{place} is not what was written: it is set aside in damaged.txt")
+                with open(self.path / "damaged.txt", "a", encoding="utf-8") as file:
+                    file.write(f"{place}: {text}\n")
         folder = dist.broadcast(folder and str(folder))
         if not folder:
             self.print("no checkpoint in that run: starting from step 0")
@@ -830,9 +892,17 @@ class Run:
                     curves.draw([self.path], self.path / "curves.png")
                 except ValueError as error:
                     self.print(str(error))
+            if best := self.best():
+                self.print(f"best held-out {best['metric']} {best['score']:.3f} at step {best['step']}: "
+                           f"{self.path}/best (final/ is the last step)")
             self.print(f"done in {clock(time.time() - self._started)}: {self.path}")
         if self._wandb:
             self._wandb.finish()
+
+
+def _note(text, folder):
+    if dist.is_main():
+        (folder / "best.json").write_text(text)
 
 
 def replace_text(path, text) -> None:
@@ -865,21 +935,30 @@ def all_sha256(paths) -> list[str]:
 
 
 def damage(folder) -> str:
-    """What is wrong with a checkpoint's files, by the hashes in its state.json; "" if nothing is.
+    """What is wrong with a checkpoint, by the hashes in its state.json and by opening it; "" if nothing is.
 
     One from before there were hashes is taken as it is. Errors: ValueError if the disk cannot be read.
     """
+    file = folder / "state.json"
     try:
-        hashes = json.loads((folder / "state.json").read_text()).get("sha256", {})
+        hashes = json.loads(file.read_text()).get("sha256", {})
         found = all_sha256([folder / name for name in hashes])
-        return next((f"{name} is not what was written" for name, now in zip(hashes, found)
-                     if now != hashes[name]), "")
-    except FileNotFoundError as error:
+        for name, now in zip(hashes, found):
+            if now != hashes[name]:
+                return f"{name} is not what was written"
+        for file in (folder / "training.pt", *folder.glob("*.safetensors")):
+            if file.suffix == ".pt":
+                torch.load(file, weights_only=True, mmap=True)
+            else:
+                with safe_open(file, "pt"):
+                    pass
+        return ""
+    except (FileNotFoundError, NotADirectoryError) as error:
         return f"{Path(error.filename).name}: {error.strerror}"
     except OSError as error:  # perhaps for a moment only
         raise ValueError(f"{error.filename}: cannot be read ({error.strerror})") from None
-    except (ValueError, AttributeError):
-        return "state.json is not what was written"
+    except Exception as error:  # noqa: BLE001 (what unpickling garbage raises is of any kind)
+        return f"{file.name} is not what was written ({dist.first_line(error)})"
 
 
 def weights_before(run, step) -> str:

@@ -2,14 +2,31 @@
 
 import csv
 import itertools
+import re
 from pathlib import Path
 
 
-def read_csv(path) -> list[dict]:
-    """The rows of a CSV that `common.run.Run.write_rows` wrote, as text."""
+def read_csv(path, damaged=None) -> list[dict]:
+    """The rows of a CSV that `common.run.Run.write_rows` wrote, as text.
+
+    A row that is not whole (other columns, a wrong byte, no step) is left out; (place, text) goes into
+    `damaged` if more follow: a kill cuts off the last one.
+    """
     csv.field_size_limit(2**31 - 1)  # completions can be long
-    with open(path, newline="", encoding="utf-8") as file:
-        return list(csv.DictReader(file))
+    rows, left_out = [], []
+    with open(path, newline="", encoding="utf-8", errors="surrogateescape") as file:
+        reader = csv.DictReader(file)
+        for row in reader:
+            text = ",".join(map(str, row.values()))
+            whole = None not in row and None not in row.values() and not re.search("[\ud800-\udfff]", text)
+            if whole and re.fullmatch(r"\d+", row.get("step", "")):
+                rows.append(row)
+                if damaged is not None:
+                    damaged += left_out
+                left_out = []
+            else:
+                left_out.append((f"{path}: line {reader.line_num}", ascii(text)))
+    return rows
 
 
 def rollout(path, step, number) -> dict:

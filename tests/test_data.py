@@ -575,11 +575,15 @@ def test_a_url_is_fetched_once_and_its_hash_is_said(tmp_path, monkeypatch, capsy
     monkeypatch.setenv("UNROLLED_CACHE", str(tmp_path / "cache"))
     rows = [{"prompt": "q", "chosen": "a", "rejected": "b"}]
     body, asked = Path(lines(tmp_path / "x.jsonl", rows)).read_bytes(), []
+    cache = tmp_path / "cache"
 
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_GET(self):
             asked.append(self.path)
-            self.send_response(200 if self.path == "/x.jsonl" else 404)
+            self.send_response(404 if self.path == "/y.jsonl" else 200)
+            self.send_header("Content-Type", "text/html; charset=utf-8" if "login" in self.path else "text/plain")
+            if "short" in self.path:
+                self.send_header("Content-Length", str(len(body) + 7))
             self.end_headers()
             self.wfile.write(body)
 
@@ -593,9 +597,14 @@ def test_a_url_is_fetched_once_and_its_hash_is_said(tmp_path, monkeypatch, capsy
             [pair] = load_preferences(f"{url}/x.jsonl")
             assert pair.chosen == "a" and hashlib.sha256(body).hexdigest() in capsys.readouterr().out
         assert asked == ["/x.jsonl"]
-        message = refusal(load_preferences, f"{url}/y.jsonl")
+        for name, why in (("y.jsonl", "404"), ("short.jsonl", f"{len(body)} of {len(body) + 7} bytes came"),
+                          ("login.jsonl", "a web page")):
+            before = sorted(cache.rglob("*"))
+            message = refusal(load_preferences, f"{url}/{name}")
+            assert "cannot download" in message and why in message and "local file" in message
+            assert [path for path in sorted(cache.rglob("*")) if path.is_file()] == [
+                path for path in before if path.is_file()]  # nothing is kept of it
         server.shutdown()
-    assert "cannot download" in message and "404" in message and "local file" in message
 
 
 @needs_data

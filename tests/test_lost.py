@@ -15,6 +15,7 @@ from common import dist
 from tests.processes import (
     assert_equal_bits,
     free_port,
+    listing,
     metrics,
     patched,
     timeless,
@@ -309,6 +310,163 @@ def test_a_smaller_micro_batch_from_here_on(go, saved, tmp_path):
     shutil.copytree(saved[0], tmp_path / "copy")
     folder = go("run", resume=True, bare=True, max_steps=5, tokens_per_batch=64, cwd=tmp_path / "copy").folder
     assert [line["tokens_per_batch"] for line in train_lines(folder)] == [2048] * 3 + [64] * 2
+
+
+@pytest.mark.parametrize("flags, said", [
+    ({"seed": 7}, "--seed is 7, but the run began with 0"), ({"level": 2}, "--level is '2'"),
+    ({"lr": 1e-4}, "--lr is 0.0001, but the run began with 0.001"), ({"full": True}, "--full is True"),
+    ({"model": ""}, "--model is ''"), ({"rewards": ["digit=1"]}, "--rewards is ('digit=1',)"),
+    ({"script": "sft.py"}, "that run is grpo.py's; this script has no ")])
+def test_what_a_run_is_does_not_change(go, saved, tmp_path, flags, said):
+    shutil.copytree(saved[0], tmp_path / "copy")
+    before = (tmp_path / "copy/run/config.json").read_text()
+    run = go("run", resume=True, bare=True, fails=True, cwd=tmp_path / "copy", **flags)
+    assert run.err.startswith("error: ") and run.err.count("\n") == 1 and said in run.err
+    assert (tmp_path / "copy/run/config.json").read_text() == before
+
+
+def test_an_extension_is_kept_and_less_than_there_is_ends_at_once(go, saved, tmp_path):
+    """Extended to 5 and killed, it goes on to 5; a last step that lies behind is the end."""
+    shutil.copytree(saved[0], tmp_path / "copy")
+    wrapper = patched(tmp_path, "grpo", """
+from common.run import Run
+def save(self, due, **more):
+    if self.state.step == 4:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return original(self, due, **more)
+original, Run.save = Run.save, save
+""")
+    cwd = {"cwd": tmp_path / "copy"}
+    go("run", script=wrapper, resume=True, bare=True, fails=True, max_steps=5, **cwd)
+    folder = go("run", resume=True, bare=True, **cwd).folder
+    of_whole = timeless(go("whole", max_steps=5, save_every=1).folder)
+    # step 3 was the last one once, and was evaluated
+    assert [line for line in timeless(folder) if line["step"] != 3 or "lr" in line] == of_whole
+    again = go("run", resume=True, bare=True, max_steps=2, **cwd)
+    assert "step 6/" not in again.out and checkpoints(folder) == ["step-4", "step-5"]
+
+
+def test_two_that_start_at_once(go, tmp_path):
+    """The folder belongs to the first; the second has written nothing into it."""
+    wrapper = patched(tmp_path, "grpo", """
+from common.run import Run
+def take(self, path):
+    open("there", "w").close() if os.environ["WHO"] == "first" else None
+    while os.environ["WHO"] == "first" and not os.path.exists("ended") or not os.path.exists("there"):
+        time.sleep(0.01)
+    original(self, path)
+original, Run._take = Run._take, take
+""")
+    # both find the folder free; the second takes it first
+    one = go("run", script=wrapper, wait=False, env={"WHO": "first"})
+    two = go("run", script=wrapper, wait=False, env={"WHO": "second"}, max_steps=10_000)
+    wait_for(lambda: n_steps(two) > 0)
+    (tmp_path / "ended").touch()
+    assert one.wait().code == 1 and one.err == "error: --out run: another process is at work on that run\n"
+    two.kill()
+
+
+def test_two_starts_one_after_the_other(go, tmp_path):
+    """The second has looked before the first began, and comes when it has ended."""
+    wrapper = patched(tmp_path, "grpo", """
+from common.run import Run
+def take(self, path):
+    open("there", "w").close()
+    while not os.path.exists("ended"):
+        time.sleep(0.01)
+    original(self, path)
+original, Run._take = Run._take, take
+""")
+    late = go("run", script=wrapper, wait=False)
+    wait_for((tmp_path / "there").exists)
+    shutil.rmtree(tmp_path / "run")
+    first = go("first").folder
+    first.rename(tmp_path / "run")
+    (tmp_path / "ended").touch()
+    assert late.wait().code == 1 and late.err == "error: --out run: another run has just begun there\n"
+
+
+@pytest.mark.parametrize("file, line", [
+    ("metrics.jsonl", b"\0" * 40), ("metrics.jsonl", b""), ("metrics.jsonl", b'{"step": 1, "x'),
+    ("metrics.jsonl", b'{"step": null}'), ("metrics.jsonl", b"\xff\xfe"),
+    ("samples.csv", b"\0" * 40), ("samples.csv", b"1,2,3"), ("samples.csv", b"one\xff" + b"," * 30),
+    ("eval.csv", b"\xff")])
+@pytest.mark.parametrize("place", ["last", "inside"])
+def test_a_bad_line_is_named_and_set_aside(go, saved, tmp_path, file, line, place):
+    shutil.copytree(saved[0], tmp_path / "copy")
+    folder = tmp_path / "copy/run"
+    shutil.rmtree(folder / "final")
+    rows = (folder / file).read_bytes().split(b"\n")[:-1]
+    at = len(rows) if place == "last" else 2
+    if file == "samples.csv" and place == "inside":  # a row has several lines: behind the header
+        at = 1
+    (folder / file).write_bytes(b"\n".join([*rows[:at], line, *rows[at:]]) + b"\n" * (place == "inside"))
+    out = go("run", resume=True, bare=True, cwd=tmp_path / "copy").out
+    assert timeless(folder) == timeless(saved[1])
+    for name in ("samples.csv", "eval.csv"):
+        assert (folder / name).read_bytes() == (saved[1] / name).read_bytes()
+    if place == "inside":  # at the end it is what a kill leaves
+        assert f"{file}: line {at + 1} is not what was written" in out
+        assert f"{file}: line {at + 1}: " in (folder / "damaged.txt").read_text()
+
+
+@pytest.mark.parametrize("garbage", ["training.pt", "adapter_model.safetensors", "a file", "a link"])
+def test_a_checkpoint_that_cannot_be_read_is_set_aside(go, saved, tmp_path, garbage):
+    """Though its hashes are right."""
+    shutil.copytree(saved[0], tmp_path / "copy")
+    folder = tmp_path / "copy/run"
+    shutil.rmtree(folder / "final")
+    last = folder / "checkpoints/step-3"
+    if garbage.startswith("a "):
+        shutil.rmtree(last)
+        last.touch() if garbage == "a file" else last.symlink_to("nowhere")
+    else:
+        (last / garbage).write_bytes(b"garbage")
+        state = json.loads((last / "state.json").read_text())
+        state["sha256"][garbage] = hashlib.sha256(b"garbage").hexdigest()
+        (last / "state.json").write_text(json.dumps(state))
+    out = go("run", resume=True, bare=True, cwd=tmp_path / "copy").out
+    assert "step-3 is damaged" in out and "using step-2" in out
+    assert timeless(folder) == timeless(saved[1])
+    assert_equal_bits(weights(folder), weights(saved[1]))
+
+
+def test_rewards_that_fail_on_every_row_end_the_run(go, tmp_path):
+    (tmp_path / "r.py").write_text("def f(prompts, responses, answers):\n    raise KeyError('x')\n")
+    run = go("run", rewards=["r.py:f=1"], max_steps=9, fails=True)
+    assert run.err.startswith("error: --rewards: one failed on every row in 3 steps") and "KeyError" in run.out
+    assert checkpoints(run.folder) == ["step-3"]
+
+
+SCORES = """
+from common import rewards
+def answer_metrics(rows):
+    values.append(values.pop(0)) if evaluated else evaluated.append(True)
+    return original(rows) | {"eval/pass@1": values[0]}
+values, evaluated = [float(word) for word in os.environ["SCORES"].split()], []
+original, rewards.answer_metrics = rewards.answer_metrics, answer_metrics
+"""
+
+
+@pytest.mark.parametrize("scores, best", [("0.1 0.5 0.3 0.5", 1), ("0.1 0.2 0.3 0.4", 3), ("0.4 0.4 0.3 0.1", None)])
+def test_the_best_weights_are_kept(go, tmp_path, scores, best):
+    """Of several that are equally good the first; where none is better than the start there are none."""
+    run = go("run", script=patched(tmp_path, "grpo", SCORES), env={"SCORES": scores}, eval_every=1, save_every=1,
+             keep=9)
+    if best is None:
+        assert not (run.folder / "best").exists() and "best held-out" not in run.out
+        return
+    assert_equal_bits(weights(run.folder, "best"), weights(run.folder, f"checkpoints/step-{best}"))
+    assert f"best held-out pass@1 {scores.split()[best]}00 at step {best}: run/best" in run.out
+    go("more", model="run/best", max_steps=1)
+    # killed after step 2 was saved: the steps after it are evaluated again
+    for step in range(3, 4):
+        shutil.rmtree(run.folder / f"checkpoints/step-{step}")
+    before = listing(run.folder / "best")
+    go("run", script=patched(tmp_path, "grpo", SCORES), resume=True, bare=True,
+       env={"SCORES": " ".join(scores.split()[3:])})
+    assert listing(run.folder / "best") == before
+    assert json.loads((run.folder / "best/best.json").read_text())["step"] == best
 
 
 def test_one_process_at_a_time(go, tmp_path):

@@ -144,10 +144,12 @@ def test_golden_ranking_of_four_pairs(toy, monkeypatch):
 
     class Stub:
         device, print = CPU, staticmethod(lambda text: None)
-        log = staticmethod(lambda step, metrics: logged.update(metrics))
+        log_held_out = staticmethod(lambda step, metrics: logged.update(metrics))
         write_rows = staticmethod(lambda rows, name: logged.update(rows=rows))
 
-    mean, std = reward_model.evaluate(model, head, pairs, Args(), 0, Fitting(RunState(tokens_per_batch=100), CPU, 1), Stub)
+    state = reward_model.State(tokens_per_batch=100)
+    reward_model.evaluate(model, head, pairs, Args(), state, Fitting(state, CPU, 1), Stub)
+    mean, std = state.scale
     assert logged["eval/ranking_accuracy"] == 0.75 and logged["eval/pairs"] == 4
     assert [row["correct"] for row in logged["rows"]] == [1, 1, 0, 1]
     scores = torch.tensor([2.0, 0.5, -1.0, 4.0, 1.0, 0.1, 3.0, 0.0])

@@ -533,14 +533,10 @@ def test_a_tokenizer_larger_than_the_embedding_is_refused(go, tiny, tmp_path):
 
 
 def test_an_adapter_that_does_not_fit_names_the_tensor(go, tiny, tmp_path):
-    """A3.11: of another rank with --resume, of another model with --model."""
+    """A3.11: of another model with --model."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     folder = go("run", max_steps=1).folder
-    process = go("run", resume=True, max_steps=2, lora_r=3, bare=True, fails=True)
-    first = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
-    assert process.err.count("\n") == 1 and all(part in process.err for part in (first, "(4, 32)", "(3, 32)"))
-
     shutil.copytree(tiny, tmp_path / "other")
     config = AutoConfig.from_pretrained(tiny, intermediate_size=48)
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "other")
