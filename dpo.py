@@ -155,22 +155,23 @@ def load_pairs(args, tokenizer, dropped):
     preferences = data.load_preferences(
         args.pairs, seed=args.seed, level=args.level if args.pairs in data.GENERATED else None,
         pairs_per_question=args.pairs_per_question, label_tokenizer=args.label_tokenizer, dropped=dropped)
-    train, held_out = (encode_pairs(tokenizer, part, args, dropped) for part in data.carve(
-        preferences, n_validation=min(args.eval_questions, len(preferences) // 10), seed=args.seed,
-        name=args.pairs))
-    if not train:
-        raise ValueError(f"--max-tokens {args.max_tokens} leaves no pair of {args.pairs}")
+    encoded = encode_pairs(tokenizer, preferences, args, dropped)
+    parts = data.carve([p for p in preferences if p.id in encoded], seed=args.seed,
+                       name=f"{args.pairs} (of at most --max-tokens {args.max_tokens})",
+                       n_validation=min(args.eval_questions, len(encoded) // 10))
+    train, held_out = ([encoded[p.id] for p in part] for part in parts)
     if args.dry_run:
         train = sorted(train, key=len, reverse=True)[:args.pairs_per_step]
     return train, held_out
 
 
 def encode_pairs(tokenizer, preferences, args, dropped):
-    """Pairs of token ids, those longer than --max-tokens left out."""
-    pairs = [Pair(data.encode_prompt(tokenizer, p.prompt, args.system, args.prompt_template),
-                  data.encode_completion(tokenizer, p.chosen, tokenizer.eos_token_id),
-                  data.encode_completion(tokenizer, p.rejected, tokenizer.eos_token_id)) for p in preferences]
-    kept = [pair for pair in pairs if not args.max_tokens or len(pair) <= args.max_tokens]
+    """Pairs of token ids by the preference's id, those longer than --max-tokens left out."""
+    pairs = {p.id: Pair(data.encode_prompt(tokenizer, p.prompt, args.system, args.prompt_template),
+                        data.encode_completion(tokenizer, p.chosen, tokenizer.eos_token_id),
+                        data.encode_completion(tokenizer, p.rejected, tokenizer.eos_token_id))
+             for p in preferences}
+    kept = {id: pair for id, pair in pairs.items() if not args.max_tokens or len(pair) <= args.max_tokens}
     dropped["too long"] += len(pairs) - len(kept)
     return kept
 

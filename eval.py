@@ -60,7 +60,7 @@ class Args(RunArgs):
 
     # data set name, hub id, or local .jsonl/.csv/.parquet; empty: arithmetic (embedded model), else gsm8k
     data: str = ""
-    split: str = "test"  # of a named data set or folder; a single file is taken whole
+    split: str = "test"  # of a named data set or folder (a file is one); train: of a run, what it trained on
     limit: int = 0  # questions, drawn with the seed; 0: all, of a generated task 500
     level: str = ""  # difficulty of a generated task, such as 3 or 1-4; empty: the task's own default
     few_shot: int = 0  # worked examples of the train split before each question, as turns of the chat
@@ -264,12 +264,14 @@ def check_and_fill(args):
         system=args.system or of_run.get("system", "" if embedded else data.THINK_ANSWER_SYSTEM))
 
 
-def choose_questions(args):
+def choose_questions(args, tokenizer):
     """(questions, in a dry run the longest; worked examples for --few-shot; the number of all questions)."""
     if args.prompt:
         return [data.Example(0, args.prompt, args.answer, task="math")], [], 1
     level, seed = args.level or None, args.seed
-    questions = data.load_examples(args.data, args.split, level=level, limit=args.limit, seed=seed)
+    runs = [models.run_arguments(name) for name in args.model if args.split == "train" and name != "base"]
+    questions = data.questions_of_runs(runs, args.data, tokenizer)[:args.limit or None] or data.load_examples(
+        args.data, args.split, level=level, limit=args.limit, seed=seed)
     if args.data in data.GENERATED and not args.limit:
         questions = questions[:500]
     n, examples = len(questions), data.worked_examples(args.data, args.few_shot, questions, level=level,
@@ -298,7 +300,7 @@ def main(args: Args) -> None:
         rewards.LearnedReward, dtype=dtype, device=device, tokens_per_batch=16384))
     family = OneBase(args.model, dtype, device, args)
     tokenizers = {name: models.load_tokenizer(family.names[name]) for name in args.model}
-    questions, examples, n_all = choose_questions(args)
+    questions, examples, n_all = choose_questions(args, tokenizers[args.model[-1]])
     if args.download_only:
         for name in args.model:
             models.download(family.names[name])
@@ -379,13 +381,9 @@ def replay(run, step, row):
     folder = weights_before(path, step) or args.model
     device = dist.setup(config["device"].partition(":")[0])
     dtype, tokenizer = models.choose_dtype(args.dtype, device), models.load_tokenizer(args.model)
-    train, _ = data.train_validation(
-        args.data, n_train=args.train_questions, n_validation=args.eval_questions,
-        level=args.level or None, seed=args.seed)
-    question = next((e for e in train if str(e.id) == row["id"]), None)
-    if question is None:
+    prompt_ids = data.load_questions(args, tokenizer, 1)[2].get(int(row["id"]))
+    if prompt_ids is None:
         raise ValueError(f"question {row['id']} is not in {args.data} any more")
-    prompt_ids = data.encode_prompt(tokenizer, question.prompt, args.system, args.prompt_template)
     sampler = OneBase([folder], dtype, device, args).sampler(folder, tokenizer, 0)
     key = noise_key(args.seed, step, int(row["group"]), int(row["sample"]))
     ((completion,),) = sampler.sample([prompt_ids], [[key]], args.max_new_tokens, args.temperature)

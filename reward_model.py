@@ -120,13 +120,11 @@ def load_comparisons(args, tokenizer, dropped):
     preferences = data.load_preferences(
         args.pairs, seed=args.seed, level=args.level or None, pairs_per_question=args.pairs_per_question,
         label_tokenizer=args.label_tokenizer, dropped=dropped)
-    parts = data.carve(preferences, n_train=args.train_pairs, seed=args.seed, name=args.pairs,
-                       n_validation=max(1, min(args.eval_pairs, len(preferences) // 10)))
-    train, held_out = (encode(tokenizer, part, args, dropped) for part in parts)
-    if not train or not held_out:
-        raise ValueError(f"--max-tokens {args.max_tokens} leaves {len(train)} pairs of {args.pairs} to train "
-                         f"on and {len(held_out)} held out")
-    return train, held_out
+    encoded = {c.preference.id: c for c in encode(tokenizer, preferences, args, dropped)}
+    parts = data.carve([c.preference for c in encoded.values()], n_train=args.train_pairs, seed=args.seed,
+                       name=f"{args.pairs} (of at most --max-tokens {args.max_tokens})",
+                       n_validation=max(1, min(args.eval_pairs, len(encoded) // 10)))
+    return tuple([encoded[p.id] for p in part] for part in parts)
 
 
 def encode(tokenizer, preferences, args, dropped):

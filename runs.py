@@ -58,12 +58,13 @@ def bootstrap(differences, seed=0, draws=10_000):
 
 @dataclass
 class Answers:
-    """Stored answers of one model: rows by question id (the greedy row first), and what making them took."""
+    """Stored answers of one model: rows by question id (the greedy row first), and what training it took."""
 
     label: str
     rows: dict[str, list[dict]]
-    tokens: int
-    hours: float
+    tokens: int  # sampled for training
+    hours: float  # of all GPUs
+    tagged: bool  # whether <answer> tags were asked for
 
 
 def stored_answers(name):
@@ -74,12 +75,12 @@ def stored_answers(name):
     name, _, step = str(name).partition("@")
     path = Path(name)
     training = (path / "eval.csv").exists()  # its samples.csv are rollouts
-    rows = read_csv(path / "samples.csv") if (path / "samples.csv").exists() else []
-    answers = read_csv(path / "eval.csv") if training else [row for row in rows if "preamble" in row]
-    lines = curves.read_metrics(path)
+    file = path / ("eval.csv" if training else "samples.csv")
     config = json.loads((path / "config.json").read_text()) if (path / "config.json").exists() else {}
-    groups = {}
-    for row in answers:
+    system, groups = config.get("args", {}).get("system", ""), {}
+    for row in read_csv(file) if file.exists() else ():
+        if not training and "preamble" not in row:
+            continue
         if step in ("", row["step"]):
             key = row["step"] if training else (row["model"], row["preamble"])
             groups.setdefault(key, {}).setdefault(row["id"], []).append(row)
@@ -89,29 +90,36 @@ def stored_answers(name):
     for key, by_id in groups.items():
         for of in by_id.values():
             of.sort(key=lambda row: int(row["sample"]))
-        if training:  # what had been sampled, and the time, up to that step
-            label, spent = f"{name}@{key}", [row for row in rows if int(row["step"]) <= int(key)]
-            took = [line for line in lines if line["step"] <= int(key)]
-        else:
-            label, spent = " ".join(filter(None, [name, *key])), list(itertools.chain(*by_id.values()))
-            took = [line for line in lines if (line["model"], line["preamble"]) == key]
-        hours = sum(line.get("seconds", 0.0) for line in took) / 3600 * config.get("world_size", 1)
-        found.append(Answers(label, by_id, sum(int(row["tokens"]) for row in spent), hours))
+        run = path if training else Path(key[0])
+        label = f"{name}@{key}" if training else " ".join(filter(None, [name, *key]))
+        budget = training_budget(run, int(next(iter(by_id.values()))[0]["step"]))
+        found.append(Answers(label, by_id, *budget, system == "" or "<answer>" in system))
     return found
+
+
+def training_budget(path, step):
+    """(tokens sampled, GPU hours), up to that step, of the run that wrote a model; (0, 0) of no run's."""
+    run = next((folder for folder in (path, *path.parents[:2]) if (folder / "metrics.jsonl").exists()), None)
+    if not str(path) or run is None or not (run / "config.json").exists():
+        return 0, 0.0
+    lines = [line for line in curves.read_metrics(run) if line["step"] <= step]
+    ranks = json.loads((run / "config.json").read_text()).get("world_size", 1)
+    return (max((line.get("sampled_tokens", 0) for line in lines), default=0),
+            sum(line.get("seconds", 0.0) for line in lines) / 3600 * ranks)
 
 
 OUTCOMES = ("right", "wrong", "wrong format", "no answer", "truncated")
 
 
-def outcome(row):
-    """One of OUTCOMES: right, or else what was wrong first."""
+def outcome(row, tagged):
+    """One of OUTCOMES: right, or else what was wrong first; without tags no format is wrong."""
     if int(row["correct"]):
         return "right"
     if not int(row["finished"]):
         return "truncated"
     if not row["extracted"]:
         return "no answer"
-    return "wrong" if rewards.format([""], [row["completion"]], [""])[0] == 1 else "wrong format"
+    return "wrong format" if tagged and rewards.format([""], [row["completion"]], [""])[0] < 1 else "wrong"
 
 
 def chosen_answers(names):
@@ -152,7 +160,7 @@ def compare(runs, examples=1):
         changes = [scores[id] - right[0][id] for id in ids]
         better = [id for id, change in zip(ids, changes) if change > 0]
         worse = [id for id, change in zip(ids, changes) if change < 0]
-        kinds = {id: outcome(answers.rows[id][0]) for id in ids}
+        kinds = {id: outcome(answers.rows[id][0], answers.tagged) for id in ids}
         share = sum(scores.values()) / len(ids)
         line = {"run": answers.label, "pass@1": share}
         line["pass@1/low"], line["pass@1/high"] = wilson(share, len(ids))

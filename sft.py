@@ -106,19 +106,22 @@ def load_rows(args, tokenizer, dropped):
 
     Those left out are counted in `dropped`.
     """
+    encoded = {}
+
+    def keep(e):
+        encoded[e.id] = (data.encode_prompt(tokenizer, e.prompt, args.system, args.prompt_template),
+                         data.encode_completion(tokenizer, e.completion, tokenizer.eos_token_id))
+        fits = not args.max_tokens or sum(map(len, encoded[e.id])) <= args.max_tokens
+        dropped["no completion"] += not e.completion
+        dropped["too long"] += not fits
+        return e.completion and fits
+
     train, held_out = data.train_validation(args.data, n_train=args.train_questions,
                                             n_validation=args.eval_questions, level=args.level or None,
-                                            seed=args.seed, filter=args.filter, dropped=dropped)
-    encoded = {e.id: (data.encode_prompt(tokenizer, e.prompt, args.system, args.prompt_template),
-                      data.encode_completion(tokenizer, e.completion, tokenizer.eos_token_id))
-               for e in train + held_out if e.completion}
-    encoded = {id: (p, c) for id, (p, c) in encoded.items()
-               if not args.max_tokens or len(p) + len(c) <= args.max_tokens}
-    dropped["no completion, or too long"] = sum(e.id not in encoded for e in train)
-    train, held_out = ([e for e in part if e.id in encoded] for part in (train, held_out))
+                                            seed=args.seed, filter=args.filter, dropped=dropped, keep=keep)
     if not train:
-        raise ValueError(f"--data {args.data}: no row has a completion to imitate"
-                         + (f" of at most --max-tokens {args.max_tokens}" if args.max_tokens else ""))
+        raise ValueError(f"--data {args.data}: no row of at most --max-tokens {args.max_tokens} is left; "
+                         f"left out: {dict(dropped)}")
     if args.dry_run:
         train = sorted(train, key=lambda e: -sum(map(len, encoded[e.id])))[:args.batch_size]
     return train, held_out, encoded

@@ -27,6 +27,7 @@ from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from functools import lru_cache, partial
 from pathlib import Path
+from types import SimpleNamespace
 
 from jinja2 import TemplateError
 
@@ -551,19 +552,25 @@ def carve(rows, *, n_train=0, n_validation=0, seed=0, name="the data"):
     return train[: n_train or None], list(validation.values())
 
 
-def train_validation(data, *, n_train=0, n_validation=0, level=None, seed=0, filter="", dropped=None):
+def train_validation(data, *, n_train=0, n_validation=0, level=None, seed=0, filter="", dropped=None,
+                     keep=None):
     """(train, validation): lists of Example of exactly these sizes, shuffled; no prompt text stands in both.
 
     Validation is carved from the train split (a local file: from that file), never the official test split.
-    n_train = 0 takes all the rest. Errors: ValueError as in `load_examples`, or if there are too few rows.
+    n_train = 0 takes all the rest. keep: which of the rows to use, before the split (of a generated task,
+    whose problems are made in the asked number, after it).
+    Errors: ValueError as in `load_examples`, or if there are too few rows.
     """
     if str(data) not in GENERATED:
         rows = load_examples(data, "train", level=level, filter=filter, dropped=dropped)
-        return carve(rows, n_train=n_train, n_validation=n_validation, seed=seed, name=data)
+        kept = [row for row in rows if keep is None or keep(row)]
+        name = f"{data} (left out: {dict(dropped or {}) or len(rows) - len(kept)})"
+        return carve(kept, n_train=n_train, n_validation=n_validation, seed=seed,
+                     name=name if len(kept) < len(rows) else data)
     train = load_examples(data, "train", level=level, limit=n_train, seed=seed, filter=filter)
-    if n_validation == 0:
-        return train, []
-    return train, load_examples(data, "validation", level=level, limit=n_validation, seed=seed)
+    held_out = load_examples(data, "validation", level=level, limit=n_validation,
+                             seed=seed) if n_validation else []
+    return tuple([row for row in part if keep is None or keep(row)] for part in (train, held_out))
 
 
 def load_questions(args, tokenizer, per_step):
@@ -575,21 +582,39 @@ def load_questions(args, tokenizer, per_step):
     """
     if not args.data:
         return [], [], {}, 0
+    encode = partial(encode_prompt, tokenizer, system=args.system, template=args.prompt_template)
+    most = args.max_prompt_tokens
+
+    def short(e):
+        return len(encode(e.prompt)) <= most
+
     train, held_out = train_validation(args.data, n_train=args.train_questions,
                                        n_validation=args.eval_questions, level=args.level or None,
-                                       seed=args.seed)
-    prompt_ids = {e.id: encode_prompt(tokenizer, e.prompt, args.system, args.prompt_template)
-                  for e in train + held_out}
-    if most := args.max_prompt_tokens:
-        train, held_out = ([e for e in part if len(prompt_ids[e.id]) <= most] for part in (train, held_out))
-        if not train or not held_out:
-            raise ValueError(f"--max-prompt-tokens {most} leaves {len(train)} questions to train on and "
-                             f"{len(held_out)} held out")
-    prompt_ids = {e.id: prompt_ids[e.id] for e in train + held_out}
+                                       seed=args.seed, keep=short if most else None)
+    if most and not (train and held_out):
+        raise ValueError(f"--max-prompt-tokens {most} leaves {len(train)} questions to train on and "
+                         f"{len(held_out)} held out")
+    prompt_ids = {e.id: encode(e.prompt) for e in train + held_out}
     longest = max(map(len, prompt_ids.values())) + args.max_new_tokens
     if args.dry_run:
         train = sorted(train, key=lambda e: -len(prompt_ids[e.id]))[:per_step]
     return train, held_out, prompt_ids, longest
+
+
+def questions_of_runs(all_args, data, tokenizer) -> list[Example]:
+    """The questions of `data` that runs with these arguments have trained on; [] if none has trained on it.
+
+    Errors: ValueError if they have trained on different ones.
+    """
+    all_args = [args for args in all_args if args.get("data") == data]
+    chosen = {tuple(args.get(name) for name in ("seed", "level", "train_questions", "eval_questions",
+                                                "max_prompt_tokens", "system")) for args in all_args}
+    if len(chosen) > 1:
+        raise ValueError(f"--split train: the runs have trained on different questions of {data}: evaluate "
+                         "one at a time")
+    blank = {"max_prompt_tokens": 0, "prompt_template": "{prompt}"}
+    return load_questions(SimpleNamespace(**blank | all_args[0] | {"dry_run": False}), tokenizer, 0)[
+        0] if all_args else []
 
 
 def load_generations(sources, dropped=None, left_out=()) -> list[tuple[Example, bool]]:

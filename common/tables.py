@@ -19,7 +19,7 @@ def read_csv(path, damaged=None) -> list[dict]:
         for row in reader:
             text = ",".join(map(str, row.values()))
             whole = None not in row and None not in row.values() and not re.search("[\ud800-\udfff]", text)
-            if whole and re.fullmatch(r"\d+", row.get("step", "")):
+            if whole and re.fullmatch(r"\d+", row.get("step", "0")):
                 rows.append(row)
                 if damaged is not None:
                     damaged += left_out

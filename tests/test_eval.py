@@ -7,6 +7,7 @@ import random
 import re
 import shutil
 import statistics
+from collections import Counter
 from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
@@ -23,6 +24,55 @@ from tests.commands import SMALL, read, run
 torch.set_num_threads(1)
 ROOT = Path(__file__).resolve().parents[1]
 DATA = ROOT.parent / "shared" / "data"
+
+
+def write_sums(path, n, long=()):
+    """Sums with their worked answer; the questions `long` go on and on."""
+    path.write_text("".join(json.dumps({
+        "prompt": f"Compute {i}+{i}." + " Yes, please." * 9 * (i in long), "answer": str(2 * i),
+        "completion": f"<answer>{2 * i}</answer>"}) + "\n" for i in range(1, n + 1)))
+    return path
+
+
+def test_the_train_split_is_what_the_run_has_trained_on(tmp_path):
+    """W15: not what it held out, nor what it left out."""
+    write_sums(tmp_path / "sums.jsonl", 60, long=range(1, 31))
+    run("--data", "sums.jsonl", "--train-questions", 10, "--eval-questions", 12, "--max-prompt-tokens", 30,
+        "--max-steps", 1, "--prompts-per-step", 2, "--num-generations", 2, "--max-new-tokens", 4, "--seed", 3,
+        "--warmup-steps", 0, "--out", "a", cwd=tmp_path, script="grpo.py")
+    held_out = {row["prompt"] for row in read(tmp_path / "a/eval.csv")}
+    assert len(held_out) == 12  # W17: filtered, then split
+    run("--model", "base", "a", "--data", "sums.jsonl", "--split", "train", "--max-new-tokens", 4, "--out", "e",
+        cwd=tmp_path)
+    asked = {row["prompt"] for row in read(tmp_path / "e/samples.csv")}
+    assert len(asked) == 10 and not asked & held_out and not any("please" in prompt for prompt in asked)
+    assert {row["prompt"] for row in read(tmp_path / "a/samples.csv")} <= asked
+    run("--data", "sums.jsonl", "--train-questions", 10, "--eval-questions", 12, "--max-steps", 1, "--seed", 4,
+        "--max-new-tokens", 4, "--out", "b", cwd=tmp_path, script="sft.py")
+    assert "different questions" in run("--model", "a", "b", "--data", "sums.jsonl", "--split", "train",
+                                        cwd=tmp_path, fails=True)
+
+
+@pytest.mark.parametrize("script", ["sft", "dpo", "reward_model"])
+def test_held_out_is_what_was_asked_for_of_what_is_short_enough(tmp_path, script):
+    """W17: what is too long goes before the split, not out of both parts."""
+    import importlib
+
+    module, dropped = importlib.import_module(script), Counter()
+    tokenizer = models.load_tokenizer("")
+    path = write_sums(tmp_path / "x.jsonl", 60, long=range(1, 31))
+    if script == "sft":
+        args = module.Args(data=str(path), eval_questions=12, max_tokens=40)
+        train, held_out, _ = module.load_rows(args, tokenizer, dropped)
+    else:
+        rows = [json.loads(line) for line in path.read_text().splitlines()]
+        path.write_text("".join(json.dumps({"prompt": row["prompt"], "chosen": row["completion"],
+                                            "rejected": "no"}) + "\n" for row in rows))
+        args = module.Args(pairs=str(path), max_tokens=40)
+        load = module.load_pairs if script == "dpo" else module.load_comparisons
+        train, held_out = load(args, tokenizer, dropped)
+    assert dropped["too long"] == 30
+    assert (len(train), len(held_out)) == ((18, 12) if script == "sft" else (27, 3))  # of pairs a tenth
 
 
 # ---- estimators ----

@@ -434,7 +434,8 @@ def test_a_checkpoint_that_cannot_be_read_is_set_aside(go, saved, tmp_path, garb
 def test_rewards_that_fail_on_every_row_end_the_run(go, tmp_path):
     (tmp_path / "r.py").write_text("def f(prompts, responses, answers):\n    raise KeyError('x')\n")
     run = go("run", rewards=["r.py:f=1"], max_steps=9, fails=True)
-    assert run.err.startswith("error: --rewards: one failed on every row in 3 steps") and "KeyError" in run.out
+    assert run.err.startswith("error: --rewards: one failed on every row in 3 steps")
+    assert "KeyError" in run.out
     assert checkpoints(run.folder) == ["step-3"]
 
 
@@ -448,11 +449,12 @@ original, rewards.answer_metrics = rewards.answer_metrics, answer_metrics
 """
 
 
-@pytest.mark.parametrize("scores, best", [("0.1 0.5 0.3 0.5", 1), ("0.1 0.2 0.3 0.4", 3), ("0.4 0.4 0.3 0.1", None)])
+@pytest.mark.parametrize("scores, best", [
+    ("0.1 0.5 0.3 0.5", 1), ("0.1 0.2 0.3 0.4", 3), ("0.4 0.4 0.3 0.1", None)])
 def test_the_best_weights_are_kept(go, tmp_path, scores, best):
     """Of several that are equally good the first; where none is better than the start there are none."""
-    run = go("run", script=patched(tmp_path, "grpo", SCORES), env={"SCORES": scores}, eval_every=1, save_every=1,
-             keep=9)
+    run = go("run", script=patched(tmp_path, "grpo", SCORES), env={"SCORES": scores}, eval_every=1,
+             save_every=1, keep=9)
     if best is None:
         assert not (run.folder / "best").exists() and "best held-out" not in run.out
         return

@@ -459,7 +459,7 @@ BAD_FOR_GRPO = [
 BAD_FOR_SFT = [
     ("--model {bad}/nowhere", "{bad}/nowhere; no such folder"),
     ("--data {bad}/malformed.jsonl", "malformed.jsonl: line 3"),
-    ("--data {bad}/answers.jsonl", "answers.jsonl; no row has a completion"),
+    ("--data {bad}/answers.jsonl", "answers.jsonl; no completion"),
     ("--data {bad}/wrong.csv --filter correct", "wrong.csv; correct = 1"),
     ("--data {bad}/wrong.csv --filter right", "right; correct"),
     ("--data arithmetic --filter correct", "arithmetic; filter"),

@@ -52,7 +52,7 @@ runs.main(sys.argv[1:])"""
                                                   '"model": "m", "preamble": ""}\n')
     (tmp_path / "a" / "config.json").write_text('{"args": {"max_steps": 3}}')
     for words, expected in ((["compare", "a"], "| a m |"), (["plot", "a"], "curves.png"),
-                            (["show", "a", "--step", "0"], "Q: 2+3?"), (["status", "."], "| 1/3 |")):
+                            (["show", "a", "--step", "1"], "Q: 2+3?"), (["status", "."], "| 1/3 |")):
         done = subprocess.run([sys.executable, "-c", code, *words], cwd=tmp_path, capture_output=True,
                               text=True, env=ENV | {"PYTHONPATH": str(ROOT)})
         assert done.returncode == 0 and expected in done.stdout, done.stdout + done.stderr
@@ -93,7 +93,7 @@ def test_a_run_compared_with_itself_does_not_differ(trained):
 
 def write_answers(folder, rows):
     folder.mkdir()
-    common = {"model": "m", "preamble": "", "step": 0, "sample": 0, "answer": "5", "prompt": "2+3?"}
+    common = {"model": "m", "preamble": "", "step": 1, "sample": 0, "answer": "5", "prompt": "2+3?"}
     with open(folder / "samples.csv", "w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(
             file, [*common, "id", "correct", "completion", "extracted", "finished", "tokens"])
@@ -116,7 +116,17 @@ def test_compare_by_hand(tmp_path):
     assert (cells["wrong→right"], cells["right→wrong"], cells["McNemar p"]) == ("1", "1", "1")
     assert (cells["right"], cells["wrong"], cells["wrong format"], cells["no answer"]) == ("2", "0", "1", "1")
     assert cells["first always right (2)"] == cells["first never right (2)"] == "0.500"
-    assert cells["tokens"] == "40" and cells["run"] == "b m"
+    assert (cells["run"], cells["tokens"], cells["hours"]) == ("b m", "0", "0")  # no run's model
+    (tmp_path / "m").mkdir()  # a run of two ranks, evaluated as of its step 1
+    (tmp_path / "m/config.json").write_text('{"world_size": 2}')
+    (tmp_path / "m/metrics.jsonl").write_text("".join(
+        json.dumps({"step": step, "sampled_tokens": tokens, "seconds": 3600}) + "\n"
+        for step, tokens in ((1, 30), (2, 70))))
+    (tmp_path / "b/config.json").write_text('{"args": {"system": "none"}}')  # which asks for no tags
+    *_, second = [line.split(" | ") for line in look("compare", "a", "b", cwd=tmp_path).splitlines()
+                  if line.startswith("|")]
+    cells = dict(zip(cells, [cell.strip("| ") for cell in second]))
+    assert (cells["tokens"], cells["hours"], cells["wrong"], cells["wrong format"]) == ("30", "2", "1", "0")
     assert "### b m: right→wrong, question 0 (gold 5)" in out and "6?\n\"ọ̀\", maybe" in out
     write_answers(tmp_path / "c", [good | {"id": 0, "answer": "8"}])
     assert "different questions" in look("compare", "a", "c", cwd=tmp_path, fails=True)
@@ -129,17 +139,16 @@ def test_training_runs_are_compared_by_step(trained):
 
 
 def test_models_of_one_directory_are_compared(trained):
-    """Tokens and hours are each row's own; two directories of one name keep their answers apart."""
+    """Tokens are those of each one's training; two directories of one name keep their answers apart."""
     run("--model", "base", "grpo", "--limit", 8, "--max-new-tokens", 40, "--out", "x/e", cwd=trained)
     shutil.copytree(trained / "x", trained / "y", dirs_exist_ok=True)
-    rows = read(trained / "x" / "e" / "samples.csv")
+    sampled = curves.read_metrics(trained / "grpo")[-2]["sampled_tokens"]
     out = look("compare", "x/e", "y/e", cwd=trained)
     table = [[cell.strip() for cell in line.strip("|").split("|")] for line in out.splitlines()
              if line.startswith("|")]
     found = {line[0]: dict(zip(table[0], line)) for line in table[2:]}
     assert list(found) == ["x/e base", "x/e grpo", "y/e base", "y/e grpo"]
-    for model in ("base", "grpo"):
-        tokens = sum(int(row["tokens"]) for row in rows if row["model"] == model)
+    for model, tokens in (("base", 0), ("grpo", sampled)):
         assert found[f"x/e {model}"]["tokens"] == found[f"y/e {model}"]["tokens"] == str(tokens)
 
 
