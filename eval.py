@@ -22,6 +22,7 @@ import time
 from collections import Counter, deque
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from datetime import datetime
 from functools import partial
 from pathlib import Path
 from typing import Literal
@@ -378,6 +379,7 @@ def replay(run, step, row):
     config = json.loads((path / "config.json").read_text())
     given = {"quantize": "none"} | config["args"] | {"shard": False}
     args = argparse.Namespace(**given)
+    data.now = datetime.fromisoformat(config.get("begun", str(data.now)))
     folder = weights_before(path, step) or args.model
     device = dist.setup(config["device"].partition(":")[0])
     dtype, tokenizer = models.choose_dtype(args.dtype, device), models.load_tokenizer(args.model)

@@ -25,13 +25,14 @@ from collections import Counter, defaultdict
 from contextlib import suppress
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
+from datetime import datetime
 from functools import lru_cache, partial
 from pathlib import Path
 from types import SimpleNamespace
 
 from jinja2 import TemplateError
-
 from common import dist
+from common.draws import answer_opening
 from common.models import load_tokenizer, offline_without_hub
 from common.rewards import last_boxed
 
@@ -881,15 +882,7 @@ def encode_prompt(tokenizer, prompt, system="", template="{prompt}") -> list[int
     if system not in ("", "none") and messages[0]["role"] != "system":
         messages.insert(0, {"role": "system", "content": system})
     if tokenizer.chat_template:
-        # As text first: tokenize=True returns a dict in transformers 5. The template writes the BOS, if any.
-        render = partial(tokenizer.apply_chat_template, tokenize=False, add_generation_prompt=True)
-        try:
-            text = render(messages)
-        except TemplateError as error:
-            if messages[0]["role"] != "system" or len(messages) < 2:
-                raise ValueError(f"the model's chat template refuses the messages: {error}") from None
-            first, second, *rest = messages
-            text = render([second | {"content": f"{first['content']}\n\n{second['content']}"}, *rest])
+        text = render(tokenizer, messages)
         ids = tokenizer(text, add_special_tokens=False)["input_ids"]
     else:
         ids = tokenizer(prompt_text(messages))["input_ids"]
@@ -898,8 +891,46 @@ def encode_prompt(tokenizer, prompt, system="", template="{prompt}") -> list[int
     return ids
 
 
+now = datetime.now()  # of the run, also when it is resumed: some chat templates write the date
+
+
+def render(tokenizer, messages) -> str:
+    """The prompt by the chat template, with every message's words in it.
+
+    A system message that the template refuses or leaves out stands in front of the user's words instead.
+    Errors: ValueError if it refuses or leaves out another.
+    """
+    if "strftime_now" in str(tokenizer.chat_template):  # transformers gives it today's date
+        from transformers.utils import chat_template_utils
+
+        template = chat_template_utils._compile_jinja_template(tokenizer.get_chat_template())
+        template.globals["strftime_now"] = now.strftime
+    try:
+        # As text first: tokenize=True returns a dict in transformers 5. The template writes the BOS, if any.
+        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        # of earlier answers templates drop the thinking
+        left_out = [m for m in messages if m["content"].rpartition("</think>")[2].strip() not in text]
+        if not left_out:
+            return text
+        problem = f"leaves out the {left_out[0]['role']} message {left_out[0]['content'][:60]!r}"
+    except TemplateError as error:
+        left_out, problem = messages, f"refuses the messages: {error}"
+    first, second, *rest = [*messages, None]
+    if left_out[0] is not first or first["role"] != "system" or second is None:
+        raise ValueError(f"the model's chat template {problem}")
+    return render(tokenizer, [second | {"content": f"{first['content']}\n\n{second['content']}"}, *rest[:-1]])
+
+
 def encode_completion(tokenizer, completion, eos_id) -> list[int]:
-    """Ids of a completion, with one eos_id at the end; apart from the prompt, so no token spans both."""
+    """Ids of a completion, with one eos_id at the end; apart from the prompt, so no token spans both.
+
+    What the prompt has begun of it already (`answer_opening`) is left out.
+    """
+    opening = answer_opening(tokenizer)
+    if completion.startswith(opening):
+        completion = completion[len(opening):]
+    elif completion.lstrip().startswith(opening.strip()):  # written with other spaces
+        completion = completion.lstrip()[len(opening.strip()):].lstrip()
     ids = tokenizer(completion, add_special_tokens=False)["input_ids"]
     while ids and ids[-1] == eos_id:
         ids = ids[:-1]

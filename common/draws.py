@@ -6,10 +6,13 @@ a captured graph.
 
 import hashlib
 import math
+import re
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
+from jinja2 import TemplateError
 
 
 @dataclass
@@ -21,9 +24,23 @@ class Completion:
     finished: bool
 
     def text(self, tokenizer):
-        """What it says, without the stop token and other special tokens."""
+        """What it says, from what the prompt has begun of it (`answer_opening`) to the stop token."""
         ids = self.ids[:-1] if self.finished else self.ids
-        return tokenizer.decode(ids, skip_special_tokens=True)
+        silent = {tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id}
+        return answer_opening(tokenizer) + tokenizer.decode([i for i in ids if i not in silent])
+
+
+@lru_cache(maxsize=8)
+def answer_opening(tokenizer) -> str:
+    """What the chat template itself writes of every answer: <think> of models that always think."""
+    if not getattr(tokenizer, "chat_template", None):
+        return ""
+    try:
+        prompt = tokenizer.apply_chat_template([{"role": "user", "content": "x"}], tokenize=False,
+                                               add_generation_prompt=True)
+    except TemplateError:  # `data.encode_prompt` will say it
+        return ""
+    return re.search(r"(?:<think>\s*(?:</think>\s*)?)?\Z", prompt)[0]
 
 
 def noise_key(*parts: int) -> int:

@@ -386,21 +386,26 @@ def answered(tokenizer, response, answer, longest):
     end of the mark and the answer's beginning is the answer's. A rationale that is too long for `longest`
     tokens, the end token included, is cut, and its thinking closed.
     """
+    from common.draws import answer_opening
+
     def encode(text):
         found = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
         return found["input_ids"], found["offset_mapping"]
 
-    before = rationale(response)
+    opening = answer_opening(tokenizer)  # is the prompt's
+    before = rationale(response).removeprefix(opening)
+    if not before and opening.rstrip().endswith("<think>"):
+        before = "</think>"
     while True:
         ids, offsets = encode(f"{before}<answer>{answer}</answer>")
         over = len(ids) + 1 - longest
-        if over <= 0 or not before:
+        if over <= 0 or before in ("", "</think>"):
             at = sum(end <= len(before) + len("<answer>") for _, end in offsets)
             return ids[:at], ids[at:]
         _, offsets = encode(before.removesuffix("</think>"))
         # at a token's end, but never within a character of several tokens, each of which ends where it does
         end = min(offsets[-over - 1][1], offsets[-over][0]) if over < len(offsets) else 0
-        before = rationale(before[:end])
+        before = rationale(opening + before[:end]).removeprefix(opening)
 
 
 def leave_one_out(values, groups) -> list[float]:

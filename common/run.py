@@ -26,6 +26,7 @@ import time
 import traceback
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext, suppress
+from datetime import datetime
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -34,8 +35,7 @@ from typing import Literal
 import torch
 from safetensors import SafetensorError, safe_open
 
-from common import curves, dist, models, rewards, shard
-from common.data import THINK_ANSWER_SYSTEM
+from common import curves, data, dist, models, rewards, shard
 from common.tables import clock, read_csv, rollout_text
 
 
@@ -195,6 +195,8 @@ def _config_words(known, names):
         reason = " ".join(str(error).split())[:150]
         raise ValueError(f"--config {path}: not valid YAML or JSON ({reason})") from None
     if isinstance(values, dict) and isinstance(values.get("args"), dict):  # a run's: all but which run it is
+        if known.resume and "begun" in values:
+            data.now = datetime.fromisoformat(values["begun"])
         script, values = values.get("argv", ["another script"])[0], values["args"]
         if known.resume and (strange := values.keys() - names):
             raise ValueError(f"--out {known.out} --resume: that run is {Path(script).name}'s; this script "
@@ -240,7 +242,7 @@ def check_ranges(args) -> None:
             raise ValueError(f"--{name.replace('_', '-')} {value}: {wanted}{WAYS_OUT.get(name, '')}")
 
 
-def defaults(args, device, lr, data="gsm8k", system=THINK_ANSWER_SYSTEM):
+def defaults(args, device, lr, data="gsm8k", system=data.THINK_ANSWER_SYSTEM):
     """A copy of the arguments, those filled in whose default depends on others; `check_args` first.
 
     lr: the peak learning rate for the "embedded" model, "full" training and an "adapter". data, system: what
@@ -356,7 +358,8 @@ class Run:
             diff = git.pop("diff")
             packages = ("torch", "transformers", "numpy", "datasets", "tyro")
             named = [args.model] if isinstance(args.model, str) else [m for m in args.model if m != "base"]
-            config = {"args": dataclasses.asdict(args), "id": digest, "argv": sys.argv, "git": git,
+            config = {"args": dataclasses.asdict(args), "id": digest, "argv": sys.argv,
+                      "begun": data.now.isoformat(), "git": git,
                       "models": [models.fingerprint(name) for name in named],
                       "versions": {"python": platform.python_version()} | {p: _version(p) for p in packages},
                       "host": platform.node(), "world_size": dist.world_size(), "device": str(self.device)}

@@ -6,6 +6,7 @@ import json
 import threading
 import time
 from collections import Counter
+from datetime import datetime
 from fractions import Fraction
 from pathlib import Path
 
@@ -13,6 +14,7 @@ import pytest
 from transformers import AutoTokenizer
 
 import common.data
+from common import rewards
 from common.data import (
     Example,
     batch_indices,
@@ -26,6 +28,8 @@ from common.data import (
     train_validation,
     worked_examples,
 )
+from common.draws import Completion, answer_opening
+from common.models import load_tokenizer
 from common.rewards import correctness, last_boxed
 
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
@@ -965,3 +969,89 @@ def test_prompt_ids_do_not_depend_on_the_completion(qwen):
         assert text.endswith(
             f"{example.prompt}<|im_end|>\n<|im_start|>assistant\n{example.completion}<|im_end|>"
         )
+
+
+# ---- chat templates that write, leave out or date things (FAULTS W3-W5, L9) ----
+
+BODY = ("{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}"
+        "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n")
+GOOD = "<think>3+4=7</think><answer>7</answer>"
+
+
+def with_template(template):
+    tokenizer = load_tokenizer("")
+    tokenizer.chat_template = template
+    return tokenizer
+
+
+def said(tokenizer, text):
+    """The text that rewards see of a completion with these words."""
+    ids = [*tokenizer(text, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
+    return Completion(ids, [0.0] * len(ids), True).text(tokenizer)
+
+
+def test_tags_that_are_special_tokens_stay_in_the_text():
+    tokenizer = load_tokenizer("")
+    tokenizer.add_special_tokens({"additional_special_tokens": list(rewards.TAGS)})
+    assert said(tokenizer, GOOD) == GOOD
+    padded = Completion([tokenizer.pad_token_id, *tokenizer(GOOD)["input_ids"]], [], False)
+    assert padded.text(tokenizer) == GOOD
+
+
+@pytest.mark.parametrize("opening", ["<think>", "<think>\n", "<think>\n\n</think>\n\n"])
+def test_what_the_template_writes_of_the_answer_belongs_to_it(opening):
+    tokenizer = with_template(BODY + opening + "{% endif %}")
+    prompt = encode_prompt(tokenizer, "What is 3+4?")
+    assert answer_opening(tokenizer) == opening and tokenizer.decode(prompt).endswith(opening)
+    if "</think>" in opening:
+        assert said(tokenizer, "<answer>7</answer>") == opening + "<answer>7</answer>"
+        assert encode_completion(tokenizer, "7", 2) == [*tokenizer("7")["input_ids"], 2]
+        return
+    text = said(tokenizer, "3+4=7</think><answer>7</answer>")
+    assert text == opening + "3+4=7</think><answer>7</answer>"
+    assert rewards.format([""], [text], [""]) == [1.0] == rewards.correctness([""], [text], ["7"])
+    assert rewards.format([""], [said(tokenizer, GOOD)], [""]) == [0.0]  # a second <think>
+    assert rewards.correctness([""], [said(tokenizer, "I guess the answer is 7. No, wait")], ["7"]) == [0.0]
+    rest = tokenizer("3+4=7</think><answer>7</answer>", add_special_tokens=False)["input_ids"]
+    for written in (text, GOOD, "\n" + GOOD):  # one tag is trained
+        assert encode_completion(tokenizer, written, 2) == [*rest, 2]
+    before, answer = rewards.answered(tokenizer, text, "8", 100)
+    assert tokenizer.decode(before + answer) == "3+4=7</think><answer>8</answer>"
+    before, answer = rewards.answered(tokenizer, "", "8", 100)
+    assert tokenizer.decode(before + answer) == "</think><answer>8</answer>"
+
+
+DROPS = ("{% for m in messages %}{% if m['role'] in ('user', 'assistant') %}{{ m['role'] + ': ' + "
+         "m['content'].rpartition('</think>')[2].strip() + '\n' }}{% endif %}{% endfor %}assistant:")
+
+
+def test_no_message_is_left_out_by_a_template():
+    tokenizer = with_template(DROPS)
+
+    def text(messages, system=""):
+        return tokenizer.decode(encode_prompt(tokenizer, messages, system))
+
+    assert text("Hi ", "Be brief.") == "user: Be brief.\n\nHi\nassistant:"
+    turns = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "<think>so</think> Ho"},
+             {"role": "user", "content": "And?"}]  # templates drop the thinking of earlier answers
+    assert text(turns) == "user: Hi\nassistant: Ho\nuser: And?\nassistant:"
+    with pytest.raises(ValueError, match="leaves out the developer message 'In French.'"):
+        text([{"role": "developer", "content": "In French."}, *turns])
+    with pytest.raises(ValueError, match="leaves out the system message 'Late.'"):
+        text([turns[0], {"role": "system", "content": "Late."}, turns[2]])
+    strict = with_template("{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system') }}{% endif %}"
+                           + DROPS)
+    assert strict.decode(encode_prompt(strict, "Hi", "Be brief.")) == "user: Be brief.\n\nHi\nassistant:"
+
+
+def test_a_date_in_the_prompt_is_that_of_the_run(monkeypatch, tmp_path):
+    """Of its beginning, also when it goes on on another day."""
+    import grpo
+    from common import data, run
+
+    tokenizer = with_template("{{ strftime_now('%d %b %Y') }}" + BODY + "{% endif %}")
+    monkeypatch.setattr(data, "now", datetime(2001, 2, 3))
+    assert tokenizer.decode(encode_prompt(tokenizer, "Hi")).startswith("03 Feb 2001")
+    (tmp_path / "config.json").write_text(json.dumps({"begun": "1999-12-31T23:59:00", "args": {"seed": 3}}))
+    assert run.parse(grpo.Args, ["--out", str(tmp_path), "--resume"]).seed == 3
+    assert tokenizer.decode(encode_prompt(tokenizer, "Hi")).startswith("31 Dec 1999")

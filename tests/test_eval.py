@@ -296,12 +296,12 @@ def test_latex_answers_are_judged_by_math_verify(tmp_path, monkeypatch):
         slots, model = 4, SimpleNamespace()
 
         def sample(self, prompts, keys, *_):
-            return [[eval.Completion([i], [0.0], False) for _ in row] for i, row in enumerate(keys)]
+            return [[eval.Completion([10 + i], [0.0], False) for _ in row] for i, row in enumerate(keys)]
 
     monkeypatch.setattr(eval.OneBase, "sampler", lambda self, *_: Says())
     monkeypatch.setattr(eval.shard, "whole_model", nullcontext)
     tokenizer = models.load_tokenizer("")
-    monkeypatch.setattr(type(tokenizer), "decode", lambda self, ids, **_: texts[ids[0]])
+    monkeypatch.setattr(type(tokenizer), "decode", lambda self, ids, **_: texts[ids[0] - 10])
     monkeypatch.chdir(tmp_path)
     eval.main(eval.Args(data="math.jsonl", out="e", device="cpu"))
     assert [row["correct"] for row in read("e/samples.csv")] == ["1", "1", "0", "1"]

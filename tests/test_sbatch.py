@@ -429,7 +429,7 @@ def test_downloaded_models_load_without_the_hub(tmp_path):
     tiny = {path.name: path.read_bytes() for path in models.TINY.iterdir() if path.is_file()}
     unused = dict.fromkeys(["consolidated.safetensors", "onnx/config.json", "model.bin"], b"")
     adapter = {"adapter_model.safetensors": b"",
-               "adapter_config.json": b'{"base_model_name_or_path": "someone/model"}'}
+               "adapter_config.json": b'{"peft_type": "LORA", "base_model_name_or_path": "someone/model"}'}
     hub = Hub({"someone/model": tiny | unused, "someone/adapter": adapter})
     (tmp_path / ".huggingface_token").write_text(TOKEN)
     env = ENV | {"HF_ENDPOINT": f"http://127.0.0.1:{hub.server_port}", "HF_HOME": str(tmp_path / "hf"),
