@@ -989,7 +989,7 @@ def toy():
 
 
 RUN = SimpleNamespace(device=CPU, counter=lambda doing: None, phase=lambda name: nullcontext())
-TEXT = SimpleNamespace(decode=lambda ids, **_: "")  # a tokenizer
+TEXT = SimpleNamespace(decode=lambda ids: "", bos_token_id=None, eos_token_id=2, pad_token_id=0)  # a tokenizer
 
 
 def test_identical_prompts_stay_groups_of_their_own(toy, float64):
