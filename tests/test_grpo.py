@@ -989,7 +989,14 @@ def toy():
 
 
 RUN = SimpleNamespace(device=CPU, counter=lambda doing: None, phase=lambda name: nullcontext())
-TEXT = SimpleNamespace(decode=lambda ids: "", bos_token_id=None, eos_token_id=2, pad_token_id=0)  # a tokenizer
+
+
+class TEXT:
+    """A tokenizer."""
+
+    decode = staticmethod(lambda ids: "")
+    bos_token_id, eos_token_id, pad_token_id = None, 2, 0
+
 
 
 def test_identical_prompts_stay_groups_of_their_own(toy, float64):
