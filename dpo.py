@@ -464,13 +464,15 @@ def add_lora(model, name: str, r: int, alpha: float, targets, layers=None) -> li
     if r < 1:
         raise ValueError(f"--lora-r {r}: the rank must be 1 or more (or train all weights with --full)")
     model.requires_grad_(False)
-    params, found = [], set()
+    params, linear = [], set()
     for i, layer in enumerate(model.base_model.layers):
         for path, module in list(layer.named_modules()):
             leaf = path.rpartition(".")[2]
-            if leaf not in targets or not isinstance(module, nn.Linear | LoRALinear):
+            if not isinstance(module, nn.Linear | LoRALinear) or leaf == "base":
                 continue
-            found.add(leaf)
+            linear.add(leaf)
+            if leaf not in targets:
+                continue
             if layers is not None and i not in layers:
                 continue
             if isinstance(module, nn.Linear):
@@ -479,9 +481,9 @@ def add_lora(model, name: str, r: int, alpha: float, targets, layers=None) -> li
             module.add(name, r, alpha)
             module.active = name
             params += [module.A[name], module.B[name]]
-    if missing := set(targets) - found:
+    if missing := set(targets) - linear:
         raise ValueError(f"--lora-targets {' '.join(sorted(missing))}: no such linear layer in this model "
-                         f"(it has {' '.join(sorted(found)) or 'none of those asked for'})")
+                         f"(it has {' '.join(sorted(linear))})")
     return params
 
 

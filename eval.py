@@ -275,6 +275,8 @@ def choose_questions(args, tokenizer):
         args.data, args.split, level=level, limit=args.limit, seed=seed)
     if args.data in data.GENERATED and not args.limit:
         questions = questions[:500]
+    if without := sum(not e.answer for e in questions):
+        raise ValueError(f"--data {args.data}: {without} of {len(questions)} questions have no gold answer")
     n, examples = len(questions), data.worked_examples(args.data, args.few_shot, questions, level=level,
                                                        seed=seed)
     if args.dry_run:
@@ -465,13 +467,15 @@ def add_lora(model, name: str, r: int, alpha: float, targets, layers=None) -> li
     if r < 1:
         raise ValueError(f"--lora-r {r}: the rank must be 1 or more (or train all weights with --full)")
     model.requires_grad_(False)
-    params, found = [], set()
+    params, linear = [], set()
     for i, layer in enumerate(model.base_model.layers):
         for path, module in list(layer.named_modules()):
             leaf = path.rpartition(".")[2]
-            if leaf not in targets or not isinstance(module, nn.Linear | LoRALinear):
+            if not isinstance(module, nn.Linear | LoRALinear) or leaf == "base":
                 continue
-            found.add(leaf)
+            linear.add(leaf)
+            if leaf not in targets:
+                continue
             if layers is not None and i not in layers:
                 continue
             if isinstance(module, nn.Linear):
@@ -480,9 +484,9 @@ def add_lora(model, name: str, r: int, alpha: float, targets, layers=None) -> li
             module.add(name, r, alpha)
             module.active = name
             params += [module.A[name], module.B[name]]
-    if missing := set(targets) - found:
+    if missing := set(targets) - linear:
         raise ValueError(f"--lora-targets {' '.join(sorted(missing))}: no such linear layer in this model "
-                         f"(it has {' '.join(sorted(found)) or 'none of those asked for'})")
+                         f"(it has {' '.join(sorted(linear))})")
     return params
 
 

@@ -271,7 +271,9 @@ def _split_files(folder, split):
 
 
 def _listing(folder):
-    return f"{folder} holds {', '.join(sorted(path.name for path in folder.glob('*'))) or 'nothing'}"
+    names = sorted(path.name for path in folder.glob("*"))
+    more = f" and {len(names) - 12} more" if len(names) > 12 else ""
+    return f"{folder} holds {', '.join(names[:12]) or 'nothing'}{more}"
 
 
 def _file_rows(paths):
@@ -288,8 +290,10 @@ def _file_rows(paths):
             with (gzip.open if path.suffix == ".gz" else open)(path, **mode) as file:
                 for number, row in READERS[suffix](file):
                     yield f"{path}: line {number}", row
-        except (ValueError, OSError, EOFError, ImportError, zlib.error) as error:  # also a cut-off gzip
-            raise ValueError(f"{path}: {str(error).splitlines()[0]}") from None
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{path}: not utf-8 ({error.reason}): save the file as UTF-8") from None
+        except (ValueError, OSError, EOFError, ImportError, RecursionError, zlib.error) as error:
+            raise ValueError(f"{path}: {str(error).splitlines()[0]}") from None  # also a cut-off gzip
 
 
 def _json_rows(file):
@@ -299,8 +303,8 @@ def _json_rows(file):
         elif line.strip():
             try:
                 row = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise ValueError(f"line {number}: not a JSON line: {error}") from None
+            except (json.JSONDecodeError, RecursionError) as error:
+                raise ValueError(f"line {number}: not a JSON line: {getattr(error, 'msg', error)}") from None
             yield number, row
 
 
@@ -313,6 +317,8 @@ def _csv_rows(file):
                 header = ["question", "A", "B", "C", "D", "answer"]  # MMLU's own files have no header
             if header is None:
                 header = cells
+                if twice := [name for name, n in Counter(header).items() if n > 1]:
+                    raise ValueError(f"line {reader.line_num}: two columns are named {twice[0]!r}")
                 continue
             if len(cells) != len(header):
                 raise ValueError(f"line {reader.line_num}: {len(cells)} cells under {len(header)} columns")
@@ -353,19 +359,41 @@ def _hub_rows(sources, split):
 
 def _text(row, column):
     value = row.get(column)
-    if isinstance(value, (list, dict)):
+    if value is None or value != value:  # NaN, as pandas writes what is missing
+        return ""
+    if not isinstance(value, str | int | float):
         raise ValueError(f"column {column} holds a {type(value).__name__}, not text")
-    return "" if value is None else str(value)
+    return str(value)
 
 
 def _messages(messages):
     try:
+        for message in messages:
+            if more := [key for key, value in message.items() if value and key not in ("role", "content")]:
+                raise ValueError(f"a chat message has {more[0]}, which is not read: write it into its "
+                                 "content, or leave it out")
         messages = [{"role": m["role"], "content": m["content"]} for m in messages]
-    except (TypeError, KeyError):
+    except (TypeError, KeyError, AttributeError):
         messages = []
     if not messages or not all(isinstance(m["content"], str) for m in messages):
         raise ValueError("chat messages must be a list of {role, content}, the content being text")
     return messages
+
+
+def _with_system(row, prompt):
+    """The prompt, behind what a column `system` says."""
+    system = _text(row, "system")
+    if not system:
+        return prompt
+    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+    if messages[0]["role"] == "system":
+        raise ValueError("a column system, and a system message among the others")
+    return [{"role": "system", "content": system}, *messages]
+
+
+def _check_text(*texts):
+    for text in texts:
+        text.encode()  # UnicodeEncodeError, a ValueError, of half a character: no tokenizer takes it
 
 
 def _prompt(prompt):
@@ -430,6 +458,10 @@ def _plain(row):
     answer, task, meta = _text(row, "answer"), row.get("task"), row.get("meta") or {}
     task = task if task in TASKS else "math" if answer else "text"
     meta = json.loads(meta) if isinstance(meta, str) else meta
+    if not isinstance(meta, dict):
+        raise ValueError(f"meta is a {type(meta).__name__}, not an object with names")
+    if task == "countdown" and not (re.fullmatch(r"-?\d+", answer) and isinstance(meta.get("numbers"), list)):
+        raise ValueError("a countdown problem needs a whole number as its answer and meta.numbers")
     prompt, completion = _prompt(row["prompt"]), _text(row, "completion")
     return dict(prompt=prompt, answer=answer, completion=completion, task=task, meta=meta)
 
@@ -459,6 +491,8 @@ def _fields(row):
             fields = read(row)
             if not fields["prompt"]:
                 raise ValueError("the prompt is empty")
+            fields["prompt"] = _with_system(row, fields["prompt"])
+            _check_text(prompt_text(fields["prompt"]), fields.get("answer", ""), fields.get("completion", ""))
             level = re.search(r"\d+", str(row.get("level")))  # 3, "3", "Level 3"; MATH has a few "Level ?"
             return fields | dict(level=int(level[0]) if level else 0)
     known = " | ".join(",".join(columns) for columns in SCHEMAS)
@@ -499,7 +533,7 @@ def load_examples(data, split="train", *, level=None, limit=0, seed=0, filter=""
     several of these joined by commas.
     level: 3 or "1-4". limit: at most so many rows, drawn with the seed; 0 for all (10,000 generated ones).
     filter="correct": of a run's samples.csv, the rows with correct = 1, each (prompt, completion) once.
-    dropped: a Counter, which counts what the filter left out: wrong, repeated.
+    dropped: a Counter, which counts what was left out: label is false; by the filter: wrong, repeated.
     Errors: ValueError, one line with file and line number.
     """
     data = str(data)
@@ -515,6 +549,9 @@ def load_examples(data, split="train", *, level=None, limit=0, seed=0, filter=""
         if filter and not _read(_is_correct, place, row):
             dropped["wrong"] += 1
             continue
+        if isinstance(row, dict) and str(row.get("label")).lower() in ("false", "0"):  # KTO's: a bad answer
+            dropped["label is false"] += 1
+            continue
         example = Example(id=number, **_read(_fields, place, row))
         key = example.text, example.completion
         if filter and key in seen:
@@ -523,7 +560,8 @@ def load_examples(data, split="train", *, level=None, limit=0, seed=0, filter=""
             examples.append(example)
         seen.add(key)
     if not examples:
-        raise ValueError(f"{data} has no rows" + (f" with correct = 1 among {number + 1}" if filter else ""))
+        raise ValueError(f"{data} has no rows" + (f" with correct = 1 among {number + 1}" if filter else "")
+                         + (f"; left out: {dict(dropped)}" if dropped else ""))
     if level is not None:
         levels = _levels(level)
         examples = [example for example in examples if example.level in levels]
@@ -586,15 +624,21 @@ def load_questions(args, tokenizer, per_step):
     encode = partial(encode_prompt, tokenizer, system=args.system, template=args.prompt_template)
     most = args.max_prompt_tokens
 
-    def short(e):
-        return len(encode(e.prompt)) <= most
+    left_out = Counter()
+
+    def keep(e):
+        left_out["without a gold answer"] += not e.answer
+        left_out["with a longer prompt"] += (long := bool(most) and len(encode(e.prompt)) > most)
+        return e.answer and not long
 
     train, held_out = train_validation(args.data, n_train=args.train_questions,
                                        n_validation=args.eval_questions, level=args.level or None,
-                                       seed=args.seed, keep=short if most else None)
+                                       seed=args.seed, dropped=left_out, keep=keep)
     if most and not (train and held_out):
         raise ValueError(f"--max-prompt-tokens {most} leaves {len(train)} questions to train on and "
                          f"{len(held_out)} held out")
+    if +left_out and dist.is_main():
+        print(f"data: left out of {args.data}: {dict(+left_out)}")
     prompt_ids = {e.id: encode(e.prompt) for e in train + held_out}
     longest = max(map(len, prompt_ids.values())) + args.max_new_tokens
     if args.dry_run:
@@ -712,8 +756,11 @@ def _pair(row):
         raise ValueError(f"the columns {','.join(row)} hold no pairs; known schemas: {known}")
     prompt, chosen = _prompt_and_reply(row, "chosen")
     other, rejected = _prompt_and_reply(row, "rejected")
-    scores = row.get("score_chosen"), row.get("score_rejected")
-    return prompt, other, chosen, rejected, None if None in scores else float(scores[0]) - float(scores[1])
+    scores = _text(row, "score_chosen"), _text(row, "score_rejected")
+    if any(scores) and not all(scores):
+        raise ValueError("only one of score_chosen and score_rejected is a number")
+    prompt, other = _with_system(row, prompt), _with_system(row, other)
+    return prompt, other, chosen, rejected, float(scores[0]) - float(scores[1]) if all(scores) else None
 
 
 FAULTS = {"guess": 2, "cut short": 2, "other answer": 4, "slip": 1}  # of rejected replies, with their shares
@@ -752,8 +799,8 @@ def load_preferences(data, split="train", *, limit=0, seed=0, level=None, pairs_
     pairs of a correct and a wrong finished completion of one question, each used once, at most
     pairs_per_question (0: all there are).
     label_tokenizer: hub id or folder of GPT-2's tokenizer, for rows of token ids (lm-human-preferences).
-    dropped: a Counter, which counts what was left out: prompts differ, same reply, empty reply, equal scores;
-    of a samples.csv: unfinished, repeated.
+    dropped: a Counter, which counts what was left out: prompts differ, same reply, empty reply, equal scores,
+    rejected has the higher score; of a samples.csv: unfinished, repeated.
     Errors: ValueError, one line with file and line number.
     """
     data = str(data)
@@ -778,6 +825,7 @@ def load_preferences(data, split="train", *, limit=0, seed=0, level=None, pairs_
             other, margin = prompt, None
         else:
             prompt, other, chosen, rejected, margin = _read(_pair, place, row)
+        _read(lambda row: _check_text(prompt_text(prompt), chosen, rejected), place, row)
         if prompt != other:
             dropped["prompts differ"] += 1
         elif chosen == rejected:
@@ -786,6 +834,8 @@ def load_preferences(data, split="train", *, limit=0, seed=0, level=None, pairs_
             dropped["empty reply"] += 1
         elif margin == 0:
             dropped["equal scores"] += 1
+        elif margin is not None and margin < 0:
+            dropped["rejected has the higher score"] += 1
         else:
             pairs.append(Preference(number, prompt, chosen, rejected, margin or 0.0, tuple(others)))
     for wrong, right in sampled.values():

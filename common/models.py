@@ -107,7 +107,7 @@ def _reach(what: str, name: str, load, flag: str = "--model"):
         if Path(name).is_dir():
             raise ValueError(f"{flag} {name}: no usable {what} in that folder ({reason})") from None
         raise ValueError(f"{flag} {name}: cannot reach the hub for its {what} ({reason}); download it "
-                         f"where there is a network (huggingface-cli download {name}) "
+                         f"where there is a network (hf download {name}) "
                          f"and pass {flag} that folder") from None
 
 

@@ -1055,3 +1055,92 @@ def test_a_date_in_the_prompt_is_that_of_the_run(monkeypatch, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"begun": "1999-12-31T23:59:00", "args": {"seed": 3}}))
     assert run.parse(grpo.Args, ["--out", str(tmp_path), "--resume"]).seed == 3
     assert tokenizer.decode(encode_prompt(tokenizer, "Hi")).startswith("31 Dec 1999")
+
+
+# ---- rows that say something else than they seem to (FAULTS W7, W8, C1) ----
+
+
+@pytest.mark.parametrize("missing", [None, "", float("nan")], ids=str)
+def test_a_question_without_a_gold_answer_is_left_out_and_counted(tmp_path, capsys, missing):
+    """It could never be right: neither trained on nor held out."""
+    from types import SimpleNamespace
+
+    path = lines(tmp_path / "a.jsonl", [{"prompt": f"{i}?", "answer": missing if i % 2 else str(i)}
+                                        for i in range(40)])
+    args = SimpleNamespace(data=path, train_questions=0, eval_questions=5, level="", seed=0, system="",
+                           prompt_template="{prompt}", max_prompt_tokens=0, max_new_tokens=4, dry_run=False)
+    train, held_out, _, _ = common.data.load_questions(args, load_tokenizer(""), 4)
+    assert (len(train), len(held_out)) == (15, 5) and all(e.answer for e in train + held_out)
+    assert "left out of" in (out := capsys.readouterr().out) and "{'without a gold answer': 20}" in out
+    path = lines(tmp_path / "b.jsonl", [{"prompt": "1?", "answer": missing}])
+    assert "0 rows" in refusal(common.data.load_questions, SimpleNamespace(**vars(args) | {"data": path}),
+                               load_tokenizer(""), 4)
+
+
+def test_rows_with_a_bad_label_or_score_are_left_out_and_counted(tmp_path):
+    rows = [{"prompt": f"{i}?", "completion": "x", "label": label}
+            for i, label in enumerate((True, False, 1, 0, "false", "true"))]
+    dropped = Counter()
+    kept = load_examples(lines(tmp_path / "a.jsonl", rows), dropped=dropped)
+    assert [e.prompt for e in kept] == ["0?", "2?", "5?"] and dropped == {"label is false": 3}
+    pair = {"prompt": "p", "chosen": "a", "rejected": "b"}
+    rows = [pair | {"score_chosen": 2, "score_rejected": 9}, pair | {"score_chosen": 3, "score_rejected": 1}]
+    (kept,) = load_preferences(lines(tmp_path / "b.jsonl", rows), dropped=(dropped := Counter()))
+    assert kept.margin == 2 and dropped == {"rejected has the higher score": 1}
+    for scores in ((float("nan"), 9), (9, None), ("", 9)):
+        row = pair | dict(zip(("score_chosen", "score_rejected"), scores))
+        assert "line 1: only one of score" in refusal(load_preferences, lines(tmp_path / "c.jsonl", [row]))
+
+
+def test_a_column_system_is_the_system_message(tmp_path):
+    rows = [{"system": "Be brief.", "prompt": "p", "completion": "a"},
+            {"system": "Be brief.", "prompt": [{"role": "user", "content": "q"}, {"role": "assistant",
+             "content": "r"}, {"role": "user", "content": "s"}], "completion": "a"}]
+    for e, row in zip(load_examples(lines(tmp_path / "a.jsonl", rows)), rows):
+        assert e.prompt[0] == {"role": "system", "content": "Be brief."} and e.prompt[-1]["content"] in "ps"
+    row = {"system": "Be brief.", "prompt": "p", "chosen": "a", "rejected": "b"}
+    (pair,) = load_preferences(lines(tmp_path / "b.jsonl", [row]))
+    assert [m["content"] for m in pair.prompt] == ["Be brief.", "p"]
+    twice = {"system": "A", "prompt": [{"role": "system", "content": "B"}, {"role": "user", "content": "p"}],
+             "completion": "a"}
+    assert "a column system, and a system message" in refusal(load_examples, lines(tmp_path / "c.jsonl", [twice]))
+
+
+@pytest.mark.parametrize("key", ["reasoning_content", "tool_calls", "name"])
+def test_what_a_message_holds_beside_its_words_is_refused(tmp_path, key):
+    row = {"messages": [{"role": "user", "content": "1+2?"}, {"role": "assistant", "content": "3", key: "x"}]}
+    assert f"line 1: a chat message has {key}" in refusal(load_examples, lines(tmp_path / "a.jsonl", [row]))
+    row["messages"][1][key] = None
+    assert load_examples(lines(tmp_path / "a.jsonl", [row]))[0].completion == "3"
+
+
+@pytest.mark.parametrize("text, parts", [
+    ('{"prompt": "smile \\ud83d", "answer": "3"}', ["line 1", "surrogates"]),
+    ('{"prompt": "p", "completion": "\\ud83d"}', ["line 1", "surrogates"]),
+    ('{"prompt": "p", "answer": ' + "[" * 5000 + "]" * 5000 + "}", ["line 1"]),
+    ('{"prompt": "p", "answer": "3", "meta": [1]}', ["line 1", "meta is a list"]),
+    ('{"prompt": "p", "answer": "3", "task": "countdown"}', ["line 1", "meta.numbers"]),
+    ('{"prompt": "p", "answer": "x", "task": "countdown", "meta": {"numbers": [1]}}', ["line 1", "countdown"]),
+    ('{"prompt": "p", "answer": {"a": 1}}', ["line 1", "answer holds a dict"])], ids=lambda value: str(value)[:40])
+def test_odd_rows_are_one_line_with_their_place(tmp_path, text, parts):
+    (tmp_path / "a.jsonl").write_text(text + "\n")
+    message = refusal(load_examples, tmp_path / "a.jsonl")
+    assert all(part in message for part in ["a.jsonl", *parts])
+
+
+def test_columns_of_one_name_dates_and_bytes_are_refused(tmp_path):
+    (tmp_path / "a.csv").write_text("prompt,answer,answer\n1+2?,3,4\n")
+    assert "two columns are named 'answer'" in refusal(load_examples, tmp_path / "a.csv")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    import pyarrow
+
+    for value in (datetime(2001, 2, 3), b"3"):
+        parquet.write_table(pyarrow.table({"prompt": ["p"], "answer": [value]}), tmp_path / "a.parquet")
+        message = refusal(load_examples, tmp_path / "a.parquet")
+        assert "line 1: column answer holds a " + type(value).__name__ in message
+
+
+def test_a_long_folder_is_not_listed_whole(tmp_path):
+    for i in range(50):
+        (tmp_path / f"file-{i:02d}.txt").touch()
+    assert "file-11.txt and 38 more" in refusal(load_examples, tmp_path / "nowhere.jsonl")
