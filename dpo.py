@@ -194,7 +194,7 @@ def sample_pairs(sampler, train, prompt_ids, args, state, tokenizer, run):
             found.append((i, [Pair(prompt_ids[e.id], row[0].ids, row[1].ids)], []))
             continue
         texts = [c.text(tokenizer) for c in row]
-        correct = rewards.judge([e] * len(row), texts)
+        correct = rewards.judge([e] * len(row), texts, [c.finished for c in row])
         pairs = right_against_wrong(prompt_ids[e.id], row, correct, args.pairs_per_question)
         found.append((i, pairs, [{"step": state.first_step} | rewards.answer_row(e, g, c, text, right)
                                  for g, (c, text, right) in enumerate(zip(row, texts, correct))]))

@@ -141,7 +141,8 @@ def scored_rows(flat, prompts, reward_functions, args, temperature, run):
     """Rows of samples.csv from (question, sample, Completion, text) of one temperature."""
     questions, texts = [e for e, *_ in flat], [text for *_, text in flat]
     shown = [prompts[e.id] for e in questions]
-    scored = rewards.score(reward_functions, questions, texts, shown, args.reward_timeout)
+    scored = rewards.score(reward_functions, questions, texts, shown, args.reward_timeout,
+                           [c.finished for _, _, c, _ in flat])
     if scored["error"]:
         run.print(scored["error"])
     columns, rows = scored["rewards"], []
@@ -275,13 +276,11 @@ def choose_questions(args, tokenizer):
         args.data, args.split, level=level, limit=args.limit, seed=seed)
     if args.data in data.GENERATED and not args.limit:
         questions = questions[:500]
-    if without := sum(not e.answer for e in questions):
-        raise ValueError(f"--data {args.data}: {without} of {len(questions)} questions have no gold answer")
-    n, examples = len(questions), data.worked_examples(args.data, args.few_shot, questions, level=level,
-                                                       seed=seed)
-    if args.dry_run:
-        questions = sorted(questions, key=lambda e: -len(e.text))[:args.slots * dist.world_size()]
-    return questions, examples, n
+    if not all(e.answer for e in questions):
+        raise ValueError(f"--data {args.data}: some of its questions have no gold answer")
+    shown = data.worked_examples(args.data, args.few_shot, questions, level=level, seed=seed)
+    longest = sorted(questions, key=lambda e: -len(e.text))[:args.slots * dist.world_size()]
+    return longest if args.dry_run else questions, shown, len(questions)
 
 
 def forget_unfinished(run, results, done):

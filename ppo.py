@@ -246,7 +246,7 @@ def sample_rollouts(sampler, questions, prompt_ids, args, step, tokenizer, run):
 def score_rollouts(rollouts, reward_functions, args, run):
     """Fill in rewards, correct and reward; report the first reward that failed."""
     scored = rewards.score(reward_functions, [r.example for r in rollouts], [r.response for r in rollouts],
-                           timeout_s=args.reward_timeout)
+                           timeout_s=args.reward_timeout, finished=[r.completion.finished for r in rollouts])
     for i, r in enumerate(rollouts):
         r.rewards = {name: values[i] for name, values in scored["rewards"].items()}
         r.reward, r.correct = scored["total"][i], scored["correct"][i]

@@ -266,7 +266,7 @@ def ask(sampler, questions, encode, reward_functions, args, state, tokenizer, ru
 def score_samples(samples, reward_functions, args, run):
     """The samples with their rewards, reward and correct; reports the first reward that failed."""
     scored = rewards.score(reward_functions, [s.example for s in samples], [s.response for s in samples],
-                           timeout_s=args.reward_timeout)
+                           timeout_s=args.reward_timeout, finished=[s.completion.finished for s in samples])
     right = scored["rewards"].get("math", scored["correct"])  # LaTeX; NaN where it hung: not right
     for i, s in enumerate(samples):
         s.rewards = {name: values[i] for name, values in scored["rewards"].items()}

@@ -6,7 +6,7 @@ goes into any file and is named with its weight, `path/my_rewards.py:brevity=0.5
     def brevity(prompts, responses, answers):
         return [1.0 if len(response) < 400 else 0.0 for response in responses]
 
-It may name any of the columns `tasks`, `metas`, `ids` as further parameters. It runs in a process of its own:
+It may name any of the columns `tasks`, `metas`, `ids`, `finished` as further parameters. In its own process,
 where it raises or hangs, that costs the rows at fault (reward NaN), not the run. The built-in rewards never
 evaluate model text and take time linear in its length. `model:runs/rm` is a model of reward_model.py, and
 `answer-prob` the probability that the policy itself gives to the gold answer after its rationale.
@@ -180,13 +180,16 @@ def _first_number(values):
     return next((value.strip(" *") for value in values if normalize_number(value) is not None), None)
 
 
-def extract_answer(text: str, choices: bool = False) -> str | None:
+def extract_answer(text: str, choices: bool = False, finished: bool = True) -> str | None:
     """The final answer a response states by an explicit mark, as it is written; None where there is none.
 
     In this order: the last <answer>...</answer>, the last balanced \\boxed{...}, the last "#### x", the last
     "the answer is x" or "Answer: x", a last line that is a number, has one bold number or ends in "= number".
     Inside the thinking only the tag and the box count, and last. choices=True: see `extract_choice`.
+    finished=False, of a text that was cut off: only a tag or a box that is closed counts.
     """
+    if not finished:
+        text = f"<answer>{_marked(text)}</answer>" if _marked(text) else ""
     if choices:
         return extract_choice(text)
     tail = text.rpartition("</think>")[2].partition("<think>")[0]  # nothing where thinking never ended
@@ -218,7 +221,10 @@ _LINK = rf"(?:[ *_]{{0,4}}(?:[:=,-]|{_LINK_WORD})){{0,5}}"
 
 def _fold(text):
     """Full-width letters as plain ones, without accents and vowel marks, which many writers leave out."""
-    return "".join(c for c in unicodedata.normalize("NFKD", text) if unicodedata.category(c) != "Mn")
+    def without_marks(text):
+        return "".join(c for c in text if unicodedata.category(c) != "Mn")
+
+    return without_marks(unicodedata.normalize("NFKD", without_marks(text)))  # whose sorting of marks is slow
 
 
 _WORDS = _fold("|".join(_ANSWER_WORDS[1:]))
@@ -254,8 +260,8 @@ def extract_choice(text: str) -> str | None:
 # ---- The built-in rewards, each 0 to 1 per row.
 
 
-def correctness(prompts, responses, answers, tasks=None, metas=None, **columns) -> list[float]:
-    """1 where the extracted answer equals the gold answer, else 0.
+def correctness(prompts, responses, answers, tasks=None, metas=None, finished=None, **columns) -> list[float]:
+    """1 where the extracted answer equals the gold answer, else 0. finished: False where it was cut off.
 
     `tasks` picks the check: "choice" compares letters; "countdown" wants an expression over
     `metas[i]["numbers"]`, each used at most once, worth the gold answer ("= gold" may follow it); all others
@@ -264,7 +270,7 @@ def correctness(prompts, responses, answers, tasks=None, metas=None, **columns) 
     rewards = []
     for i, (response, answer) in enumerate(zip(responses, answers, strict=True)):
         task = tasks[i] if tasks else "math"
-        given = extract_answer(response, choices=task == "choice") or ""  # which equals nothing
+        given = extract_answer(response, task == "choice", not finished or finished[i]) or ""
         if task == "countdown":
             expression, equals, result = given.partition("=")
             used = Counter(int(digits) for digits in re.findall(r"[0-9]{1,12}", expression))
@@ -291,9 +297,11 @@ def format(prompts, responses, answers, **columns) -> list[float]:
     return rewards
 
 
-def digit(prompts, responses, answers, **columns) -> list[float]:
+def digit(prompts, responses, answers, finished=None, **columns) -> list[float]:
     """1 where the extracted answer is a number, right or wrong."""
-    return [float(normalize_number(extract_answer(response) or "") is not None) for response in responses]
+    given = [extract_answer(response, finished=done) or ""
+             for response, done in zip(responses, finished or [True] * len(responses))]
+    return [float(normalize_number(text) is not None) for text in given]
 
 
 def mark(prompts, responses, answers, **columns) -> list[float]:
@@ -301,13 +309,13 @@ def mark(prompts, responses, answers, **columns) -> list[float]:
     return [sum(response.count(tag) == 1 for tag in TAGS) / len(TAGS) for response in responses]
 
 
-def math(prompts, responses, answers, **columns) -> list[float]:
+def math(prompts, responses, answers, finished=None, **columns) -> list[float]:
     """1 where the extracted answer equals the gold answer, by `same_answer` or by math_verify."""
     import math_verify
 
     rewards = []
-    for response, answer in zip(responses, answers, strict=True):
-        given = extract_answer(response) or ""
+    for i, (response, answer) in enumerate(zip(responses, answers, strict=True)):
+        given = extract_answer(response, finished=not finished or finished[i]) or ""
         right = same_answer(given, answer)
         if not right and 0 < len(given) <= 1000:
             parsed, gold = (math_verify.parse(f"\\boxed{{{text}}}") for text in (given, answer))
@@ -539,24 +547,25 @@ def ask_policy(reward_functions, prompt_ids, logprobs) -> None:
             reward.function.prompt_ids, reward.function.logprobs = prompt_ids, logprobs
 
 
-def judge(examples, responses) -> list[float]:
+def judge(examples, responses, finished=None) -> list[float]:
     """`correctness` of each response to its Example."""
     return correctness([e.text for e in examples], responses, [e.answer for e in examples],
-                       [e.task for e in examples], [e.meta for e in examples])
+                       [e.task for e in examples], [e.meta for e in examples], finished)
 
 
-def score(reward_functions, examples, responses, prompts=None, timeout_s: float = 30.0) -> dict:
+def score(reward_functions, examples, responses, prompts=None, timeout_s=30.0, finished=None) -> dict:
     """Every reward of every row, and their weighted total.
 
     examples: one per response; prompts: what was asked, where it is not the example's own text; timeout_s:
-    seconds for one call. Functions see the columns prompts, responses, answers, tasks, metas, ids.
+    seconds for one call; finished: False for a response that was cut off.
+    Functions see the columns prompts, responses, answers, tasks, metas, ids, finished.
     Returns {"rewards": {name: raw values}, "total": sums of weight * raw, "correct": 0/1 by `correctness`,
     "failed": number of rows whose total is NaN, "error": one line on the first failure, or ""}.
     A row is NaN in a column that failed on it, and in the total unless that column weighs 0: leave it out.
     """
     prompts, answers = prompts or [e.text for e in examples], [e.answer for e in examples]
     columns = {"tasks": [e.task for e in examples], "metas": [e.meta for e in examples],
-               "ids": [e.id for e in examples]}
+               "ids": [e.id for e in examples], "finished": finished or [True] * len(responses)}
     rewards, total, error = {}, [0.0] * len(responses), ""
     for reward in reward_functions:
         if isinstance(reward.function, _Worker):
@@ -570,7 +579,7 @@ def score(reward_functions, examples, responses, prompts=None, timeout_s: float 
         if reward.weight != 0:
             total = [so_far + reward.weight * value for so_far, value in zip(total, values, strict=True)]
     failed = sum(isnan(value) for value in total)
-    correct = judge(examples, responses)  # the reward of that name may be a user's
+    correct = judge(examples, responses, finished)  # the reward of that name may be a user's
     return {"rewards": rewards, "total": total, "correct": correct, "failed": failed, "error": error}
 
 
@@ -609,7 +618,7 @@ def answer_row(example, sample, completion, text, correct) -> dict:
     asked, given = language(example.text), language(text)
     return {"id": example.id, "sample": sample, "prompt": example.text, "completion": text,
             "answer": example.answer,
-            "extracted": extract_answer(text, choices=example.task == "choice") or "",
+            "extracted": extract_answer(text, example.task == "choice", completion.finished) or "",
             "correct": int(correct), "logprob": sum(completion.logprobs), "tokens": len(completion.ids),
             "finished": int(completion.finished), "repetition": repetition(completion.ids),
             "in_language": int(asked == given) if asked and given else "",
@@ -619,8 +628,9 @@ def answer_row(example, sample, completion, text, correct) -> dict:
 def answer_rows(examples, completions, tokenizer) -> list[dict]:
     """An `answer_row` of the one completion of each example, judged by `correctness`."""
     texts = [c.text(tokenizer) for (c,) in completions]
+    correct = judge(examples, texts, [c.finished for (c,) in completions])
     return [answer_row(e, 0, c, text, right)
-            for e, text, right, (c,) in zip(examples, texts, judge(examples, texts), completions)]
+            for e, text, right, (c,) in zip(examples, texts, correct, completions)]
 
 
 def text_metrics(rows) -> dict:

@@ -424,7 +424,7 @@ class Run:
             left = (time.monotonic() - started) / done * (total - done)
             text = f"{doing}: {done}/{total} answers, ETA {clock(left)}"
             if examples:
-                right.update({(p, g): rewards.judge([examples[p]], [c.text(tokenizer)])[0]
+                right.update({(p, g): rewards.judge([examples[p]], [c.text(tokenizer)], [c.finished])[0]
                               for p, g, c in ended})
                 text += f", {sum(right.values()) / done:.1%} right"
             self.progress(text)

@@ -147,6 +147,7 @@ HOSTILE = {
     "written options": "\n" + "B) " * 33_000,
     "answers in Yoruba": "ìdáhùn " * 14_000,
     "marks": "A" + "\u0301" * 99_000,
+    "marks to be sorted": "A" + "\u0301\u0327" * 50_000,
 }
 
 
@@ -395,6 +396,23 @@ def test_a_name_used_twice_is_refused():
         parse_rewards(["format=1", "format=2"])
 
 
+@pytest.mark.parametrize("text, task, cut", [
+    ("So 9 * 8 = 72", "math", None), ("The answer is 72", "math", None), ("#### 72", "math", None),
+    ("72", "math", None), ("<answer>72", "math", None), ("\\boxed{72", "math", None),
+    ("<think>a</think><answer>72</answer> and", "math", "72"), ("Thus \\boxed{72}, which", "math", "72"),
+    ("The answer is B", "choice", None), ("B) seventy", "choice", None), ("<answer>B</answer>", "choice", "B"),
+    ("<answer>B) seventy</answer> as", "choice", "B"), ("\\boxed{B} since", "choice", "B")])
+def test_a_response_that_was_cut_off_has_an_answer_only_where_a_mark_is_closed(text, task, cut):
+    """W12: it was on its way to another."""
+    gold = "B" if task == "choice" else "72"
+    assert extract_answer(text, task == "choice", finished=False) == cut
+    for finished, right in (([True], text not in ("<answer>72", "\\boxed{72")), ([False], cut is not None)):
+        examples = [Example(0, "q", gold, task=task)]
+        result = score(parse_rewards(["correctness=1", "digit=0"]), examples, [text], finished=finished)
+        assert result["correct"] == result["rewards"]["correctness"] == [float(right)]
+        assert result["rewards"]["digit"] == [float(right and task == "math")]
+
+
 # Other people's functions
 
 
@@ -451,7 +469,7 @@ def test_it_is_called_once_per_batch_and_sees_the_columns_it_names(user):
 
 def test_var_keywords_take_every_column(user):
     functions = user("def f(prompts, responses, answers, **columns): return [len(columns)] * len(prompts)")
-    assert run(functions, ["a"], tasks=["math"], metas=[{"numbers": [1]}])["rewards"]["f"] == [3]
+    assert run(functions, ["a"], tasks=["math"], metas=[{"numbers": [1]}])["rewards"]["f"] == [4]
 
 
 def test_a_row_that_raises_is_nan_and_the_others_keep_their_score(user):
