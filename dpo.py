@@ -60,7 +60,7 @@ class Args(TrainArgs):
     # ---- sampling ----
     questions: int = 256  # questions to sample answers to, in each iteration
     num_generations: int = 8  # G, samples per question
-    max_new_tokens: int = 512  # longest completion; a longer one counts as truncated
+    max_new_tokens: int = 512  # longest completion; cut off there (not finished) it counts as truncated
     slots: int = 256  # rows sampled at a time per rank; halved when memory runs out
     sample_temperature: float = 1.0  # of the samples to learn from (the log-probs are those of temperature 1)
 

@@ -72,7 +72,7 @@ class Args(RunArgs):
     answer: str = ""  # gold answer of --prompt
 
     # ---- sampling ----
-    max_new_tokens: int = 512  # longest completion; a longer one counts as truncated
+    max_new_tokens: int = 512  # longest completion; cut off there (not finished) it counts as truncated
     # report pass@k for these k, from --samples, and maj@n of all of them; 1 alone: the greedy answer only
     k: tuple[int, ...] = (1,)
     samples: int = 0  # samples per question beside the greedy answer; 0: the largest --k, none if that is 1
@@ -361,7 +361,7 @@ def main(args: Args) -> None:
         seconds = time.monotonic() - started
         run.print(f"dry run: {run.memory_text()}; {len(questions)} questions at full length took "
                   f"{seconds:.1f} s, so {n_all} take at most "
-                  f"{tables.clock(seconds * n_all / len(questions))}; nothing was kept")
+                  f"{seconds * n_all / len(questions) / 3600:.3g} hours; nothing was kept")
     elif not args.prompt:
         run.print("\n" + tables.table([{k: v for k, v in row.items() if k != "time"} for row in results]))
         run.finish()

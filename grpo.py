@@ -58,7 +58,7 @@ class Args(TrainArgs):
     # ---- sampling ----
     prompts_per_step: int = 16  # questions per step, over all ranks
     num_generations: int = 8  # G, samples per question
-    max_new_tokens: int = 512  # longest completion; a longer one counts as truncated
+    max_new_tokens: int = 512  # longest completion; cut off there (not finished) it counts as truncated
     temperature: float = 1.0  # of sampling, and of the log-probs that are trained
     slots: int = 256  # rows sampled at a time per rank; halved when memory runs out
 
@@ -224,7 +224,7 @@ class Rollout:
 
 @dataclass
 class State(RunState):
-    """What a checkpoint holds beside weights and optimizer."""
+    """What a checkpoint holds beside RunState's, random state, and what `run.restore` is given."""
 
     position: int = 0  # in the endless sequence of shuffled questions
     accumulated_reward: float = 0.0
@@ -444,7 +444,7 @@ def main(args: Args) -> None:
                 r.advantage = advantage
             counted = [r for r in rollouts if not math.isnan(r.reward)
                        and (r.completion.finished or not args.mask_truncated)]
-            # rows that cannot move the weights are skipped but stay in the denominators: no number changes
+            # rows of advantage 0 are skipped but stay in the denominators: the gradient is the same
             live = [r for r in counted if r.advantage or (args.beta and args.kl_in == "loss")]
             if args.dry_run:  # whose rows all run to full length and earn about the same
                 counted = live = rollouts

@@ -62,7 +62,7 @@ class Args(TrainArgs):
     # ---- sampling ----
     prompts_per_step: int = 128  # questions per step, over all ranks
     num_generations: int = 1  # G, samples per question
-    max_new_tokens: int = 512  # longest completion; a longer one counts as truncated
+    max_new_tokens: int = 512  # longest completion; cut off there (not finished) it counts as truncated
     temperature: float = 1.0  # of sampling, and of the log-probs that are trained
     slots: int = 256  # rows sampled at a time per rank; halved when memory runs out
 

@@ -200,7 +200,7 @@ def status(folder="runs"):
     root, lines = Path(folder), []
     for config in sorted([*root.glob("*/config.json"), *root.glob("config.json")]):
         args = json.loads(config.read_text()).get("args")
-        if args is None:  # a model's
+        if not isinstance(args, dict):  # a model's
             continue
         limit = args.get("max_steps", 0)
         steps = [line for line in curves.read_metrics(config.parent) if "seconds" in line]

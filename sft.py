@@ -52,7 +52,7 @@ class Args(TrainArgs):
     single_batch: bool = False
 
     # ---- sampling ----
-    max_new_tokens: int = 512  # longest completion; a longer one counts as truncated
+    max_new_tokens: int = 512  # longest completion; cut off there (not finished) it counts as truncated
     slots: int = 256  # rows sampled at a time per rank; halved when memory runs out
 
     # ---- method ----

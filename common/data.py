@@ -222,6 +222,7 @@ def _rows(data, split):
 
 def _download(url):
     """The file behind a URL, fetched once into $UNROLLED_CACHE; its sha256 is printed, to be compared."""
+    shown = re.sub(r"//[^/@]*@", "//", url)  # without a password
     cache = Path(os.environ.get("UNROLLED_CACHE") or "~/.cache/unrolled").expanduser()
     path = cache / hashlib.sha256(url.encode()).hexdigest()[:8] / url.rpartition("/")[2]
     if not path.exists():
@@ -238,10 +239,10 @@ def _download(url):
             os.replace(aside, path)
         except (OSError, ValueError, http.client.HTTPException) as error:  # URLError is an OSError
             aside.unlink(missing_ok=True)
-            raise ValueError(f"cannot download {url} ({error}): fetch it where there is a network and pass "
+            raise ValueError(f"cannot download {shown} ({error}): fetch it where there is a network and pass "
                              "the local file") from None
     if dist.is_main():
-        print(f"{url}: sha256 {hashlib.sha256(path.read_bytes()).hexdigest()}, kept as {path}")
+        print(f"{shown}: sha256 {hashlib.sha256(path.read_bytes()).hexdigest()}, kept as {path}")
     return path
 
 

@@ -71,6 +71,9 @@ def _read_slurm():
     if "RANK" in os.environ or int(os.environ.get("SLURM_STEP_NUM_TASKS", 1)) == 1:
         return
     names = {"RANK": "SLURM_PROCID", "WORLD_SIZE": "SLURM_STEP_NUM_TASKS", "LOCAL_RANK": "SLURM_LOCALID"}
+    if missing := [name for name in (*names.values(), "SLURM_JOB_ID") if name not in os.environ]:
+        raise ValueError(f"SLURM_STEP_NUM_TASKS is set without {', '.join(missing)}: start it by srun or "
+                         "torchrun, or unset it")
     os.environ.update({name: os.environ[slurm] for name, slurm in names.items()})
     os.environ.setdefault("MASTER_PORT", str(20000 + int(os.environ["SLURM_JOB_ID"]) % 20000))
     if "MASTER_ADDR" not in os.environ:

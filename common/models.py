@@ -210,7 +210,8 @@ def run_arguments(name: str) -> dict:
     folder = Path(absolute(name))
     for run in (folder.parent, folder.parent.parent) if folder.is_dir() else ():
         if (run / "metrics.jsonl").exists() and (run / "config.json").exists():
-            return json.loads((run / "config.json").read_text())["args"]
+            args = json.loads((run / "config.json").read_text()).get("args")
+            return args if isinstance(args, dict) else {}
     return {}
 
 

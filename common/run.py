@@ -322,10 +322,16 @@ class Run:
         if args.wandb and not args.dry_run and dist.is_main():
             import wandb
 
+            try:
+                wandb.init(project=os.environ.get("WANDB_PROJECT", "unrolled"), name=self.path.name,
+                           dir=str(self.path), config=dataclasses.asdict(args), resume="allow",
+                           id=hashlib.sha256(str(self.path.resolve()).encode()).hexdigest()[:16])
+            except Exception as error:  # no key, no network: of many kinds
+                if not args.resume:  # nothing is in it yet
+                    shutil.rmtree(self.path, ignore_errors=True)
+                raise ValueError(f"--wandb: {dist.first_line(error)} (wandb login, WANDB_MODE=offline, or "
+                                 "leave it out)") from None
             self._wandb = wandb
-            wandb.init(project="unrolled", name=self.path.name, dir=str(self.path),
-                       config=dataclasses.asdict(args), resume="allow",
-                       id=hashlib.sha256(str(self.path.resolve()).encode()).hexdigest()[:16])
         self.print(f"run: {self.path} ({dist.describe(device)})")
 
     def _make_directory(self, script, tags):
@@ -872,7 +878,7 @@ class Run:
         """Print what the one step of a dry run measured; its directory goes when the process ends."""
         self.print(f"dry run: {self.memory_text()}; one step at the largest sizes took "
                    f"{metrics['seconds']:.1f} s ({tokens:.0f} tokens trained), so {steps} steps take at most "
-                   f"{clock(metrics['seconds'] * steps)} (h:mm:ss), evaluation apart; nothing was kept")
+                   f"{metrics['seconds'] * steps / 3600:.3g} hours, evaluation apart; nothing was kept")
 
     def memory_text(self) -> str:
         """The peak measured so far beside what the card, or for a CPU the machine, has in all."""

@@ -69,6 +69,6 @@ def table(rows) -> str:
 
 
 def clock(seconds) -> str:
-    """1:02:03, or 2:03 under an hour."""
-    hours, rest = divmod(int(seconds), 3600)
+    """1:02:03, or 2:03 under an hour; 0:00 where a clock went backwards."""
+    hours, rest = divmod(max(0, int(seconds)), 3600)
     return f"{hours}:{rest // 60:02d}:{rest % 60:02d}" if hours else f"{rest // 60}:{rest % 60:02d}"
