@@ -157,7 +157,7 @@ def load_pairs(args, tokenizer, dropped):
         pairs_per_question=args.pairs_per_question, label_tokenizer=args.label_tokenizer, dropped=dropped)
     encoded = encode_pairs(tokenizer, preferences, args, dropped)
     parts = data.carve([p for p in preferences if p.id in encoded], seed=args.seed,
-                       name=f"{args.pairs} (of at most --max-tokens {args.max_tokens})",
+                       name=f"{args.pairs} (--max-tokens {args.max_tokens} left out {dropped['too long']})",
                        n_validation=min(args.eval_questions, len(encoded) // 10))
     train, held_out = ([encoded[p.id] for p in part] for part in parts)
     if args.dry_run:

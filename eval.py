@@ -378,8 +378,7 @@ def replay(run, step, row):
     if "group" not in row:
         raise ValueError(f"{path} has no rollouts; only those of grpo.py can be replayed")
     config = json.loads((path / "config.json").read_text())
-    given = {"quantize": "none"} | config["args"] | {"shard": False}
-    args = argparse.Namespace(**given)
+    args = argparse.Namespace(**{"quantize": "none"} | config["args"] | {"shard": False})
     data.now = datetime.fromisoformat(config.get("begun", str(data.now)))
     folder = weights_before(path, step) or args.model
     device = dist.setup(config["device"].partition(":")[0])

@@ -21,7 +21,7 @@ import itertools
 import math
 from collections import Counter, deque
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Literal
 
@@ -355,7 +355,7 @@ def evaluate(sampler, questions, prompt_ids, args, step, tokenizer, run):
                                  temperature, run, run.counter("evaluation"))
         rollouts = [Rollout(e, e.id, g, [], completion, completion.text(tokenizer))
                     for e, row in zip(mine, completions) for g, completion in enumerate(row)]
-        score_rollouts(rollouts, [], args, run)
+        score_rollouts(rollouts, [], replace(args, overlong_buffer=0), run)  # whether it is right, no more
         rows += [r.row(step) | {"sample": r.sample + (temperature > 0), "temperature": temperature}
                  for r in rollouts]
     run.log_evaluation(step, dist.gather_rows(rows, "id", "sample"), ks=args.eval_k)

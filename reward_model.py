@@ -122,7 +122,7 @@ def load_comparisons(args, tokenizer, dropped):
         label_tokenizer=args.label_tokenizer, dropped=dropped)
     encoded = {c.preference.id: c for c in encode(tokenizer, preferences, args, dropped)}
     parts = data.carve([c.preference for c in encoded.values()], n_train=args.train_pairs, seed=args.seed,
-                       name=f"{args.pairs} (of at most --max-tokens {args.max_tokens})",
+                       name=f"{args.pairs} (--max-tokens {args.max_tokens} left out {dropped['too long']})",
                        n_validation=max(1, min(args.eval_pairs, len(encoded) // 10)))
     return tuple([encoded[p.id] for p in part] for part in parts)
 

@@ -11,7 +11,6 @@ by bootstrap over questions, its p by McNemar's exact test.
 """
 
 import argparse
-import itertools
 import json
 import math
 import sys

@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from common import checks, data, dist, models, rewards, shard
-from common.draws import Completion, draw, noise_key, uniform
+from common.draws import Completion, draw, uniform
 from common.run import Fitting, Run, RunState, TrainArgs, cli, defaults, retry_smaller
 
 # Shapes: B rows, T tokens, V vocabulary, P prompts, D hidden size, H heads, K head size, R LoRA rank, N rows
@@ -108,10 +108,14 @@ def load_rows(args, tokenizer, dropped):
     """
     encoded = {}
 
+    def encode(e):
+        if e.id not in encoded:
+            encoded[e.id] = (data.encode_prompt(tokenizer, e.prompt, args.system, args.prompt_template),
+                             data.encode_completion(tokenizer, e.completion, tokenizer.eos_token_id))
+        return encoded[e.id]
+
     def keep(e):
-        encoded[e.id] = (data.encode_prompt(tokenizer, e.prompt, args.system, args.prompt_template),
-                         data.encode_completion(tokenizer, e.completion, tokenizer.eos_token_id))
-        fits = not args.max_tokens or sum(map(len, encoded[e.id])) <= args.max_tokens
+        fits = not args.max_tokens or sum(map(len, encode(e))) <= args.max_tokens
         dropped["no completion"] += not e.completion.strip()
         dropped["too long"] += not fits
         return e.completion.strip() and fits
@@ -120,11 +124,11 @@ def load_rows(args, tokenizer, dropped):
                                             n_validation=args.eval_questions, level=args.level or None,
                                             seed=args.seed, filter=args.filter, dropped=dropped, keep=keep)
     if not train:
-        raise ValueError(f"--data {args.data}: no row of at most --max-tokens {args.max_tokens} is left; "
+        raise ValueError(f"--data {args.data}: no row is left (--max-tokens {args.max_tokens}, 0: any); "
                          f"left out: {dict(dropped)}")
     if args.dry_run:
-        train = sorted(train, key=lambda e: -sum(map(len, encoded[e.id])))[:args.batch_size]
-    return train, held_out, encoded
+        train = sorted(train, key=lambda e: -sum(map(len, encode(e))))[:args.batch_size]
+    return train, held_out, {e.id: encode(e) for e in train + held_out}
 
 
 def main(args: Args) -> None:

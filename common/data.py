@@ -31,6 +31,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 from jinja2 import TemplateError
+
 from common import dist
 from common.draws import answer_opening
 from common.models import load_tokenizer, offline_without_hub
@@ -239,8 +240,9 @@ def _download(url):
             os.replace(aside, path)
         except (OSError, ValueError, http.client.HTTPException) as error:  # URLError is an OSError
             aside.unlink(missing_ok=True)
-            raise ValueError(f"cannot download {shown} ({error}): fetch it where there is a network and pass "
-                             "the local file") from None
+            reason = re.sub(r"[^/\s'\"]*@", "", str(error))
+            raise ValueError(f"cannot download {shown} ({reason}): fetch it where there is a network and "
+                             "pass the local file") from None
     if dist.is_main():
         print(f"{shown}: sha256 {hashlib.sha256(path.read_bytes()).hexdigest()}, kept as {path}")
     return path
@@ -550,7 +552,7 @@ def load_examples(data, split="train", *, level=None, limit=0, seed=0, filter=""
         if filter and not _read(_is_correct, place, row):
             dropped["wrong"] += 1
             continue
-        if isinstance(row, dict) and str(row.get("label")).lower() in ("false", "0"):  # KTO's: a bad answer
+        if isinstance(row, dict) and "completion" in row and str(row.get("label")).lower() in ("false", "0"):
             dropped["label is false"] += 1
             continue
         example = Example(id=number, **_read(_fields, place, row))
@@ -622,14 +624,16 @@ def load_questions(args, tokenizer, per_step):
     """
     if not args.data:
         return [], [], {}, 0
-    encode = partial(encode_prompt, tokenizer, system=args.system, template=args.prompt_template)
-    most = args.max_prompt_tokens
+    prompt_ids, left_out, most = {}, Counter(), args.max_prompt_tokens
 
-    left_out = Counter()
+    def encode(e):
+        if e.id not in prompt_ids:
+            prompt_ids[e.id] = encode_prompt(tokenizer, e.prompt, args.system, args.prompt_template)
+        return prompt_ids[e.id]
 
     def keep(e):
         left_out["without a gold answer"] += not e.answer
-        left_out["with a longer prompt"] += (long := bool(most) and len(encode(e.prompt)) > most)
+        left_out["with a longer prompt"] += (long := bool(most) and len(encode(e)) > most)
         return e.answer and not long
 
     train, held_out = train_validation(args.data, n_train=args.train_questions,
@@ -640,7 +644,7 @@ def load_questions(args, tokenizer, per_step):
                          f"{len(held_out)} held out")
     if +left_out and dist.is_main():
         print(f"data: left out of {args.data}: {dict(+left_out)}")
-    prompt_ids = {e.id: encode(e.prompt) for e in train + held_out}
+    prompt_ids = {e.id: encode(e) for e in train + held_out}
     longest = max(map(len, prompt_ids.values())) + args.max_new_tokens
     if args.dry_run:
         train = sorted(train, key=lambda e: -len(prompt_ids[e.id]))[:per_step]
@@ -650,9 +654,13 @@ def load_questions(args, tokenizer, per_step):
 def questions_of_runs(all_args, data, tokenizer) -> list[Example]:
     """The questions of `data` that runs with these arguments have trained on; [] if none has trained on it.
 
-    Errors: ValueError if they have trained on different ones.
+    Errors: ValueError if they have trained on different ones, or on a choice of rows that is not made here.
     """
     all_args = [args for args in all_args if args.get("data") == data]
+    for name in ("max_tokens", "filter"):
+        if any(args.get(name) for args in all_args):
+            raise ValueError(f"--split train: a run with --{name.replace('_', '-')} chose its rows by their "
+                             "completions; pass the rows as a file of their own")
     chosen = {tuple(args.get(name) for name in ("seed", "level", "train_questions", "eval_questions",
                                                 "max_prompt_tokens", "system")) for args in all_args}
     if len(chosen) > 1:

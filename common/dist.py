@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import suppress
 from datetime import timedelta
 
 import torch
@@ -133,8 +134,9 @@ def _handle(handler):
 
 def _on_signal(number, frame):
     global stop_signal, _stopped_at
-    if _store is not None and _store.check([FAILED]):  # torchrun ends all: nothing can be saved together
-        leave_now(1)
+    with suppress(RuntimeError):  # torchrun itself is gone, and its store
+        if _store is not None and _store.check([FAILED]):  # it ends all: nothing can be saved together
+            leave_now(1)
     # torchrun passes on a Ctrl-C that the terminal has sent to its ranks already, and ends those that are
     # still saving when the first has left with SIGTERM
     if stop_signal and number == signal.SIGINT and time.monotonic() - _stopped_at > 1:
@@ -171,7 +173,10 @@ def fail(message: str) -> None:
     if not is_main():
         time.sleep(1)  # what all ranks find wrong, rank 0 says; this one is ended meanwhile
         message = f"rank {rank()}: {message}"
-    if _store is None or _store.add(FAILED, 1) == 1:
+    first = True
+    with suppress(RuntimeError):
+        first = _store is None or _store.add(FAILED, 1) == 1
+    if first:
         os.write(2, f"\nerror: {message}\n".encode())
     leave_now(1)
 

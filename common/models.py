@@ -447,7 +447,8 @@ def check_adapter(name, config) -> None:
         strange = {"peft_type": config.get("peft_type")}
     if strange.get("init_lora_weights") in (True, "gaussian", "orthogonal"):  # others have changed the base
         del strange["init_lora_weights"]
-    for key, value in strange.items():
+    if strange:
+        key, value = next(iter(strange.items()))
         raise ValueError(f"--model {name}: its adapter has {key} {value!r:.60}, more than LoRA's A and B: "
                          f"{MERGE_FIRST}")
     if not config.get("base_model_name_or_path"):

@@ -6,10 +6,11 @@ goes into any file and is named with its weight, `path/my_rewards.py:brevity=0.5
     def brevity(prompts, responses, answers):
         return [1.0 if len(response) < 400 else 0.0 for response in responses]
 
-It may name any of the columns `tasks`, `metas`, `ids`, `finished` as further parameters. In its own process,
-where it raises or hangs, that costs the rows at fault (reward NaN), not the run. The built-in rewards never
-evaluate model text and take time linear in its length. `model:runs/rm` is a model of reward_model.py, and
-`answer-prob` the probability that the policy itself gives to the gold answer after its rationale.
+It may name any of the columns `tasks`, `metas`, `ids`, `finished` as further parameters. It runs in a process
+of its own: where it raises or hangs, that costs the rows at fault (reward NaN), not the run. The built-in
+rewards never evaluate model text and take time linear in its length. `model:runs/rm` is a model of
+reward_model.py, and `answer-prob` the probability that the policy itself gives to the gold answer after its
+rationale.
 """
 
 import ast

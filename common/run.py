@@ -602,7 +602,7 @@ class Run:
         if dist.is_main():
             start = [line[name] for line in curves.read_metrics(self.path)
                      if line["step"] == 0 and line.get(name) is not None]
-            better = all(sign * metrics[name] > sign * score
+            better = math.isfinite(metrics[name]) and all(sign * metrics[name] > sign * score
                          for score in [*start, *(best["score"] for best in [self.best()] if best)])
         if dist.broadcast(better):
             note = json.dumps({"step": step, "metric": name[5:], "score": metrics[name]})

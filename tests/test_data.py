@@ -611,6 +611,12 @@ def test_a_url_is_fetched_once_and_its_hash_is_said(tmp_path, monkeypatch, capsy
         server.shutdown()
 
 
+def test_a_password_in_a_url_is_not_printed(tmp_path, monkeypatch):
+    monkeypatch.setenv("UNROLLED_CACHE", str(tmp_path))
+    message = refusal(load_preferences, "http://me:secret@127.0.0.1:9/x.jsonl")
+    assert "cannot download http://127.0.0.1:9/x.jsonl" in message and "secret" not in message
+
+
 @needs_data
 def test_token_ids_of_lm_human_preferences():
     """Decoded by GPT-2's tokenizer; encoding gives the ids back, without the padding 50259."""

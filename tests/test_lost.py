@@ -196,6 +196,11 @@ def test_ranks_of_srun_without_torchrun(go, tmp_path, monkeypatch):
     assert go("alone", env=step | {"SLURM_STEP_NUM_TASKS": "1", "SLURM_PROCID": "0"}).code == 0
 
 
+def test_half_of_slurms_variables_are_refused_by_name(go):
+    run = go("run", fails=True, env={"SLURM_STEP_NUM_TASKS": "2", "SLURM_PROCID": "0"})
+    assert run.err.startswith("error: SLURM_STEP_NUM_TASKS is set without SLURM_LOCALID, SLURM_JOB_ID")
+
+
 # ---- disks and damage ----
 
 SMALL_DISK = """

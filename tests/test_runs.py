@@ -823,6 +823,19 @@ class Table:
 """
 
 
+def test_wandb_that_cannot_begin_is_one_line_and_leaves_nothing(go, tmp_path):
+    (tmp_path / "fake").mkdir()
+    (tmp_path / "fake/wandb.py").write_text("def init(**options): raise RuntimeError('No API key configured')\n")
+    run = go("run", wandb=True, path=[tmp_path / "fake"], fails=True)
+    assert run.err.startswith("error: --wandb: No API key configured (wandb login") and run.err.count("\n") == 1
+    assert not run.folder.exists()
+
+
+def test_the_overlong_penalty_is_not_evaluated(go):
+    folder = go("run", overlong_buffer=12, max_steps=1).folder
+    assert min(column(rows(folder), "reward")) < 0 and set(column(rows(folder, "eval.csv"), "reward")) == {0.0}
+
+
 def test_wandb(go, tmp_path):
     """A2.12, with a fake one: rank 0 logs what metrics.jsonl holds, and a table; else it is not imported."""
     (tmp_path / "fake").mkdir()

@@ -13,12 +13,16 @@ import pytest
 import runs
 from common import curves
 from common.run import Run
-from common.tables import read_csv
+from common.tables import clock, read_csv
 from runs import bootstrap, mcnemar, wilson
 from tests.commands import ENV, SMALL, read, run
 
 ROOT = Path(__file__).resolve().parents[1]
 look = partial(run, script="runs.py")
+
+
+def test_a_clock_that_went_backwards():
+    assert [clock(seconds) for seconds in (-7199, 0, 62, 3723)] == ["0:00", "0:00", "1:02", "1:02:03"]
 
 
 def test_mcnemar_and_wilson_agree_with_scipy():
