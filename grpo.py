@@ -21,7 +21,7 @@ import itertools
 import math
 from collections import Counter, deque
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Literal
 
@@ -247,7 +247,7 @@ def score_rollouts(rollouts, reward_functions, args, run):
     for i, r in enumerate(rollouts):
         r.rewards = {name: values[i] for name, values in scored["rewards"].items()}
         r.reward, r.correct = scored["total"][i], scored["correct"][i]
-        if args.overlong_buffer:
+        if args.overlong_buffer and reward_functions:  # evaluation only asks what is right
             r.rewards["overlong"] = overlong_penalty(
                 len(r.completion.ids), args.max_new_tokens, args.overlong_buffer)
             r.reward += r.rewards["overlong"]
@@ -355,7 +355,7 @@ def evaluate(sampler, questions, prompt_ids, args, step, tokenizer, run):
                                  temperature, run, run.counter("evaluation"))
         rollouts = [Rollout(e, e.id, g, [], completion, completion.text(tokenizer))
                     for e, row in zip(mine, completions) for g, completion in enumerate(row)]
-        score_rollouts(rollouts, [], replace(args, overlong_buffer=0), run)  # whether it is right, no more
+        score_rollouts(rollouts, [], args, run)
         rows += [r.row(step) | {"sample": r.sample + (temperature > 0), "temperature": temperature}
                  for r in rollouts]
     run.log_evaluation(step, dist.gather_rows(rows, "id", "sample"), ks=args.eval_k)

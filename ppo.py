@@ -467,7 +467,7 @@ def evaluate(sampler, questions, prompt_ids, args, step, tokenizer, run):
                                  temperature, run, run.counter("evaluation"))
         rollouts = [Rollout(e, e.id, g, [], completion, completion.text(tokenizer))
                     for e, row in zip(mine, completions) for g, completion in enumerate(row)]
-        score_rollouts(rollouts, [], replace(args, overlong_buffer=0), run)  # whether it is right, no more
+        score_rollouts(rollouts, [], args, run)
         rows += [r.row(step) | {"sample": r.sample + (temperature > 0), "temperature": temperature}
                  for r in rollouts]
     run.log_evaluation(step, dist.gather_rows(rows, "id", "sample"), ks=args.eval_k)
