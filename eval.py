@@ -32,8 +32,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from common import curves, data, dist, models, rewards, shard, tables
-from common.draws import Completion, draw, noise_key, uniform
-from common.run import Run, RunArgs, check_args, cli, mean, replace_text, retry_smaller, weights_before
+from common.draws import Completion, StopTexts, draw, noise_key, uniform
+from common.run import Run, RunArgs, check_args, cli, mean, retry_smaller, weights_before
 
 # Shapes: B rows, V vocabulary, P prompts, D hidden size, H heads, K head size, R LoRA rank, N tokens in all.
 EVALUATION = -1  # in noise keys, where training has a step's number
@@ -77,6 +77,7 @@ class Args(RunArgs):
     k: tuple[int, ...] = (1,)
     samples: int = 0  # samples per question beside the greedy answer; 0: the largest --k, none if that is 1
     slots: int = 256  # rows sampled at a time per rank; halved when memory runs out
+    stop: tuple[str, ...] = ()  # texts that end an answer, or none; empty: a base model's next question
 
     # ---- method ----
 
@@ -127,11 +128,15 @@ def answer_all(sampler, questions, prompts, prompt_ids, reward_functions, args, 
     """
     mine, rows = dist.share(questions), []
     for temperature, n in ((0.0, 1), (args.eval_temperature, args.samples)):
-        keys = [[noise_key(args.seed, EVALUATION, e.id, g) for g in range(n)] for e in mine]
-        completions = sample_all(
-            sampler, [prompt_ids[e.id] for e in mine], keys, args.max_new_tokens, temperature, run,
-            run.counter(f"{label} T={temperature:g}", mine, tokenizer))
-        flat = [(e, g, c, c.text(tokenizer)) for e, row in zip(mine, completions) for g, c in enumerate(row)]
+        name = f"{label} T={temperature:g}"
+        found = run.kept_answers(name)  # before a kill
+        missing = [[g for g in range(n) if (e.id, g) not in found] for e in mine]
+        keys = [[noise_key(args.seed, EVALUATION, e.id, g) for g in row] for e, row in zip(mine, missing)]
+        completions = sample_all(sampler, [prompt_ids[e.id] for e in mine], keys, args.max_new_tokens,
+                                 temperature, run, run.counter(name, mine, tokenizer, keep=missing))
+        for e, row, of_row in zip(mine, missing, completions):
+            found |= {(e.id, g): completion for g, completion in zip(row, of_row)}
+        flat = [(e, g, found[e.id, g], found[e.id, g].text(tokenizer)) for e in mine for g in range(n)]
         for part in range(0, len(flat), 100):  # so that a reward that hangs has few rows to try one by one
             rows += scored_rows(flat[part:part + 100], prompts, reward_functions, args, temperature, run)
     return dist.gather_rows(rows, "id", "sample")
@@ -235,7 +240,8 @@ class OneBase:
             add_lora(self.model, "adapter", r, alpha, settings["target_modules"],
                      settings.get("layers_to_transform"))
             models.load_adapter(folder, adapter_tensors(self.model, "adapter"))
-        return Sampler(self.model, models.stop_ids(self.model, tokenizer), self.args.slots, self.dtype)
+        return Sampler(self.model, models.stop_ids(self.model, tokenizer), self.args.slots, self.dtype,
+                       StopTexts(tokenizer, self.args.stop, self.args.prompt_template))
 
 
 def check_and_fill(args):
@@ -261,6 +267,7 @@ def check_and_fill(args):
     return replace(
         args, samples=samples, dry_run=dry_run, resume=args.resume and not dry_run,
         level=args.level or ("" if args.data else of_run.get("level", "")),
+        stop=args.stop or tuple(of_run.get("stop", ())),
         prompt_template=of_run.get("prompt_template", template) if template == "{prompt}" else template,
         data=args.data or trained_on or ("arithmetic" if embedded else "gsm8k"),
         system=args.system or of_run.get("system", "" if embedded else data.THINK_ANSWER_SYSTEM))
@@ -281,15 +288,6 @@ def choose_questions(args, tokenizer):
     shown = data.worked_examples(args.data, args.few_shot, questions, level=level, seed=seed)
     longest = sorted(questions, key=lambda e: -len(e.text))[:args.slots * dist.world_size()]
     return longest if args.dry_run else questions, shown, len(questions)
-
-
-def forget_unfinished(run, results, done):
-    """Leave in metrics.jsonl and samples.csv what belongs to a finished row: a kill can come between."""
-    if dist.is_main():
-        run.replace_rows("samples.csv", [row for row in run.read_rows("samples.csv")
-                                         if (row["model"], row["preamble"]) in done])
-        replace_text(run.path / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in results))
-    dist.barrier()
 
 
 def main(args: Args) -> None:
@@ -321,7 +319,7 @@ def main(args: Args) -> None:
     results = dist.broadcast(curves.read_metrics(run.path) if args.resume else [])
     done, mixed = {(row["model"], row["preamble"]) for row in results}, None
     if args.resume:
-        forget_unfinished(run, results, done)
+        run.leave(results, "model", "preamble")
     if results and (run.path / "mixed.json").exists():
         mixed = json.loads((run.path / "mixed.json").read_text())
 
@@ -338,7 +336,7 @@ def main(args: Args) -> None:
         sampler = None  # the last one's weights and cache go before the next come
         sampler = family.sampler(name, tokenizer, max(map(len, prompt_ids.values())) + args.max_new_tokens)
         if only_measure:
-            sampler.stop_ids, started = set(), time.monotonic()
+            sampler.stop_ids, sampler.stop_texts, started = set(), None, time.monotonic()
         rows = answer_all(sampler, questions, prompts, prompt_ids, reward_functions, args, tokenizer,
                           run, label)
         if args.prompt:
@@ -354,6 +352,7 @@ def main(args: Args) -> None:
         results.append({"step": step, "model": name, "preamble": preamble} | metrics
                        | {"seconds": time.monotonic() - begun})
         run.log(step, {key: value for key, value in results[-1].items() if key != "step"})
+        run.forget_answers()
         run.print(f"{label}: " + "  ".join(f"{key} {value:.4g}" for key, value in metrics.items()))
 
     # ---- the end ----
@@ -671,8 +670,8 @@ class Sampler:
     the kernels for CUDA, each row's own keys. There a step is a captured graph for each block of rows.
     """
 
-    def __init__(self, model, stop_ids, slots=256, dtype=None, sync_every=None, graphs=None):
-        self.model, self.stop_ids, self.slots = model, set(stop_ids), slots
+    def __init__(self, model, stop_ids, slots=256, dtype=None, stop_texts=None, sync_every=None, graphs=None):
+        self.model, self.stop_ids, self.stop_texts, self.slots = model, set(stop_ids), stop_texts, slots
         head = model.get_output_embeddings()
         self.device, self.dtype = head.weight.device, dtype or head.weight.dtype
         on_gpu = self.device.type == "cuda"
@@ -829,6 +828,9 @@ class Sampler:
                 length = math.ceil((longest + 1 + self.sync_every) / self.block) * self.block
                 self._run(n, columns if self.kernels else min(columns, length), temperature)
             positions, ends = self.state[:, :len(live)].tolist()  # the host looks
+            if self.stop_texts:
+                for slot in self.stop_texts.found(self.ids, positions, prompts, live, self.sync_every):
+                    ends[slot] = positions[slot]
             ended = [slot for slot, end in enumerate(ends) if positions[slot] == end]
             longest = max((at for at, end in zip(positions, ends) if at < end), default=0)
             if not ended:
@@ -836,8 +838,10 @@ class Sampler:
             left = [live[slot] for slot in ended]
             for slot, (p, g), ids, logprobs in zip(ended, left, *self._leave(ended, live, positions)):
                 row = slice(len(prompts[p]), positions[slot] + 1)
-                ids = ids[row].tolist()
-                done[p][g] = Completion(ids, logprobs[row].tolist(), ids[-1] in self.stop_ids)
+                ids, logprobs = ids[row].tolist(), logprobs[row].tolist()
+                n, cut = self.stop_texts.end(ids) if self.stop_texts else (None, None)
+                finished = cut is not None or ids[-1] in self.stop_ids
+                done[p][g] = Completion(ids[:n], logprobs[:n], finished, cut)
             if progress:
                 progress(total - len(waiting) - len(live), total, [(p, g, done[p][g]) for p, g in left])
         return done

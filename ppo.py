@@ -34,7 +34,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from common import checks, data, dist, models, rewards, shard
-from common.draws import Completion, draw, noise_key, uniform
+from common.draws import Completion, StopTexts, draw, noise_key, uniform
 from common.run import Fitting, Run, RunState, TrainArgs, cli, defaults, mean, retry_smaller
 
 # Shapes: B rows, T tokens, V vocabulary, P prompts, G samples per prompt, D hidden size, L layers or a row's
@@ -65,6 +65,7 @@ class Args(TrainArgs):
     max_new_tokens: int = 512  # longest completion; cut off there (not finished) it counts as truncated
     temperature: float = 1.0  # of sampling, and of the log-probs that are trained
     slots: int = 256  # rows sampled at a time per rank; halved when memory runs out
+    stop: tuple[str, ...] = ()  # texts that end an answer, or none; empty: a base model's next question
 
     # ---- method ----
 
@@ -515,8 +516,8 @@ def main(args: Args) -> None:
     reference = load_model().requires_grad_(False) if args.full and args.beta else None
     adamw = partial(torch.optim.AdamW, weight_decay=args.weight_decay, **shard.optimizer_kernel(args, device))
     optimizer, critic_optimizer = adamw(params, lr=args.lr), adamw(critic_params, lr=args.critic_lr)
-    stop_ids = models.stop_ids(model, tokenizer, args.dry_run)
-    sampler = Sampler(model, stop_ids, args.slots, dtype)
+    sampler = Sampler(model, models.stop_ids(model, tokenizer, args.dry_run), args.slots, dtype,
+                      StopTexts(tokenizer, args.stop, args.prompt_template, args.dry_run))
     state = State(beta=args.beta, tokens_per_batch=args.tokens_per_batch or models.tokens_that_fit(
         model, [*params, *critic_params], dtype, sampler.cache_bytes(longest)))
     fits = Fitting(state, device, smallest=longest)
@@ -1045,8 +1046,8 @@ class Sampler:
     the kernels for CUDA, each row's own keys. There a step is a captured graph for each block of rows.
     """
 
-    def __init__(self, model, stop_ids, slots=256, dtype=None, sync_every=None, graphs=None):
-        self.model, self.stop_ids, self.slots = model, set(stop_ids), slots
+    def __init__(self, model, stop_ids, slots=256, dtype=None, stop_texts=None, sync_every=None, graphs=None):
+        self.model, self.stop_ids, self.stop_texts, self.slots = model, set(stop_ids), stop_texts, slots
         head = model.get_output_embeddings()
         self.device, self.dtype = head.weight.device, dtype or head.weight.dtype
         on_gpu = self.device.type == "cuda"
@@ -1203,6 +1204,9 @@ class Sampler:
                 length = math.ceil((longest + 1 + self.sync_every) / self.block) * self.block
                 self._run(n, columns if self.kernels else min(columns, length), temperature)
             positions, ends = self.state[:, :len(live)].tolist()  # the host looks
+            if self.stop_texts:
+                for slot in self.stop_texts.found(self.ids, positions, prompts, live, self.sync_every):
+                    ends[slot] = positions[slot]
             ended = [slot for slot, end in enumerate(ends) if positions[slot] == end]
             longest = max((at for at, end in zip(positions, ends) if at < end), default=0)
             if not ended:
@@ -1210,8 +1214,10 @@ class Sampler:
             left = [live[slot] for slot in ended]
             for slot, (p, g), ids, logprobs in zip(ended, left, *self._leave(ended, live, positions)):
                 row = slice(len(prompts[p]), positions[slot] + 1)
-                ids = ids[row].tolist()
-                done[p][g] = Completion(ids, logprobs[row].tolist(), ids[-1] in self.stop_ids)
+                ids, logprobs = ids[row].tolist(), logprobs[row].tolist()
+                n, cut = self.stop_texts.end(ids) if self.stop_texts else (None, None)
+                finished = cut is not None or ids[-1] in self.stop_ids
+                done[p][g] = Completion(ids[:n], logprobs[:n], finished, cut)
             if progress:
                 progress(total - len(waiting) - len(live), total, [(p, g, done[p][g]) for p, g in left])
         return done

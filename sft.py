@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from common import checks, data, dist, models, rewards, shard
-from common.draws import Completion, draw, uniform
+from common.draws import Completion, StopTexts, draw, uniform
 from common.run import Fitting, Run, RunState, TrainArgs, cli, defaults, retry_smaller
 
 # Shapes: B rows, T tokens, V vocabulary, P prompts, D hidden size, H heads, K head size, R LoRA rank, N rows
@@ -54,6 +54,7 @@ class Args(TrainArgs):
     # ---- sampling ----
     max_new_tokens: int = 512  # longest completion; cut off there (not finished) it counts as truncated
     slots: int = 256  # rows sampled at a time per rank; halved when memory runs out
+    stop: tuple[str, ...] = ()  # texts that end an answer, or none; empty: a base model's next question
 
     # ---- method ----
     from_scratch: bool = False  # random weights of the shape in --model's config.json; trains all of them
@@ -153,7 +154,8 @@ def main(args: Args) -> None:
     params, adapter = trainable(model, "policy", args)
     optimizer = torch.optim.AdamW(params, lr=args.lr, weight_decay=args.weight_decay, betas=(0.9, 0.95),
                                   **shard.optimizer_kernel(args, device))
-    sampler = Sampler(model, models.stop_ids(model, tokenizer), args.slots, dtype)
+    sampler = Sampler(model, models.stop_ids(model, tokenizer), args.slots, dtype,
+                      StopTexts(tokenizer, args.stop, args.prompt_template))
     state = RunState(tokens_per_batch=args.tokens_per_batch or models.tokens_that_fit(
         model, params, dtype, sampler.cache_bytes(context)))
     fits = Fitting(state, device, smallest=longest)
@@ -653,8 +655,8 @@ class Sampler:
     the kernels for CUDA, each row's own keys. There a step is a captured graph for each block of rows.
     """
 
-    def __init__(self, model, stop_ids, slots=256, dtype=None, sync_every=None, graphs=None):
-        self.model, self.stop_ids, self.slots = model, set(stop_ids), slots
+    def __init__(self, model, stop_ids, slots=256, dtype=None, stop_texts=None, sync_every=None, graphs=None):
+        self.model, self.stop_ids, self.stop_texts, self.slots = model, set(stop_ids), stop_texts, slots
         head = model.get_output_embeddings()
         self.device, self.dtype = head.weight.device, dtype or head.weight.dtype
         on_gpu = self.device.type == "cuda"
@@ -811,6 +813,9 @@ class Sampler:
                 length = math.ceil((longest + 1 + self.sync_every) / self.block) * self.block
                 self._run(n, columns if self.kernels else min(columns, length), temperature)
             positions, ends = self.state[:, :len(live)].tolist()  # the host looks
+            if self.stop_texts:
+                for slot in self.stop_texts.found(self.ids, positions, prompts, live, self.sync_every):
+                    ends[slot] = positions[slot]
             ended = [slot for slot, end in enumerate(ends) if positions[slot] == end]
             longest = max((at for at, end in zip(positions, ends) if at < end), default=0)
             if not ended:
@@ -818,8 +823,10 @@ class Sampler:
             left = [live[slot] for slot in ended]
             for slot, (p, g), ids, logprobs in zip(ended, left, *self._leave(ended, live, positions)):
                 row = slice(len(prompts[p]), positions[slot] + 1)
-                ids = ids[row].tolist()
-                done[p][g] = Completion(ids, logprobs[row].tolist(), ids[-1] in self.stop_ids)
+                ids, logprobs = ids[row].tolist(), logprobs[row].tolist()
+                n, cut = self.stop_texts.end(ids) if self.stop_texts else (None, None)
+                finished = cut is not None or ids[-1] in self.stop_ids
+                done[p][g] = Completion(ids[:n], logprobs[:n], finished, cut)
             if progress:
                 progress(total - len(waiting) - len(live), total, [(p, g, done[p][g]) for p, g in left])
         return done

@@ -927,7 +927,8 @@ def batch_indices(n, position, count, seed):
 def encode_prompt(tokenizer, prompt, system="", template="{prompt}") -> list[int]:
     """Ids of a prompt, ready for the reply: by the chat template if the tokenizer has one, else plain text.
 
-    template: the user's words around the (last) message, with {prompt} in its place. system: goes in front,
+    template: the user's words around the last message, with {prompt} in its place; in plain text around each
+    of the user's (`plain_text`). system: goes in front,
     unless it is "none" or the messages bring their own; templates that know no system turn (Gemma) get it as
     the first words of the user's. At most one BOS.
     Errors: ValueError for a template without {prompt}, or for messages that end in an assistant turn.
@@ -937,17 +938,36 @@ def encode_prompt(tokenizer, prompt, system="", template="{prompt}") -> list[int
     messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else [dict(m) for m in prompt]
     if not messages or messages[-1]["role"] == "assistant":
         raise ValueError("a prompt of chat messages must end in a user turn, which the model is to answer")
-    messages[-1]["content"] = template.replace("{prompt}", messages[-1]["content"])  # not format(): braces
     if system not in ("", "none") and messages[0]["role"] != "system":
         messages.insert(0, {"role": "system", "content": system})
     if tokenizer.chat_template:
+        # not format(): braces
+        messages[-1]["content"] = template.replace("{prompt}", messages[-1]["content"])
         text = render(tokenizer, messages)
         ids = tokenizer(text, add_special_tokens=False)["input_ids"]
     else:
-        ids = tokenizer(prompt_text(messages))["input_ids"]
+        ids = tokenizer(plain_text(messages, template))["input_ids"]
         if ids and ids[-1] == tokenizer.eos_token_id:  # some tokenizers close every text
             ids = ids[:-1]
     return ids
+
+
+def plain_text(messages, template) -> str:
+    """Messages for a model without a chat template: each user's in the words of `template`, then its answer.
+
+    A blank line ends an answer. Where there are answers, of --few-shot or a conversation, and no words of
+    the user's, they are "Question: ...\nAnswer: ...".
+    """
+    if template == "{prompt}" and any(m["role"] == "assistant" for m in messages):
+        template = "Question: {prompt}\nAnswer:"
+    text = ""
+    for m in messages:
+        if m["role"] == "assistant":
+            text += m["content"] if text[-1:].isspace() else f" {m['content']}"
+        else:
+            said = template.replace("{prompt}", m["content"]) if m["role"] == "user" else m["content"]
+            text += f"\n\n{said}" if text else said
+    return text
 
 
 now = datetime.now()  # of the run, also when it is resumed: some chat templates write the date

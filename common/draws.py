@@ -1,33 +1,101 @@
 """What samplers draw: completions, token by token, by noise that is a hash of a row's key and the position.
 
 Without a generator's state a token's noise depends on neither its slot nor the batch, the number of ranks or
-a captured graph.
+a captured graph. And where a completion ends: at an end token, at a --stop text, or cut off.
 """
 
 import hashlib
 import math
 import re
+from bisect import bisect_left
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 
 import torch
 import torch.nn.functional as F
 from jinja2 import TemplateError
 
+from common import dist
+
 
 @dataclass
 class Completion:
-    """A sampled answer: token ids (stop token included), their log-probs, whether it stopped by itself."""
+    """A sampled answer: token ids (end token included), their log-probs, whether it stopped by itself."""
 
     ids: list[int]
     logprobs: list[float]
     finished: bool
+    # of a row that a --stop text ended: how many characters of that text its last token holds
+    cut: int | None = None
 
     def text(self, tokenizer):
-        """What it says, from what the prompt has begun of it (`answer_opening`) to the stop token."""
-        ids = self.ids[:-1] if self.finished else self.ids
-        silent = {tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id}
-        return answer_opening(tokenizer) + tokenizer.decode([i for i in ids if i not in silent])
+        """What it says, from what the prompt has begun of it (`answer_opening`) to what ended it."""
+        ids = self.ids[:-1] if self.finished and self.cut is None else self.ids
+        text = decode(tokenizer, ids)
+        return answer_opening(tokenizer) + text[:len(text) - (self.cut or 0)]
+
+
+def decode(tokenizer, ids) -> str:
+    """The text of sampled ids, tags that are special tokens included."""
+    silent = {tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id}
+    return tokenizer.decode([i for i in ids if i not in silent])
+
+
+# where a base model goes on with the next example of its own, beside the words of --prompt-template
+NEXT_EXAMPLE = ("\nQuestion:", "\nQ:", "\nProblem:", "\nHuman:", "\nUser:")
+
+
+class StopTexts:
+    """Texts at which an answer ends: --stop, else, without a chat template, where the next example begins.
+
+    State: `texts`; `window`, the most tokens that one of them can take.
+    """
+
+    def __init__(self, tokenizer, stop=(), prompt_template="{prompt}", dry_run=False):
+        self.tokenizer, self.texts = tokenizer, stop
+        if stop == ("none",) or dry_run:  # whose answers all run to full length
+            self.texts = ()
+        elif not stop and not tokenizer.chat_template:
+            before = prompt_template.partition("{prompt}")[0].strip()
+            self.texts = NEXT_EXAMPLE + ((f"\n{before}",) if before else ())
+            if dist.is_main():
+                print("no chat template: an answer ends where the next question begins, too, at one of "
+                      f"{' '.join(map(repr, self.texts))} (--stop)")
+        # a token has a byte or more
+        self.window = 1 + max((len(text.encode()) for text in self.texts), default=0)
+
+    def __bool__(self):
+        return bool(self.texts)
+
+    def find(self, ids) -> int:
+        """Where in the text of ids the first of the texts begins, or -1."""
+        text = decode(self.tokenizer, ids)
+        return min((at for at in map(text.find, self.texts) if at >= 0), default=-1)
+
+    def found(self, ids, positions, prompts, live, steps):
+        """The live rows whose answer holds one of the texts, ended in the last `steps` tokens: their slots.
+
+        Shapes: ids [slots, columns]; positions, of each row's last token; live: (prompt, sample) of each row.
+        """
+        at = torch.tensor(positions, device=ids.device)[:, None]
+        window = torch.arange(1 - self.window - steps, 1, device=ids.device)
+        tails = ids[:len(positions)].gather(1, (at + window).clamp(min=0)).tolist()
+        sampled = [position + 1 - len(prompts[p]) for position, (p, _) in zip(positions, live)]
+        return [slot for slot, tail in enumerate(tails) if self.find(tail[-sampled[slot]:]) >= 0]
+
+    def end(self, ids):
+        """(how many of a row's ids stay, its `Completion.cut`): those that hold something before the text.
+
+        At least one stays. What was sampled behind the text changes nothing: it ends where it first is whole.
+        """
+        lengths = range(1, len(ids) + 1)
+        whole = bisect_left(lengths, True, key=lambda n: self.find(ids[:n]) >= 0) + 1
+        if whole > len(ids):
+            return len(ids), None
+        before = decode(self.tokenizer, ids[:whole])[:self.find(ids[:whole])]
+        said = partial(decode, self.tokenizer)
+        kept = bisect_left(lengths, True, key=lambda n: said(ids[:n]).startswith(before)) + 1
+        return kept, len(said(ids[:kept])) - len(before)
 
 
 @lru_cache(maxsize=8)

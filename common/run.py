@@ -36,6 +36,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from common import curves, data, dist, models, rewards, shard
+from common.draws import Completion
 from common.tables import clock, read_csv, rollout_text
 
 
@@ -416,14 +417,20 @@ class Run:
             sys.stderr.write("\r" + " " * self._line + "\r")
             self._line = 0
 
-    def counter(self, doing, examples=None, tokenizer=None):
+    def counter(self, doing, examples=None, tokenizer=None, keep=None):
         """For a sampler to call as answers end: how many have; with `examples`, how many of them are right.
 
+        keep: the numbers of the samples of each example: each is on disk from its end on (`kept_answers`).
         Errors: dist.Stopped if a signal asks to leave.
         """
         started, right = time.monotonic(), {}
 
         def progress(done, total, ended):
+            if keep:
+                with self._append(f"answers-{dist.rank()}.jsonl") as file:
+                    for p, g, c in ended:
+                        answer = doing, examples[p].id, keep[p][g], dataclasses.asdict(c)
+                        file.write(json.dumps(answer) + "\n")
             dist.check_stop()
             if not sys.stderr.isatty():
                 return
@@ -436,6 +443,24 @@ class Run:
             self.progress(text)
 
         return progress
+
+    def kept_answers(self, doing) -> dict:
+        """Completions by (question's id, sample) that a `counter` of that name has kept, on all ranks."""
+        found = {}
+        for path in self.path.glob("answers-*.jsonl"):
+            for line in path.read_text().splitlines():
+                with suppress(ValueError):  # half a line, from a kill
+                    name, question, sample, values = json.loads(line)
+                    if name == doing:
+                        found[question, sample] = Completion(**values)
+        return found
+
+    def forget_answers(self) -> None:
+        """They are in samples.csv."""
+        dist.barrier()
+        for path in self.path.glob("answers-*.jsonl") if dist.is_main() else ():
+            path.unlink()
+        dist.barrier()
 
     def progress(self, text) -> None:
         """A line that the next one overwrites, on a terminal only. Errors: Stopped if a signal came."""
@@ -628,6 +653,17 @@ class Run:
         os.replace(self.path / f".{file_name}", self.path / file_name)
 
     # ---- checkpoints ----
+
+    def leave(self, results, *names) -> None:
+        """Leave `results` in metrics.jsonl, and their rows, alike in `names`, in samples.csv: a kill can come
+        between.
+        """
+        done = {tuple(row[name] for name in names) for row in results}
+        if dist.is_main():
+            self.replace_rows("samples.csv", [row for row in self.read_rows("samples.csv")
+                                              if tuple(row[name] for name in names) in done])
+            replace_text(self.path / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in results))
+        dist.barrier()
 
     def restore(self, state, load_weights, save_weights, sampler=None, **parts) -> dict:
         """Take note of what a checkpoint is made of and, with --resume, fill it from the newest one.

@@ -241,3 +241,44 @@ step, script.learning_rate = script.learning_rate, learning_rate
         assert -signal.SIGKILL in [process.code for process in killed.group], killed.said()
     go("killed", script=script, resume=True, bare=True)
     assert_same_runs(killed.folder, whole)
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_an_evaluation_that_is_killed_asks_no_question_twice(go, tiny, tmp_path, ranks):
+    """L11: an answer is on disk from its end on; whole, half a line and a dead rank's are told apart."""
+    count = patched(tmp_path, "eval", FLOAT64 + """
+def sample(self, prompts, keys, *more):
+    with open(f"asked-{os.environ.get('RANK', 0)}", "a") as file:
+        print(sum(map(len, keys)), file=file)
+    return original(self, prompts, keys, *more)
+original, script.Sampler.sample = script.Sampler.sample, sample
+""")
+    flags = {"model": tiny, "data": "arithmetic", "level": 1, "limit": 12, "k": [1, 2], "max_new_tokens": 12,
+             "slots": 2}
+    whole = go("whole", script=patched(tmp_path, "eval", FLOAT64), bare=True, **flags).folder
+    folder = tmp_path / "killed"
+    slow = patched(tmp_path, "eval", FLOAT64 + """
+def counter(self, *names, **more):
+    progress = original(self, *names, **more)
+    def slowly(*state):
+        progress(*state)
+        time.sleep(0.05)
+    return slowly
+original, script.Run.counter = script.Run.counter, counter
+""")
+    process = go("killed", script=slow, ranks=ranks, bare=True, wait=False, **flags)
+
+    def kept():
+        return [line for path in folder.glob("answers-*.jsonl") for line in path.read_text().splitlines()]
+
+    wait_for(lambda: len(kept()) >= 7 and len(list(folder.glob("answers-*"))) == ranks, process.said)
+    process.kill()
+    found = len(kept())
+    assert found < 36 and not (folder / "samples.csv").exists()
+    with open(folder / "answers-0.jsonl", "a") as file:
+        file.write('["half a li')
+    go("killed", script=count, bare=True, resume=True)
+    asked = [*map(int, (tmp_path / "asked-0").read_text().split())]
+    assert sum(asked) == 36 - found
+    assert_same_runs(folder, whole)
+    assert not list(folder.glob("answers-*"))
