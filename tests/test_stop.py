@@ -68,6 +68,21 @@ def test_the_sampler_ends_a_row_at_a_text_token_for_token():
     assert crossing  # of some rows the last token holds the answer's end and the stop's beginning
 
 
+def test_a_row_goes_no_further_than_to_the_text():
+    """As soon as the host looks: at once on a CPU, where it looks after every token."""
+    torch.manual_seed(0)
+    model, _ = adapted_model("qwen2")
+    passes = []
+    model.get_input_embeddings().register_forward_hook(lambda *_: passes.append(1))
+    for (free,), prompt, keys in zip(Sampler(model, ()).sample(PROMPTS, [[0]] * 7, 40), PROMPTS, KEYS):
+        text = decode(TOKENIZER, free.ids)[9:12]
+        whole = next(n for n in range(len(free.ids) + 1) if text in decode(TOKENIZER, free.ids[:n]))
+        for sync_every in (1, 7):
+            passes.clear()
+            Sampler(model, (), 4, None, StopTexts(TOKENIZER, (text,)), sync_every).sample([prompt], [[0]], 40)
+            assert whole <= len(passes) < whole + sync_every
+
+
 def test_a_token_that_ends_the_answer_and_begins_the_stop_text_stays():
     """"}\\n\\n" is one token of many models: without it the box would not be closed."""
     texts = StopTexts(TOKENIZER, ("72",))
@@ -155,7 +170,8 @@ def test_every_script_that_samples_stops_there(tmp_path, script):
     run("--data", "arithmetic", "--level", 1, "--stop", "ink>", "</an", "--out", "a", "--prompts-per-step", 2,
         "--max-steps", 1, "--max-new-tokens", 40, "--eval-questions", 2, "--train-questions", 8,
         "--warmup-steps", 0, cwd=tmp_path, script=f"{script}.py")
-    rows = read(tmp_path / "a/samples.csv") + read(tmp_path / "a/eval.csv")
+    run("--model", "a", "--limit", 4, "--max-new-tokens", 40, "--out", "e", cwd=tmp_path)  # asked as trained
+    rows = [row for name in ("a/samples", "a/eval", "e/samples") for row in read(tmp_path / f"{name}.csv")]
     assert any(row["finished"] == "1" and row["completion"] for row in rows)
     for row in rows:
         assert "ink>" not in row["completion"] and "</an" not in row["completion"]
