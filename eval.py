@@ -376,7 +376,7 @@ def replay(run, step, row):
     print(tables.rollout_text(row))
     if "group" not in row:
         raise ValueError(f"{path} has no rollouts; only those of grpo.py can be replayed")
-    config = json.loads((path / "config.json").read_text())
+    config = tables.read_config(path)
     args = argparse.Namespace(**{"quantize": "none"} | config["args"] | {"shard": False})
     data.now = datetime.fromisoformat(config.get("begun", str(data.now)))
     folder = weights_before(path, step) or args.model

@@ -11,7 +11,6 @@ by bootstrap over questions, its p by McNemar's exact test.
 """
 
 import argparse
-import json
 import math
 import sys
 import time
@@ -21,7 +20,7 @@ from pathlib import Path
 import numpy as np
 
 from common import curves, rewards
-from common.tables import clock, read_csv, rollout, rollout_text, table
+from common.tables import clock, read_config, read_csv, rollout, rollout_text, table
 
 
 # Copied from eval.py::wilson
@@ -75,8 +74,7 @@ def stored_answers(name):
     path = Path(name)
     training = (path / "eval.csv").exists()  # its samples.csv are rollouts
     file = path / ("eval.csv" if training else "samples.csv")
-    config = json.loads((path / "config.json").read_text()) if (path / "config.json").exists() else {}
-    system, groups = config.get("args", {}).get("system", ""), {}
+    system, groups = read_config(path).get("args", {}).get("system", ""), {}
     for row in read_csv(file) if file.exists() else ():
         if not training and "preamble" not in row:
             continue
@@ -102,7 +100,7 @@ def training_budget(path, step):
     if not str(path) or run is None or not (run / "config.json").exists():
         return 0, 0.0
     lines = [line for line in curves.read_metrics(run) if line["step"] <= step]
-    ranks = json.loads((run / "config.json").read_text()).get("world_size", 1)
+    ranks = read_config(run).get("world_size", 1)
     return (max((line.get("sampled_tokens", 0) for line in lines), default=0),
             sum(line.get("seconds", 0.0) for line in lines) / 3600 * ranks)
 
@@ -185,6 +183,8 @@ def compare(runs, examples=1):
 
 def plot(runs, out="curves.png", chance=None):
     """Curves of training runs, overlaid, as a PNG."""
+    if not Path(out).parent.is_dir():
+        raise ValueError(f"--out {out}: there is no folder {Path(out).parent}")
     curves.draw(runs, out, chance=chance)
     print(out)
 
@@ -198,10 +198,10 @@ def status(folder="runs"):
     """One line per run under a folder: step, reward (or loss), time of its last sign of life, ETA."""
     root, lines = Path(folder), []
     for config in sorted([*root.glob("*/config.json"), *root.glob("config.json")]):
-        args = json.loads(config.read_text()).get("args")
-        if not isinstance(args, dict):  # a model's
+        try:
+            limit = read_config(config.parent)["args"].get("max_steps", 0)
+        except ValueError:  # a model's
             continue
-        limit = args.get("max_steps", 0)
         steps = [line for line in curves.read_metrics(config.parent) if "seconds" in line]
         first = steps[0] if steps else {"step": 0, "time": config.stat().st_mtime}
         last = steps[-1] if steps else first

@@ -293,10 +293,19 @@ def _file_rows(paths):
             with (gzip.open if path.suffix == ".gz" else open)(path, **mode) as file:
                 for number, row in READERS[suffix](file):
                     yield f"{path}: line {number}", row
-        except UnicodeDecodeError as error:
-            raise ValueError(f"{path}: not utf-8 ({error.reason}): save the file as UTF-8") from None
+        except UnicodeDecodeError:
+            with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as file:
+                number = next(n for n, line in enumerate(file, 1) if not _is_utf8(line))
+            raise ValueError(f"{path}: line {number}: not UTF-8: save the file in that encoding") from None
         except (ValueError, OSError, EOFError, ImportError, RecursionError, zlib.error) as error:
             raise ValueError(f"{path}: {str(error).splitlines()[0]}") from None  # also a cut-off gzip
+
+
+def _is_utf8(line):
+    try:
+        return bool(line.decode())
+    except UnicodeDecodeError:
+        return False
 
 
 def _json_rows(file):

@@ -21,6 +21,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from common import curves, dist, shard
+from common.tables import read_config
 
 TINY = Path(__file__).parent / "tiny"  # the embedded model
 
@@ -210,8 +211,7 @@ def run_arguments(name: str) -> dict:
     folder = Path(absolute(name))
     for run in (folder.parent, folder.parent.parent) if folder.is_dir() else ():
         if (run / "metrics.jsonl").exists() and (run / "config.json").exists():
-            args = json.loads((run / "config.json").read_text()).get("args")
-            return args if isinstance(args, dict) else {}
+            return read_config(run)["args"]
     return {}
 
 
@@ -249,10 +249,9 @@ def of_other_models(sources: str, model: str) -> list[str]:
     """Those of the comma-joined samples.csv that a run wrote which started from another model."""
     found = []
     for source in sources.split(","):
-        config = Path(source).parent / "config.json"
-        if Path(source).suffix != ".csv" or not config.exists():
+        if Path(source).suffix != ".csv":
             continue
-        made_by = json.loads(config.read_text()).get("models")
+        made_by = read_config(Path(source).parent).get("models")
         inside = Path(absolute(model)).is_relative_to(Path(source).parent.absolute())
         if made_by and fingerprint(model) not in made_by and not inside:
             found.append(source)

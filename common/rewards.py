@@ -789,7 +789,8 @@ def _load(path, name):
     spec = importlib.util.spec_from_file_location("_reward_" + Path(path).stem, path)
     module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    function = getattr(module, name)
+    if not callable(function := getattr(module, name, None)):
+        raise AttributeError(f"{path} has no function {name}")
     inspect.signature(function).bind_partial([], [], [])  # TypeError where it cannot take the three lists
     if path == str(Path(__file__).resolve()):  # `math`: importing and readying math_verify takes seconds
         function([""], [r"\boxed{1+x}"], ["x+1"])

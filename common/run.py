@@ -37,7 +37,7 @@ from safetensors import SafetensorError, safe_open
 
 from common import curves, data, dist, models, rewards, shard
 from common.draws import Completion
-from common.tables import clock, read_csv, rollout_text
+from common.tables import clock, read_config, read_csv, rollout_text
 
 
 @dataclasses.dataclass
@@ -195,7 +195,9 @@ def _config_words(known, names):
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         reason = " ".join(str(error).split())[:150]
         raise ValueError(f"--config {path}: not valid YAML or JSON ({reason})") from None
-    if isinstance(values, dict) and isinstance(values.get("args"), dict):  # a run's: all but which run it is
+    if isinstance(values, dict) and "args" in values:  # a run's: all but which run it is
+        if not isinstance(values["args"], dict):
+            raise ValueError(f"--config {path}: not a run's config.json: its args are {values['args']!r:.40}")
         if known.resume and "begun" in values:
             data.now = datetime.fromisoformat(values["begun"])
         script, values = values.get("argv", ["another script"])[0], values["args"]
@@ -350,7 +352,7 @@ class Run:
                 if not (path / "config.json").exists():
                     raise ValueError(f"--out {path} --resume: there is no run in that directory")
                 self._take(path)
-                config = json.loads((path / "config.json").read_text())
+                config = read_config(path)
                 config["args"] |= {name: value for name, value in dataclasses.asdict(args).items()
                                    if name in MAY_CHANGE - OF_THE_PROCESS}
                 replace_text(path / "config.json", json.dumps(config, indent=1, default=str))

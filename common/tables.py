@@ -2,8 +2,23 @@
 
 import csv
 import itertools
+import json
 import re
 from pathlib import Path
+
+
+def read_config(run) -> dict:
+    """The config.json of a run's folder; {} where there is none. Errors: ValueError if it is not a run's."""
+    path = Path(run, "config.json")
+    if not path.exists():
+        return {}
+    try:
+        config = json.loads(path.read_text())
+    except ValueError:  # not UTF-8, either
+        config = None
+    if not isinstance(config, dict) or not isinstance(config.get("args"), dict):
+        raise ValueError(f"{path}: not a run's config.json, a JSON object with its arguments under args")
+    return config
 
 
 def read_csv(path, damaged=None) -> list[dict]:

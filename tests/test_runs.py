@@ -403,6 +403,7 @@ def bad(tmp_path_factory, tiny):
     (folder / "broken.yaml").write_text("lr: [1\n")
     (folder / "list.yaml").write_text("- lr\n")
     (folder / "broken.json").write_text("{")
+    (folder / "args.json").write_text('{"args": []}')
     return folder
 
 
@@ -455,6 +456,7 @@ BAD_FOR_GRPO = [
     ("--config {bad}/broken.yaml", "broken.yaml"),
     ("--config {bad}/broken.json", "broken.json"),
     ("--config {bad}/list.yaml", "list.yaml"),
+    ("--config {bad}/args.json", "args.json; its args are []"),
 ]
 BAD_FOR_SFT = [
     ("--model {bad}/nowhere", "{bad}/nowhere; no such folder"),

@@ -122,7 +122,7 @@ def test_compare_by_hand(tmp_path):
     assert cells["first always right (2)"] == cells["first never right (2)"] == "0.500"
     assert (cells["run"], cells["tokens"], cells["hours"]) == ("b m", "0", "0")  # no run's model
     (tmp_path / "m").mkdir()  # a run of two ranks, evaluated as of its step 1
-    (tmp_path / "m/config.json").write_text('{"world_size": 2}')
+    (tmp_path / "m/config.json").write_text('{"args": {}, "world_size": 2}')
     (tmp_path / "m/metrics.jsonl").write_text("".join(
         json.dumps({"step": step, "sampled_tokens": tokens, "seconds": 3600}) + "\n"
         for step, tokens in ((1, 30), (2, 70))))
@@ -162,6 +162,19 @@ def test_status_of_everything(trained):
     (trained / "st" / "model" / "config.json").write_text("{}")
     line = look("status", "st", cwd=trained).splitlines()[-1]
     assert "| e |" in line and "pass@1" in line and "| ? |" in line
+
+
+@pytest.mark.parametrize("text", ['{"args": []}', "[]", "{", "\ufffd"])
+def test_a_config_that_is_not_a_runs(trained, tmp_path, text):
+    """C4: one line with the file's name; among other runs it is no run."""
+    shutil.copytree(trained / "grpo", tmp_path / "a")
+    (tmp_path / "a/config.json").write_text(text)
+    assert "a/config.json: not a run's" in look("compare", "a", cwd=tmp_path, fails=True)
+    assert "no runs there" in look("status", ".", cwd=tmp_path, fails=True)
+
+
+def test_a_picture_has_a_folder(trained):
+    assert "nodir" in look("plot", "grpo", "--out", "nodir/x.png", cwd=trained, fails=True)
 
 
 def test_status(trained):
