@@ -4,6 +4,7 @@ import itertools
 import json
 import os
 import random
+import re
 import signal
 import time
 from collections import Counter
@@ -110,7 +111,9 @@ def test_out_of_memory_on_one_of_two_ranks(go, tiny, tmp_path, name):
 # Killed at any moment
 
 MORTAL = """
-changes, later = map(int, os.environ.get("DIE", "0 0").split())  # of the run's files; calls after the last
+# DIE: of the changes of files with that word in their path, how many; calls after the last
+word, changes, later = os.environ.get("DIE", "killed 0 0").split()
+changes, later = int(changes), int(later)
 
 def die(*_):
     global later
@@ -121,12 +124,13 @@ def die(*_):
 def hook(event, args):
     global changes
     writes = event == "open" and args[2] & (os.O_WRONLY | os.O_RDWR)
-    if (writes or event in ("os.mkdir", "os.rename", "os.remove", "os.rmdir", "shutil.rmtree")) and (
-            "killed" in os.path.abspath(os.fsdecode(args[0]))):
-        changes -= 1
-        if changes == 0:
-            sys.setprofile(die)
-            die()
+    if writes or event in ("os.mkdir", "os.rename", "os.remove", "os.rmdir", "shutil.rmtree"):
+        path = os.path.abspath(os.fsdecode(args[0]))
+        if "killed" in path and word in path:
+            changes -= 1
+            if changes == 0:
+                sys.setprofile(die)
+                die()
 
 def save(value, file):
     original(value, file)
@@ -141,13 +145,15 @@ FLAGS = {"beta": 0.05, "dynamic_sampling": True, "eval_every": 2, "keep": 3, "lr
 
 @pytest.fixture
 def start_and_kill(go, tmp_path):
-    """start_and_kill(how, rng, flags) -> Process: start the run "killed", or go on with it, and kill it.
+    """start_and_kill(script, how, rng, flags, ranks) -> Process: start the run "killed", or go on with it and
+    the flags that change, and kill it.
 
     how: "change": at one of the next changes of its files, or some calls later; "cut": at those by which it
-    takes back what was logged after its checkpoint; "time": some milliseconds after some lines of its log;
-    "aside": while it writes a checkpoint; "": not at all. It may end before that.
+    takes back what was logged after its checkpoint; "final": at those of final/; "time": some milliseconds
+    after some lines of its log; "aside": while it writes a checkpoint; "": not at all. It may end before.
+    Of several ranks one is killed, and the others end by themselves.
     """
-    script, folder = patched(tmp_path, "grpo", MORTAL), tmp_path / "killed"
+    folder, scripts = tmp_path / "killed", {}
     cuts = itertools.cycle(["4 4", "5 0", "4 4", "7 0"])  # metrics open, to be renamed; samples, eval.csv
 
     def lines():
@@ -160,20 +166,28 @@ def start_and_kill(go, tmp_path):
                 found.add((path.name, path.stat().st_mtime_ns))
         return found
 
-    def start(how, rng, flags):
-        die = next(cuts) if how == "cut" else f"{rng.randint(1, 60)} {rng.choice([0, 0, 3, 30, 300, 3000])}"
-        env = {"SLOW": "0.05"} if how == "aside" else {"DIE": die} if how in ("change", "cut") else {}
-        wanted, before, pause = lines() + rng.randint(3, 11), aside(), rng.uniform(0, 0.05)
+    def start(script, how, rng, flags, ranks=1):
+        if script not in scripts:
+            scripts[script] = patched(tmp_path, script, MORTAL)
+        die = {"change": f"killed {rng.randint(1, 60)} {rng.choice([0, 0, 3, 30, 300, 3000])}",
+               "final": f"tmp-final {rng.randint(1, 4)} {rng.choice([0, 3, 30])}"}
+        if how == "cut":
+            die["cut"] = f"killed {next(cuts)}"
+        env = {"SLOW": "0.05"} if how == "aside" else {"DIE": die[how]} if how in die else {}
+        wanted, before, pause = lines() + rng.randint(2, 9), aside(), rng.uniform(0, 0.05)
         begun = (folder / "config.json").exists()
-        process = go("killed", script=script, wait=False, env=env, bare=begun,
-                     **{"resume": True} if begun else flags)
+        process = go("killed", script=scripts[script], ranks=ranks, wait=False, env=env,
+                     bare=begun or "model" in flags, **flags | ({"resume": True} if begun else {}))
         if how in ("time", "aside"):
             wait_for(lambda: process.poll() is not None or (
                 lines() >= wanted if how == "time" else aside() - before), process.said, every=0.005)
             time.sleep(pause)
-            process.kill()
+            victim = rng.choice(process.group)
+            if victim.poll() is None:
+                os.kill(victim.pid, signal.SIGKILL)
         process.wait()
-        assert process.code in (0, -signal.SIGKILL), process.said()
+        codes = [of.code for of in process.group]
+        assert -signal.SIGKILL in codes or set(codes) == {0}, process.said()
         return process
 
     return start
@@ -182,8 +196,8 @@ def start_and_kill(go, tmp_path):
 def assert_equal_runs(folder, whole):
     """Bit for bit, but for times."""
     assert timeless(folder) == timeless(whole)
-    for name in ("samples.csv", "eval.csv"):
-        assert (folder / name).read_bytes() == (whole / name).read_bytes()
+    for path in whole.glob("*.csv"):
+        assert (folder / path.name).read_bytes() == path.read_bytes()
     assert_equal_bits(weights(folder), weights(whole))
 
 
@@ -204,6 +218,18 @@ def spoil(folder, n):
     return True
 
 
+def spoil_metrics(folder, n):
+    """What a power cut leaves in metrics.jsonl: of lines after the checkpoint one cut in half, and NULs."""
+    path, found = folder / "metrics.jsonl", [int(p.name[5:]) for p in folder.glob("checkpoints/step-*")]
+    if not path.exists() or not found:
+        return
+    text = path.read_bytes()
+    last = re.match(rb'{"step": (\d+)', text.splitlines()[-1])
+    if n % 2 and last and int(last[1]) > max(found):
+        text = text[:-9]
+    path.write_bytes(text + b"\0" * 100 * (n % 3 > 0))
+
+
 @pytest.mark.slow
 def test_killed_35_times_and_damaged(go, start_and_kill, tmp_path):
     """At changes of its files, in the writing of checkpoints, by the clock: it ends as the whole run does."""
@@ -213,14 +239,53 @@ def test_killed_35_times_and_damaged(go, start_and_kill, tmp_path):
     while not (folder / "final").exists():
         n = sum(kills.values())
         how = ("change", "cut", "time", "cut", "aside")[n % 5] if n < 35 else ""
-        process = start_and_kill(how, rng, flags)
+        process = start_and_kill("grpo", how, rng, {} if (folder / "config.json").exists() else flags)
         kills[how] += process.code != 0
         spoiled += n % 6 == 5 and n < 35 and spoil(folder, spoiled)
+    print(f"killed {dict(kills)}, checkpoints damaged {spoiled}")
     assert sum(kills.values()) >= 25 and kills["aside"] >= 4 and spoiled >= 4, (kills, spoiled)
     assert (folder / "log.txt").read_text().count(" is damaged (") >= spoiled
     assert_equal_runs(folder, whole)
     assert {path.name for path in folder.glob("checkpoints/*") if "damaged" not in path.name} == {
         "step-14", "step-15", "step-16"}
+
+
+MORE_KILLS = int(os.environ.get("MORE_KILLS", 0))  # of each, for a longer trial
+STEPS = {"sft": (30, 40), "ppo": (8, 12), "grpo": (8, 12)}  # dpo and star: of their iterations
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["sft", "dpo", "ppo", "star", "grpo on 2 ranks"])
+def test_killed_again_and_again(go, start_and_kill, tiny, tmp_path, name):
+    """Each script, and one of two ranks: also in writing final/, before the first step is done again, after
+    --max-steps was raised, with a damaged newest checkpoint, a cut metrics.jsonl and NULs at its end.
+    """
+    script, ranks, folder = name.split()[0], 1 + name.endswith("ranks"), tmp_path / "killed"
+    flags = {"model": tiny} | ALL | CASES[script] | {"eval_every": 2, "keep": 3, "save_every": 2}
+    flags |= {"lr_schedule": "constant"}
+    flags |= {"max_steps": STEPS[script][1]} if script in STEPS else {"iterations": 3}
+    whole = go("whole", script=patched(tmp_path, script, ""), ranks=ranks, bare=True, **flags).folder
+    rng, kills, spoiled, more = random.Random(name), Counter(), 0, {}
+    begin = flags | ({"max_steps": STEPS[script][0]} if script in STEPS else {})
+    kinds = itertools.cycle(["time", "change", "cut", "aside", "change"])
+    for raised in range(1 + (script in STEPS)):
+        ways = [next(kinds) for _ in range((3 if script in STEPS else 6) + MORE_KILLS)] + ["final"]
+        while not (folder / "final").exists():
+            begun = (folder / "config.json").exists()
+            if begun and ways:
+                spoiled += len(ways) % 3 == 0 and spoil(folder, spoiled)
+                spoil_metrics(folder, len(ways))
+            how = ways.pop(0) if ways else ""
+            process = start_and_kill(script, how, rng, more if begun else begin, ranks)
+            kills[how] += any(of.code for of in process.group)
+            args = json.loads((folder / "config.json").read_text())["args"]
+            more = {name: value for name, value in more.items() if args[name] != value}  # else it has them
+        if not raised and script in STEPS:
+            more = {"max_steps": STEPS[script][1]}
+            (folder / "final").rename(tmp_path / "shorter")
+    print(f"{name}: killed {dict(kills)}, checkpoints damaged {spoiled}")
+    assert sum(kills.values()) >= 5 and kills["final"], kills
+    assert_equal_runs(folder, whole)
 
 
 def test_killed_and_resumed_at_other_numbers_of_ranks(go, tmp_path):
