@@ -40,14 +40,16 @@ from pathlib import Path
 TAGS = ("<think>", "</think>", "<answer>", "</answer>")
 LOAD_TIMEOUT_S = 120.0  # for importing a user's reward file (and torch, perhaps); no call's time includes it
 
-# ---- Comparing answers: as exact fractions where both are numbers, never as floats.
+# ---- Comparing answers: as exact fractions where both are numbers, never as floats (docs/answers.md).
 
 # Dressing without meaning and second spellings, replaced in this order; the last is a leading "x =".
 _DRESSING = (
     (r"[\u2212\u2013]", "-"),
     (r"[\u00a0\u2009\u202f~°]|(?<!\\)\\ |\^ ?\{? ?\\circ ?\}?", " "),
-    (r"\*\*|`|\\(?:left|right|displaystyle|[Bb]igg?|q?quad)(?![A-Za-z])|(?<!\\)\\(?:[()\[\]]|[!,;:]\s*)", ""),
-    (r"\\?[$%]|[£€₹¥]|\{,\}", ""),
+    (r"`|\\(?:left|right|displaystyle|[Bb]igg?|q?quad)(?![A-Za-z])|(?<!\\)\\[!,;:]\s*|\{,\}", ""),
+    # not between digits: 7**2, 7$2, 7%2 and 7\(2\) are not 72
+    *((rf"{edge[0]}(?:\*\*|(?<!\\)\\[()\[\]]|\\?[$%]|[£€₹¥]){edge[1]}", "")
+      for edge in (("", "(?![0-9])"), ("(?<![0-9])", ""))),
     (r"\\[dtc]?frac\s*(?:\{([^{}]*)\}|([0-9]))\s*(?:\{([^{}]*)\}|([0-9]))", r"\\frac{\1\2}{\3\4}"),
     (r"\\sqrt\s*([0-9])", r"\\sqrt{\1}"),
     (r"\\([lgn]e)q(?![A-Za-z])", r"\\\1"),
@@ -55,9 +57,24 @@ _DRESSING = (
     (r"\\(?:text(?:bf|it|rm)?|math(?:rm|bf)|mbox|operatorname)\s*\{([^{}]*)\}", r" \1"),
     (r"^\s*(?:[A-Za-z][A-Za-z ]{0,30}(?:_\w)?(?:\([a-z]\))?\s*=|[a-z]\s*\\in(?![A-Za-z]))", ""),
 )
+_SIGNS = {"√": r"\sqrt ", "π": r"\pi", "×": r"\times ", "٫": ".", "٬": ",", "：": ":", "＝": "="}
+
+
+def _in_ascii(text):
+    """½ as 1/2, x² as x^{2}, √ as \\sqrt, and the digits of all scripts as 0 to 9."""
+    def plain(c):
+        if unicodedata.decomposition(c).startswith("<fraction>"):
+            return " " + unicodedata.normalize("NFKC", c).replace("\u2044", "/")
+        return str(unicodedata.digit(c)) if unicodedata.category(c) == "Nd" else _SIGNS.get(c, c)
+
+    if text.isascii():
+        return text
+    raised = re.sub("[⁰¹²³⁴-⁹⁻]+", lambda m: f"^{{{unicodedata.normalize('NFKC', m[0])}}}", text)
+    return "".join(map(plain, raised))
 
 
 def _undress(text):
+    text = _in_ascii(text)
     text = last_boxed(text) or text
     for pattern, replacement in _DRESSING:
         text = re.sub(pattern, replacement, text)
@@ -66,13 +83,74 @@ def _undress(text):
 
 _WHOLE = r"(?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]{1,3}(?: [0-9]{3})+|[0-9]+)"  # 1080, 1,080 or 1 080, but not 1,08
 _PLAIN = rf"{_WHOLE}(?:\.[0-9]+)?(?:[eE][-+]?[0-9]{{1,2}})?|\.[0-9]+"
-# Words may follow as a unit ("5 per day", "15 cm^2"), but no variable ("6ab", "5 x") and no "million".
-_UNIT = (
-    r"(?!.*\b(?:and|or|plus|minus|times|not|but|hundred|thousand|[mbtr]+illion|dozen|half|halves|thirds?)\b)"
-    r"(?:\s*(?:kg|km|cm|mm|ft|lbs?|oz|mph|hrs?|mins?|[AaPp][Mm])\b|\s+[A-Za-z]{2,})"
-    r"(?:[\s/-]+[A-Za-z]+\.?){0,6}\s*(?:\^?[23²³])?"
-)
-_NUMBER = re.compile(rf"([-+]?) ?(?:([0-9]+) +(?=[0-9]+/))?({_PLAIN})(?:\s*/\s*({_PLAIN}))?(?:{_UNIT})?")
+_SCALE = {"dozen": 12, "hundred": 100} | {
+    name: 1000**i for i, name in enumerate(("thousand", "million", "billion", "trillion"), 1)}
+_NUMBER = re.compile(
+    rf"((?:[-+] ?)?)(?:([0-9]+) +(?=[0-9]+/))?({_PLAIN})(?:\s*/\s*({_PLAIN}))?"
+    r"(?:\^\{?([0-9]{1,3})\}?|\s*(?:\\times|\\cdot|\*)\s*10\^\{?(-?[0-9]{1,3})\}?)?"
+    rf"(?:\s({'|'.join(_SCALE)})\b)?")
+# Words that make another number of the one beside them or take it back: on either side, before it, behind it
+_NOT = r"不|\b(?:not|no|non|pas|nicht|keine|não|bukan|sio?)\b"
+_VOID = re.compile(
+    rf"(?i){_NOT}|n['’]t\b|\b(?:never|cannot|wrong|incorrect|false|and (?:an?|one|two|three)|or|but|if|plus"
+    r"|minus|times|mod(?:ulo)?|sqrt|factorial|squared|cubed|roots?|powers?|doubled|tripled|halved|half|halves"
+    rf"|thirds?|divided|multiplied|over|unless|except|[mbtr]+illion|{'|'.join(_SCALE)})\b")
+_VOID_BEFORE = re.compile(r"(?i)\b(?:than|least|most|between|from|under)\b|[A-Za-z_^\\]$")
+_VOID_BEHIND = re.compile(r"(?i)\b(?:is|isn|was|are|were|would)\b|^!")
+_VARIABLE = re.compile(r"(?<![\w'’])(?![aAIgmhsl])[A-Za-z](?![\w'’])")  # a letter, but no word or unit
+_ATTACHED = r"(?:kg|km|cm|mm|ft|lbs?|oz|mph|hrs?|mins?|sec|[ap]m)\b"  # 70cm, but neither 6ab nor 5x
+_UNIT = re.compile(rf"(?:\s*{_ATTACHED}|[\s-]*[^\W\d_]*)(?:[\s/-]+[^\W\d_]+\.?){{0,6}}\s*(?:\^?[23])?")
+_UNITS = dict(pair.split("=") for pair in (
+    "kg=kilogram g=gram km=kilometer m=meter cm=centimeter mm=millimeter ft=foot feet=foot in=inch lb=pound "
+    "oz=ounce h=hour hr=hour min=minute sec=second s=second mph=mile l=liter").split())
+
+
+def _unit(words):
+    """Words behind a number as (set of words in the singular, exponent)."""
+    words = re.sub(r"tre(s?)\b", r"ter\1", words.casefold())
+    power = 2 if re.search(r"2|\bsq(?:uare)?\b", words) else 3 if re.search(r"3|\bcubic\b", words) else 1
+    found = {re.sub(r"(?<=[^s])s$", "", word) for word in re.findall(r"[^\W\d_]+", words)}
+    return {_UNITS.get(word, word) for word in found} - {"square", "sq", "cubic"}, power
+
+
+@lru_cache(10_000)
+def _quantity(text, alone=True, decimal_comma=False):
+    """(the one number of a phrase, exactly; its unit), or None. alone: nothing is beside it but its unit."""
+    if len(text) > 200:
+        return None
+    text = re.sub(r"\s*\\frac\{([^{}]*)\}\{([^{}]*)\}", r" \1/\2", _undress(text)).strip()
+    if decimal_comma and re.fullmatch(r"[^\d(]*[0-9.]+,[0-9]{1,2}\D*", text):
+        text = re.sub(r"(?<=[0-9])\.(?=[0-9]{3})", "", text).replace(",", ".")  # 1.234,56
+    *equals, text = text.split("=")
+    found = [match for match in _NUMBER.finditer(text)  # but for the 2 of cm^2
+             if match[0] not in "23" or not re.search(r"[A-Za-z]\^?$", text[:match.start()])]
+    if len(found) != 1:
+        return None
+    (match,) = found
+    before, behind, value = text[:match.start()], text[match.end():], _value(*match.groups())
+    unit = _UNIT.fullmatch(behind)
+    around = f"{before} " + (behind if unit else _fold(re.sub(r"\^[23]", "", behind)))
+    strange = r"[+*<>|\\{}~]" if unit else r"[^\w\s.,:;!?'\"()’“”„。，、።।-]"
+    if (value is None or alone and (before.strip() or not unit) or match[1] == "- " and before.strip()
+            or _VOID.search(around) or _VOID_BEFORE.search(before) or _VOID_BEHIND.search(behind)
+            or re.match(rf"(?!{_ATTACHED})[A-Za-z_^\\]", behind) or _VARIABLE.search(around)
+            or re.search(strange, around)):
+        return None
+    for side in equals:  # "3 * 5 = 15" says 15, "7 = 0.5" and "2x = 10" nothing
+        stated = re.fullmatch(rf"\W*({_PLAIN})\W*", side)
+        if stated and Fraction(re.sub("[, ]", "", stated[1])) != value or (
+                re.search(r"\d *[a-z]\b|\b[a-z]\b.*\d", side)):
+            return None
+    return value, _unit(behind)
+
+
+def _value(sign, whole, top, bottom, power, ten, scale):
+    """Of what `_NUMBER` has matched: whole top/bottom, or top^power, times 10^ten and the scale."""
+    whole, top, bottom = (re.sub("[, ]", "", part or "") for part in (whole, top, bottom))
+    if Fraction(bottom or 1) == 0 or (power and (bottom or len(top) > 6)):
+        return None
+    value = int(whole or 0) + Fraction(top) ** int(power or 1) / Fraction(bottom or 1)
+    return value * Fraction(10) ** int(ten or 0) * _SCALE.get(scale, 1) * (-1 if "-" in sign else 1)
 
 
 def normalize_number(text: str) -> Fraction | None:
@@ -81,22 +159,26 @@ def normalize_number(text: str) -> Fraction | None:
     Currency, percent and degree signs, thousands separators, LaTeX and bold dressing, "x =" before and units
     behind are dropped: "$1,080.00", "\\boxed{1080}" and "1080 clips" are all 1080, and "50%" is 50.
     """
-    if len(text) > 200:
-        return None
-    match = _NUMBER.fullmatch(re.sub(r"\s*\\frac\{([^{}]*)\}\{([^{}]*)\}", r" \1/\2", _undress(text)).strip())
-    if match is None:
-        return None
-    sign, whole, numerator, denominator = (re.sub("[, ]", "", part or "") for part in match.groups())
-    if Fraction(denominator or 1) == 0:
-        return None
-    value = int(whole or 0) + Fraction(numerator) / Fraction(denominator or 1)
-    return -value if sign == "-" else value
+    found = _quantity(text)
+    return found and found[0]
 
 
 def _plain_text(text):
-    text = re.sub(r"\\frac\{(-?\w+)\}\{(\w+)\}", r"\1/\2", re.sub(r"\s+", "", _undress(text)))
+    text = re.sub(r"(?<![0-9])\s+|\s+(?![0-9])", "", _undress(text))
+    text = re.sub(r"\\frac\{(-?\w+)\}\{(\w+)\}", r"\1/\2", text)
     text = re.sub(r"^\((\w)\)$", r"\1", text)  # the choice "(C)"
     return text.casefold() if text.isalpha() and len(text) > 2 else text
+
+
+def same_number(given: str, gold: str) -> bool | None:
+    """Whether both answers are one number, in the same unit if both have one; None where one is no number."""
+    comma = "," in given, "," in gold
+    a, b = (_quantity(text, False, comma.count(True) == 1) for text in (given, gold))
+    if a is None or b is None:
+        return None
+    (value, (unit, power)), (gold_value, (gold_unit, gold_power)) = a, b
+    alike = not unit or not gold_unit or power == gold_power and (unit <= gold_unit or gold_unit <= unit)
+    return value == gold_value and alike
 
 
 def same_answer(given: str, gold: str) -> bool:
@@ -107,10 +189,8 @@ def same_answer(given: str, gold: str) -> bool:
     """
     if max(len(given), len(gold)) > 1000:
         return False
-    number, gold_number = normalize_number(given), normalize_number(gold)
-    if number is not None and gold_number is not None:
-        return number == gold_number
-    return _plain_text(given) == _plain_text(gold) != ""
+    same = same_number(given, gold)
+    return _plain_text(given) == _plain_text(gold) != "" if same is None else same
 
 
 _OPERATORS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv}
@@ -143,11 +223,30 @@ def safe_arithmetic(expr: str) -> Fraction | None:
 
 # ---- Extraction: explicit marks alone count, since taking the last number would reward echoing the question.
 
+# "answer" in the languages of MMMLU and of the African MMLU sets, accents and vowel marks left out (`_fold`)
+_ANSWER_WORDS = (
+    "ans(?:wer)?", "réponse", "respuesta", "resposta", "risposta", "antwort", "jawaban", "jibu", "ìdáhùn",
+    "azịza", "impendulo", "mhinduro", "amsa", "መልስ", "መልሱ", "答案", "答え", "正解", "선택", "정답", "답",
+    "إجابة", "اجابة", "جواب", "उत्तर", "উত্তর", "选", "選", "opción", "opção", "opzione", "chaguo")
+def _fold(text):
+    """Full-width letters as plain ones, without accents and vowel marks, which many writers leave out."""
+    def without_marks(text):
+        return "".join(c for c in text if unicodedata.category(c) != "Mn")
+
+    return without_marks(unicodedata.normalize("NFKD", without_marks(text)))  # whose sorting of marks is slow
+
+
 # "the answer is", "Final Answer:", "**Answer**:", "the answer to the question is", then the rest of its line
 _STATED = re.compile(
     r"(?i)\banswer(?: (?:to|for|of) [^\n.?!:=]{1,80}?)?[ *_]{0,8}"
     r"(?:\b(?:is|will be)\b(?: therefore| thus)?|[:=])[\s*_:]{0,8}(?=([^\n]{1,300}))"
 )
+# the same before a number in other languages; "72 is the answer"; a last sentence that concludes
+_STATED_ELSEWHERE = re.compile(
+    rf"(?<![A-Za-z])(?i:{'|'.join([*_ANSWER_WORDS[1:], *map(_fold, _ANSWER_WORDS[1:])])})"
+    rf"(?:(?!{_NOT})[^\n.?!\d]){{0,40}}?(?=(-?[$€£]?\d[^\n]{{0,200}}))")
+_IS_THE_ANSWER = re.compile(r"(\S{1,30}(?: \S{1,20})?) is (?:the|my) (?:final |correct )?answer\b")
+_CONCLUSION = re.compile(r"(?:^|[.!?:] +)(?:So|Therefore|Thus|Hence),? ((?:(?![.!?] )[^\n])*)\Z")
 
 
 def last_boxed(text):
@@ -162,35 +261,42 @@ def last_boxed(text):
     return last
 
 
-def _marked(text):
-    """Content of the last <answer>...</answer>, else of the last box."""
-    _, opened, inside = text.rpartition("</answer>")[0].rpartition("<answer>")
+def _marked(text, finished=True):
+    """Content of the last <answer>...</answer>, else of the last box, else of an <answer> up to the end."""
+    closed, _, rest = text.rpartition("</answer>")
+    _, opened, inside = closed.rpartition("<answer>")
     if opened and inside.strip():  # "<answer>The answer is \boxed{5}.</answer>" happens
         return last_boxed(inside) or _stated(inside) or inside.strip()
-    return last_boxed(text)
+    _, opened, inside = rest.rpartition("<answer>")
+    return last_boxed(text) or (inside.strip() if opened and finished else None)
 
 
 def _stated(text):
     """x of the last "the answer is x" or "Answer: x", up to the end of the sentence."""
-    rest = _STATED.findall(text)[-1:]
-    parts = re.split(r"[.;!?](?=\s|$)|,? (?:because|since|so|which|as|where)\b", "".join(rest).strip())
+    rest = "".join(_STATED.findall(text)[-1:]).strip()
+    parts = re.split(r"[.;!?](?=\s|$)|,? (?:because|since|so|which|as|where)\b", rest)
+    worked_out = re.search(r",? which is ([^,;!?]{1,60})", rest)
+    if worked_out and normalize_number(parts[0]) is None:  # "16% of 40, which is 4"
+        parts = [_first_number([worked_out[1].rstrip(".")]) or parts[0]]
     return parts[0].strip(" *_`\"'")
 
 
-def _first_number(values):
-    return next((value.strip(" *") for value in values if normalize_number(value) is not None), None)
+def _first_number(values, alone=True):
+    return next((value.strip(" *") for value in values if _quantity(value.strip(), alone)), None)
 
 
 def extract_answer(text: str, choices: bool = False, finished: bool = True) -> str | None:
     """The final answer a response states by an explicit mark, as it is written; None where there is none.
 
-    In this order: the last <answer>...</answer>, the last balanced \\boxed{...}, the last "#### x", the last
-    "the answer is x" or "Answer: x", a last line that is a number, has one bold number or ends in "= number".
-    Inside the thinking only the tag and the box count, and last. choices=True: see `extract_choice`.
+    In this order: the last <answer>...</answer> (or one that is not closed, up to the end), the last balanced
+    \\boxed{...}, the first "#### x", as GSM8K's own scorer does, the last "the answer is x", "Answer: x" or
+    "x is the answer", a last line that is a number, has one bold number, ends in "= number", or whose last
+    sentence begins with So, Therefore, Thus or Hence and holds one number. Inside the thinking only the tag
+    and the box count, and last. choices=True: see `extract_choice`. docs/answers.md has examples.
     finished=False, of a text that was cut off: only a tag or a box that is closed counts.
     """
     if not finished:
-        text = f"<answer>{_marked(text)}</answer>" if _marked(text) else ""
+        text = f"<answer>{_marked(text, False)}</answer>" if _marked(text, False) else ""
     if choices:
         return extract_choice(text)
     tail = text.rpartition("</think>")[2].partition("<think>")[0]  # nothing where thinking never ended
@@ -199,33 +305,25 @@ def extract_answer(text: str, choices: bool = False, finished: bool = True) -> s
     bold = re.findall(r"\*\*([^*]+)\*\*", line)
     return (
         _marked(tail)
-        or _first_number(reversed(hashes))  # "#### Step 1" is a heading
+        or _first_number(hashes)  # "#### Step 1" is a heading
         or _stated(tail)
+        or _first_number(_STATED_ELSEWHERE.findall(tail)[-1:], alone=False)
+        or _first_number(_IS_THE_ANSWER.findall(tail[-400:])[-1:], alone=False)
         or _first_number([line.rpartition("=")[2], *(bold if len(bold) == 1 else [])])
-        or _marked(text)
+        or _first_number(_CONCLUSION.findall(line), alone=False)
+        or _marked(text, False)
+        or None
     )
 
 
-# "answer" in the languages of MMMLU and of the African MMLU sets, accents and vowel marks left out (`_fold`)
-_ANSWER_WORDS = (
-    "ans(?:wer)?", "réponse", "respuesta", "resposta", "risposta", "antwort", "jawaban", "jibu", "ìdáhùn",
-    "azịza", "impendulo", "mhinduro", "amsa", "መልስ", "መልሱ", "答案", "答え", "正解", "선택", "정답", "답",
-    "إجابة", "اجابة", "جواب", "उत्तर", "উত্তর", "选", "選", "opción", "opção", "opzione", "chaguo")
-_NOT = r"不|\b(?:not|no|non|pas|nicht|keine|não|bukan|sio?)\b"
 _LATIN = r"[0-9A-Za-z\u00c0-\u02af\u1e00-\u1eff]"
+# neither the article (A protein) nor one of two
 _LETTER = (rf"[\s*_(\[$\"'`]{{0,6}}([A-E])(?!{_LATIN}|['\u2019])"
-           r"(?![)\]*\s]{0,4}(?:,|/|or\b|and\b)[\s(\[*]{0,4}[A-E]\b)")
+           r"(?!(?<=A) (?!(?:because|since|as|is|by|with|for|due)\b)[a-z])"
+           r"(?![).\]*\s]{0,4}(?:,|/|\b(?:or|and|but|not)\b)[\s(\[*]{0,4}[A-E]\b)")
 _WRONG = r"(?![\s*)\]]{1,4}(?:is (?:not|in|wrong)|can))"
 _LINK_WORD = r"\b(?i:is|be|will|would|must|therefore|thus|the|correct|option|choice|letter)\b"
 _LINK = rf"(?:[ *_]{{0,4}}(?:[:=,-]|{_LINK_WORD})){{0,5}}"
-
-
-def _fold(text):
-    """Full-width letters as plain ones, without accents and vowel marks, which many writers leave out."""
-    def without_marks(text):
-        return "".join(c for c in text if unicodedata.category(c) != "Mn")
-
-    return without_marks(unicodedata.normalize("NFKD", without_marks(text)))  # whose sorting of marks is slow
 
 
 _WORDS = _fold("|".join(_ANSWER_WORDS[1:]))
@@ -250,10 +348,12 @@ def extract_choice(text: str) -> str | None:
     if marked := _marked(tail):
         marked = _undress(marked[:300])
         letter = re.match(r"\W{0,4}([A-Ea-e])(?:[)\].:]|\W{0,4}\Z)", marked)
-        tail = f"answer: {letter[1].upper() if letter else marked}"
+        one = not re.match(r"\W{0,4}[A-E]\W{0,4}(?:or|and|but|not)?\W{0,4}[A-E]\b", marked)
+        tail = f"answer: {letter[1].upper() if letter and one else marked}"
     if lower := _LOWER.search(tail[-200:]):
         return lower[1].upper()
-    options = re.findall(r"(?:^|\n)[\s*_(\[]{0,4}([A-E])[)\].:]", tail)
+    # written out, but not "A:", which may be a speaker's
+    options = re.findall(r"(?:^|\n)[\s*_(\[]{0,4}([A-E])(?:[)\].]|(?<!A):)(?!\W{0,4}(?:or|and|but)\b)", tail)
     return next((found[-1] for form in _CHOICE_FORMS if (found := form.findall(tail))),
                 options[0] if len(options) == 1 else None)
 
@@ -286,11 +386,12 @@ def correctness(prompts, responses, answers, tasks=None, metas=None, finished=No
 def format(prompts, responses, answers, **columns) -> list[float]:
     """1 for exactly "<think>...</think><answer>...</answer>", 0.5 with text before, between or after, else 0.
 
-    All four tags must stand exactly once, in order, and hold something: an empty answer earns 0.
+    All four tags must stand exactly once, in order, and hold something that is seen: an empty answer earns 0.
     """
     rewards, tags = [], "|".join(TAGS)
     for response in responses:
-        pieces = [piece.strip() for piece in re.split(tags, response)]
+        pieces = [any(unicodedata.category(c)[0] not in "CZ" for c in piece)
+                  for piece in re.split(tags, response)]
         if re.findall(tags, response) != list(TAGS) or not pieces[1] or not pieces[3]:
             rewards.append(0.0)
         else:
@@ -310,6 +411,23 @@ def mark(prompts, responses, answers, **columns) -> list[float]:
     return [sum(response.count(tag) == 1 for tag in TAGS) / len(TAGS) for response in responses]
 
 
+def _exactly(given, gold):
+    """Whether what math_verify has parsed, and holds for equal to six digits without bases, is equal."""
+    import sympy
+
+    (a, *_, text), (b, *_, gold_text) = given, gold
+    if ("_" in text) != ("_" in gold_text):  # 52 and 52_8
+        return False
+    if isinstance(a, sympy.Equality) and not isinstance(b, sympy.Equality):
+        if a.lhs.is_number and a.lhs != a.rhs:  # 7 = 0.5
+            return False
+        a = a.rhs
+    if not (isinstance(a, sympy.Expr) and isinstance(b, sympy.Expr) and a.is_number and b.is_number):
+        return True
+    exact = {x: sympy.Rational(str(x)) for x in (a - b).atoms(sympy.Float)}
+    return (a - b).xreplace(exact).equals(0) is True
+
+
 def math(prompts, responses, answers, finished=None, **columns) -> list[float]:
     """1 where the extracted answer equals the gold answer, by `same_answer` or by math_verify."""
     import math_verify
@@ -318,9 +436,9 @@ def math(prompts, responses, answers, finished=None, **columns) -> list[float]:
     for i, (response, answer) in enumerate(zip(responses, answers, strict=True)):
         given = extract_answer(response, finished=not finished or finished[i]) or ""
         right = same_answer(given, answer)
-        if not right and 0 < len(given) <= 1000:
-            parsed, gold = (math_verify.parse(f"\\boxed{{{text}}}") for text in (given, answer))
-            right = bool(parsed and gold) and math_verify.verify(gold, parsed)
+        if not right and 0 < len(given) <= 1000 and same_number(given, answer) is None:
+            parsed, gold = (math_verify.parse(f"\\boxed{{{_in_ascii(text)}}}") for text in (given, answer))
+            right = bool(parsed and gold) and math_verify.verify(gold, parsed) and _exactly(parsed, gold)
         rewards.append(float(right))
     return rewards
 
