@@ -287,31 +287,27 @@ def _file_rows(paths):
         if suffix not in READERS:
             raise ValueError(f"{path} is none of {' '.join(READERS)}")
         # utf-8-sig drops the mark Excel puts in front; newline="" leaves the line ends in CSV cells alone.
-        text = {"mode": "rt", "encoding": "utf-8-sig", "newline": ""}
+        text = {"mode": "rt", "encoding": "utf-8-sig", "newline": "", "errors": "surrogateescape"}
         mode = {"mode": "rb"} if suffix == ".parquet" else text
         try:
             with (gzip.open if path.suffix == ".gz" else open)(path, **mode) as file:
-                for number, row in READERS[suffix](file):
+                for number, row in READERS[suffix](file if suffix == ".parquet" else _lines(file)):
                     yield f"{path}: line {number}", row
-        except UnicodeDecodeError:
-            with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as file:
-                number = next(n for n, line in enumerate(file, 1) if not _is_utf8(line))
-            raise ValueError(f"{path}: line {number}: not UTF-8: save the file in that encoding") from None
         except (ValueError, OSError, EOFError, ImportError, RecursionError, zlib.error) as error:
             raise ValueError(f"{path}: {str(error).splitlines()[0]}") from None  # also a cut-off gzip
 
 
-def _is_utf8(line):
-    try:
-        return bool(line.decode())
-    except UnicodeDecodeError:
-        return False
-
-
-def _json_rows(file):
+def _lines(file):
     for number, line in enumerate(file, 1):
+        if not line.isascii() and re.search("[\udc80-\udcff]", line):  # what surrogateescape makes of bytes
+            raise ValueError(f"line {number}: not UTF-8: save the file in that encoding")
+        yield line
+
+
+def _json_rows(lines):
+    for number, line in enumerate(lines, 1):
         if number == 1 and line.lstrip().startswith("["):  # one JSON list instead of lines
-            yield from enumerate(json.loads(line + file.read()), 1)
+            yield from enumerate(json.loads(line + "".join(lines)), 1)
         elif line.strip():
             try:
                 row = json.loads(line)
@@ -320,9 +316,9 @@ def _json_rows(file):
             yield number, row
 
 
-def _csv_rows(file):
+def _csv_rows(lines):
     csv.field_size_limit(2**31 - 1)  # completions can be long
-    reader, header = csv.reader(file, strict=True), None
+    reader, header = csv.reader(lines, strict=True), None
     try:
         for cells in filter(None, reader):  # an empty line has no cells
             if header is None and len(cells) == 6 and re.fullmatch("[A-D]", cells[5]):
@@ -520,7 +516,7 @@ def _read(read, place, row):
     except KeyError as error:
         raise ValueError(f"{place}: {error} is missing") from None
     except (ValueError, TypeError, AttributeError) as error:  # a number where a list or text belongs
-        raise ValueError(f"{place}: {error}") from None
+        raise ValueError(f"{place}: {' '.join(str(error).split())}") from None
 
 
 def _is_correct(row):
