@@ -40,8 +40,9 @@ SCHEMAS = [{"prompt": PLAIN, "answer": PLAIN}, {"prompt": PLAIN, "completion": P
            {"question": PLAIN, "options": st.lists(PLAIN, max_size=5), "rationale": PLAIN, "correct": LEAVES},
            {"question": PLAIN, "choices": st.lists(PLAIN, max_size=5), "answer": LEAVES},
            {"prompt": PLAIN | CHAT, "chosen": PLAIN | CHAT, "rejected": PLAIN | CHAT},
-           {"info": CELLS, "summaries": CELLS, "choice": LEAVES},
-           {"query": st.lists(st.integers(-1, 60000), max_size=3), "sample0": CELLS, "sample1": CELLS, "best": LEAVES},
+           {"info": CELLS, "summaries": CELLS, "choice": st.sampled_from([0, 1])},
+           {"query": st.lists(st.integers(-1, 60000), max_size=3), "sample0": CELLS, "sample1": CELLS,
+            "best": st.sampled_from([0, 1])},
            {"prompt": PLAIN, "completion": PLAIN, "correct": LEAVES, "answer": LEAVES, "task": LEAVES,
             "meta": LEAVES, "level": LEAVES, "finished": LEAVES}]
 MORE = st.dictionaries(st.sampled_from(NAMES), CELLS | CHAT, max_size=3)
