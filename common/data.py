@@ -20,13 +20,13 @@ import random
 import re
 import shutil
 import urllib.request
-import zlib
 from collections import Counter, defaultdict
 from contextlib import suppress
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from datetime import datetime
 from functools import lru_cache, partial
+from math import isfinite
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -198,8 +198,8 @@ URLS = {f"lm-human-preferences{name}": f"{OPENAI}/{file}.json" for name, file in
 
 
 def _rows(data, split):
-    path = Path(data).expanduser()
-    if "," in data and not path.exists():
+    path = Path(os.path.expanduser(data))  # os.path: no error where many joined paths are too long for one
+    if "," in data and not os.path.exists(path):
         if generated := [part for part in data.split(",") if part.strip() in GENERATED]:
             raise ValueError(f"{generated[0]} is generated: no part of other data, as in {data}")
         return itertools.chain.from_iterable(_rows(part.strip(), split) for part in data.split(","))
@@ -211,9 +211,9 @@ def _rows(data, split):
         return _hub_rows(HUB["math500" if (data, split) == ("math", "test") else data], split)
     if data.startswith("mmmlu/"):  # which has no other split
         return _hub_rows([data.replace("mmmlu/", "openai/MMMLU:")], "test")
-    if path.is_dir():
+    if os.path.isdir(path):
         return _file_rows(_split_files(path, split))
-    if path.exists() or _suffix(path) in READERS:
+    if os.path.exists(path) or _suffix(path) in READERS:
         return _file_rows([path])
     if re.fullmatch(r"[\w.-]+/[\w.-]+(:[\w.-]+)?", data):
         return _hub_rows([data], split)
@@ -257,7 +257,8 @@ def _split_files(folder, split):
 
     Where there is no train split (MMLU), dev and validation together.
     """
-    for name in ("validation", "valid", "val", "dev") if split == "validation" else (split,):
+    names = ("validation", "valid", "val", "dev") if split == "validation" else (split,)
+    for name in names if re.fullmatch(r"[\w.-]+", split) else ():  # "" and "/" are no part of a pattern
         patterns = (f"{name}.*", f"{name}-*", f"data/{name}-*", f"{name}/*")
         files = [file for pattern in patterns for file in sorted(folder.glob(pattern))]
         files = [file for file in files if _suffix(file) in READERS]
@@ -282,7 +283,7 @@ def _listing(folder):
 def _file_rows(paths):
     for path in paths:
         suffix = _suffix(path)
-        if not path.exists():
+        if not os.path.exists(path):
             raise ValueError(f"no file {path}: {_listing(path.parent)}")
         if suffix not in READERS:
             raise ValueError(f"{path} is none of {' '.join(READERS)}")
@@ -295,18 +296,30 @@ def _file_rows(paths):
                     yield f"{path}: line {number}", row
         except UnicodeDecodeError as error:
             raise ValueError(f"{path}: not utf-8 ({error.reason}): save the file as UTF-8") from None
-        except (ValueError, OSError, EOFError, ImportError, RecursionError, zlib.error) as error:
-            raise ValueError(f"{path}: {str(error).splitlines()[0]}") from None  # also a cut-off gzip
+        except Exception as error:  # gzip, json and pyarrow raise many kinds
+            raise ValueError(f"{path}: {_line(error)}") from None
+
+
+def _line(error):
+    """What an error says, on one line that can be read."""
+    return f"{' '.join((str(error) or type(error).__name__).split()):.1000}"
+
+
+def _unique(pairs):
+    """dict(pairs), where no name stands twice."""
+    if twice := [name for name, n in Counter(name for name, _ in pairs).items() if n > 1]:
+        raise ValueError(f"two columns are named {twice[0]!r}")
+    return dict(pairs)
 
 
 def _json_rows(file):
     for number, line in enumerate(file, 1):
         if number == 1 and line.lstrip().startswith("["):  # one JSON list instead of lines
-            yield from enumerate(json.loads(line + file.read()), 1)
+            yield from enumerate(json.loads(line + file.read(), object_pairs_hook=_unique), 1)
         elif line.strip():
             try:
-                row = json.loads(line)
-            except (json.JSONDecodeError, RecursionError) as error:
+                row = json.loads(line, object_pairs_hook=_unique)
+            except (ValueError, RecursionError) as error:
                 raise ValueError(f"line {number}: not a JSON line: {getattr(error, 'msg', error)}") from None
             yield number, row
 
@@ -316,12 +329,11 @@ def _csv_rows(file):
     reader, header = csv.reader(file, strict=True), None
     try:
         for cells in filter(None, reader):  # an empty line has no cells
-            if header is None and len(cells) == 6 and re.fullmatch("[A-D]", cells[5]):
+            named = {"question", "answer"} <= {cell.lower() for cell in cells}
+            if header is None and len(cells) == 6 and re.fullmatch("[A-D]", cells[5]) and not named:
                 header = ["question", "A", "B", "C", "D", "answer"]  # MMLU's own files have no header
             if header is None:
-                header = cells
-                if twice := [name for name, n in Counter(header).items() if n > 1]:
-                    raise ValueError(f"line {reader.line_num}: two columns are named {twice[0]!r}")
+                header = list(_unique([(name, "") for name in cells]))
                 continue
             if len(cells) != len(header):
                 raise ValueError(f"line {reader.line_num}: {len(cells)} cells under {len(header)} columns")
@@ -378,8 +390,9 @@ def _messages(messages):
         messages = [{"role": m["role"], "content": m["content"]} for m in messages]
     except (TypeError, KeyError, AttributeError):
         messages = []
-    if not messages or not all(isinstance(m["content"], str) for m in messages):
-        raise ValueError("chat messages must be a list of {role, content}, the content being text")
+    if not messages or not all(isinstance(text, str) for m in messages for text in m.values()):
+        raise ValueError("chat messages must be a list of {role, content}, both being text")
+    _check_text(*(m["role"] for m in messages))
     return messages
 
 
@@ -404,6 +417,8 @@ def _prompt(prompt):
     if isinstance(prompt, str):
         return prompt
     messages = _messages(prompt)
+    if messages[-1]["role"] == "assistant":
+        raise ValueError("the prompt ends in an assistant turn, so there is nothing to reply to")
     return messages[0]["content"] if [m["role"] for m in messages] == ["user"] else messages
 
 
@@ -419,7 +434,7 @@ def _gsm8k(row):
     solution, mark, answer = _text(row, "answer").rpartition("####")
     answer = answer.strip().replace(",", "")
     if not mark or not re.fullmatch(r"-?\d+(\.\d+)?", answer):
-        found = f"the answer ends in {row['answer'][-20:]!r}, not in '#### number' as in GSM8K"
+        found = f"the answer ends in {_text(row, 'answer')[-20:]!r}, not in '#### number' as in GSM8K"
         raise ValueError(f"{found}; if it is a plain answer, name the columns prompt and answer")
     solution = re.sub(r"<<[^<>]*>>", "", solution).strip()  # without the calculator annotations
     completion = f"{solution}\n#### {answer}"
@@ -446,8 +461,12 @@ def _choice(row):
             completion += f"\nAnswer: {answer}"
     else:
         choices = row["choices"] if "choices" in row else [row[letter] for letter in "abcd"]
+    if not isinstance(choices, list) or not all(isinstance(choice, str | int | float) for choice in choices):
+        raise ValueError("the choices must be a list of texts")
     letters = "ABCDEFGHIJ"[: len(choices)]
-    if isinstance(answer, int) and 0 <= answer < len(letters):
+    if len(choices) > len(letters) or not _text(row, "question"):
+        raise ValueError(f"{len(choices)} choices, more than 10" if len(letters) == 10 else "the question is empty")
+    if type(answer) is int and 0 <= answer < len(letters):
         answer = letters[answer]
     if answer not in tuple(letters):
         raise ValueError(f"the answer is {answer!r}, not one of {', '.join(letters)}")
@@ -463,8 +482,9 @@ def _plain(row):
     meta = json.loads(meta) if isinstance(meta, str) else meta
     if not isinstance(meta, dict):
         raise ValueError(f"meta is a {type(meta).__name__}, not an object with names")
-    if task == "countdown" and not (re.fullmatch(r"-?\d+", answer) and isinstance(meta.get("numbers"), list)):
-        raise ValueError("a countdown problem needs a whole number as its answer and meta.numbers")
+    if task == "countdown" and not (re.fullmatch(r"-?\d{1,50}", answer) and isinstance(meta.get("numbers"), list)
+                                    and all(type(number) is int for number in meta["numbers"])):
+        raise ValueError("a countdown problem needs a whole number as its answer and whole meta.numbers")
     prompt, completion = _prompt(row["prompt"]), _text(row, "completion")
     return dict(prompt=prompt, answer=answer, completion=completion, task=task, meta=meta)
 
@@ -496,7 +516,8 @@ def _fields(row):
                 raise ValueError("the prompt is empty")
             fields["prompt"] = _with_system(row, fields["prompt"])
             _check_text(prompt_text(fields["prompt"]), fields.get("answer", ""), fields.get("completion", ""))
-            level = re.search(r"\d+", str(row.get("level")))  # 3, "3", "Level 3"; MATH has a few "Level ?"
+            json.dumps(fields.get("meta"))  # TypeError of a date or bytes, which samples.csv could not hold
+            level = re.search(r"\d+", _word(row.get("level")))  # 3, "3", "Level 3"; MATH has a few "Level ?"
             return fields | dict(level=int(level[0]) if level else 0)
     known = " | ".join(",".join(columns) for columns in SCHEMAS)
     raise ValueError(f"the columns {','.join(row)} fit none of the known schemas: {known}")
@@ -510,14 +531,26 @@ def _read(read, place, row):
         return read(row)
     except KeyError as error:
         raise ValueError(f"{place}: {error} is missing") from None
-    except (ValueError, TypeError, AttributeError) as error:  # a number where a list or text belongs
-        raise ValueError(f"{place}: {error}") from None
+    except (TypeError, AttributeError, LookupError, RecursionError) as error:  # a number where a list belongs
+        raise ValueError(f"{place}: a cell holds something else than its column should: {_line(error)}") from None
+    except ValueError as error:
+        raise ValueError(f"{place}: {_line(error)}") from None
+
+
+TRUE, FALSE = ("1", "1.0", "true"), ("0", "0.0", "false")  # as csv, JSON and pandas write them
+
+
+def _word(value):
+    """A cell as a word, such as "true", "0.0" or "level 3"; "" where it is neither text nor a number."""
+    return str(value).lower() if isinstance(value, str | int | float) else ""
 
 
 def _is_correct(row):
     if "correct" not in row:
         raise ValueError(f"there is no column correct, only {','.join(row)}")
-    return str(row["correct"]) in ("1", "1.0", "True")
+    if _word(row["correct"]) not in TRUE + FALSE:
+        raise ValueError(f"correct is {row['correct']!r}, neither 1 nor 0")
+    return _word(row["correct"]) in TRUE
 
 
 def _sample(rows, limit, seed):
@@ -552,7 +585,7 @@ def load_examples(data, split="train", *, level=None, limit=0, seed=0, filter=""
         if filter and not _read(_is_correct, place, row):
             dropped["wrong"] += 1
             continue
-        if isinstance(row, dict) and "completion" in row and str(row.get("label")).lower() in ("false", "0"):
+        if isinstance(row, dict) and "completion" in row and _word(row.get("label")) in FALSE:
             dropped["label is false"] += 1
             continue
         example = Example(id=number, **_read(_fields, place, row))
@@ -702,7 +735,7 @@ def _answer_of(number, place, row):
 
 def _unusable(row, example, seen):
     """Why an answer of a samples.csv teaches nothing, or "". seen: (prompt text, gold answer, completion)."""
-    if str(row.get("finished", 1)) != "1":
+    if _word(row.get("finished", 1)) not in TRUE:
         return "unfinished"
     if not example.completion.strip():
         return "empty reply"
@@ -752,10 +785,10 @@ def _pair(row):
     """(prompt of chosen, prompt of rejected, chosen, rejected, margin or None) of a row."""
     if row.keys() >= {"info", "summaries", "choice"}:  # summarize-from-feedback, OpenAI's TL;DR
         info, choice = row["info"], row["choice"]
-        if choice not in (0, 1):
-            raise ValueError(f"choice is {choice!r}, not 0 or 1")
-        text = info.get("article")
-        if text is None:
+        if choice not in (0, 1) or len(row["summaries"]) != 2:
+            raise ValueError(f"choice is {choice!r} of {len(row['summaries'])} summaries, not 0 or 1 of 2")
+        text = _text(info, "article")
+        if not text:
             text = f"SUBREDDIT: r/{info['subreddit']}\n\nTITLE: {info['title']}\n\nPOST: {info['post']}"
         prompt, replies = f"{text}\n\nTL;DR:", [summary["text"].strip() for summary in row["summaries"]]
         return prompt, prompt, replies[choice], replies[1 - choice], None
@@ -769,7 +802,16 @@ def _pair(row):
     if any(scores) and not all(scores):
         raise ValueError("only one of score_chosen and score_rejected is a number")
     prompt, other = _with_system(row, prompt), _with_system(row, other)
-    return prompt, other, chosen, rejected, float(scores[0]) - float(scores[1]) if all(scores) else None
+    margin = float(scores[0]) - float(scores[1]) if all(scores) else None
+    if margin is not None and not isfinite(margin):
+        raise ValueError(f"the scores {' and '.join(scores)} have no finite difference")
+    return prompt, other, chosen, rejected, margin
+
+
+def _check_pair(prompt, *replies):
+    if not prompt:
+        raise ValueError("the prompt is empty")
+    _check_text(prompt_text(prompt), *replies)
 
 
 FAULTS = {"guess": 2, "cut short": 2, "other answer": 4, "slip": 1}  # of rejected replies, with their shares
@@ -813,6 +855,8 @@ def load_preferences(data, split="train", *, limit=0, seed=0, level=None, pairs_
     Errors: ValueError, one line with file and line number.
     """
     data = str(data)
+    if limit < 0 or pairs_per_question < 0:
+        raise ValueError(f"limit {limit} or pairs_per_question {pairs_per_question} is negative: use 0 for all")
     if data in GENERATED:
         return _sample(_generated_preferences(data, level, seed), limit, seed)
     dropped = Counter() if dropped is None else dropped
@@ -834,7 +878,7 @@ def load_preferences(data, split="train", *, limit=0, seed=0, level=None, pairs_
             other, margin = prompt, None
         else:
             prompt, other, chosen, rejected, margin = _read(_pair, place, row)
-        _read(lambda row: _check_text(prompt_text(prompt), chosen, rejected), place, row)
+        _read(lambda row: _check_pair(prompt, chosen, rejected), place, row)
         if prompt != other:
             dropped["prompts differ"] += 1
         elif chosen == rejected:
@@ -878,7 +922,7 @@ def worked_examples(data, n, asked, *, level=None, seed=0) -> list[Example]:
     if not n or not data:
         return []
     texts, splits = {e.text for e in asked}, ["train", "dev"]
-    if data == "mmlu" or Path(data).is_dir():  # where dev is there to be shown
+    if data == "mmlu" or os.path.isdir(data):  # where dev is there to be shown
         splits.reverse()
     try:
         pool = load_examples(data, splits[0], level=level, seed=seed)
