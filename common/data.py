@@ -288,14 +288,12 @@ def _file_rows(paths):
         if suffix not in READERS:
             raise ValueError(f"{path} is none of {' '.join(READERS)}")
         # utf-8-sig drops the mark Excel puts in front; newline="" leaves the line ends in CSV cells alone.
-        text = {"mode": "rt", "encoding": "utf-8-sig", "newline": ""}
+        text = {"mode": "rt", "encoding": "utf-8-sig", "errors": "surrogateescape", "newline": ""}
         mode = {"mode": "rb"} if suffix == ".parquet" else text
         try:
             with (gzip.open if path.suffix == ".gz" else open)(path, **mode) as file:
-                for number, row in READERS[suffix](file):
+                for number, row in READERS[suffix](file if suffix == ".parquet" else _lines(file)):
                     yield f"{path}: line {number}", row
-        except UnicodeDecodeError as error:
-            raise ValueError(f"{path}: not utf-8 ({error.reason}): save the file as UTF-8") from None
         except Exception as error:  # gzip, json and pyarrow raise many kinds
             raise ValueError(f"{path}: {_line(error)}") from None
 
@@ -303,6 +301,15 @@ def _file_rows(paths):
 def _line(error):
     """What an error says, on one line that can be read."""
     return f"{' '.join((str(error) or type(error).__name__).split()):.1000}"
+
+
+def _lines(file):
+    for number, line in enumerate(file, 1):
+        try:
+            line.encode()
+        except UnicodeEncodeError:  # bytes that are no UTF-8 were read as halves of characters
+            raise ValueError(f"line {number}: not utf-8: save the file as UTF-8") from None
+        yield line
 
 
 def _unique(pairs):
@@ -315,7 +322,7 @@ def _unique(pairs):
 def _json_rows(file):
     for number, line in enumerate(file, 1):
         if number == 1 and line.lstrip().startswith("["):  # one JSON list instead of lines
-            yield from enumerate(json.loads(line + file.read(), object_pairs_hook=_unique), 1)
+            yield from enumerate(json.loads(line + "".join(file), object_pairs_hook=_unique), 1)
         elif line.strip():
             try:
                 row = json.loads(line, object_pairs_hook=_unique)
@@ -392,7 +399,6 @@ def _messages(messages):
         messages = []
     if not messages or not all(isinstance(text, str) for m in messages for text in m.values()):
         raise ValueError("chat messages must be a list of {role, content}, both being text")
-    _check_text(*(m["role"] for m in messages))
     return messages
 
 
@@ -407,8 +413,13 @@ def _with_system(row, prompt):
     return [{"role": "system", "content": system}, *messages]
 
 
-def _check_text(*texts):
-    for text in texts:
+def _check(prompt, *texts):
+    turns = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+    if not turns[-1]["content"]:
+        raise ValueError("the prompt is empty")
+    if turns[-1]["role"] == "assistant":
+        raise ValueError("the prompt ends in an assistant turn, so there is nothing to reply to")
+    for text in (*(text for turn in turns for text in turn.values()), *texts):
         text.encode()  # UnicodeEncodeError, a ValueError, of half a character: no tokenizer takes it
 
 
@@ -417,8 +428,6 @@ def _prompt(prompt):
     if isinstance(prompt, str):
         return prompt
     messages = _messages(prompt)
-    if messages[-1]["role"] == "assistant":
-        raise ValueError("the prompt ends in an assistant turn, so there is nothing to reply to")
     return messages[0]["content"] if [m["role"] for m in messages] == ["user"] else messages
 
 
@@ -512,10 +521,8 @@ def _fields(row):
     for columns, read in SCHEMAS.items():
         if row.keys() >= set(columns):
             fields = read(row)
-            if not fields["prompt"]:
-                raise ValueError("the prompt is empty")
             fields["prompt"] = _with_system(row, fields["prompt"])
-            _check_text(prompt_text(fields["prompt"]), fields.get("answer", ""), fields.get("completion", ""))
+            _check(fields["prompt"], fields.get("answer", ""), fields.get("completion", ""))
             json.dumps(fields.get("meta"))  # TypeError of a date or bytes, which samples.csv could not hold
             level = re.search(r"\d+", _word(row.get("level")))  # 3, "3", "Level 3"; MATH has a few "Level ?"
             return fields | dict(level=int(level[0]) if level else 0)
@@ -808,12 +815,6 @@ def _pair(row):
     return prompt, other, chosen, rejected, margin
 
 
-def _check_pair(prompt, *replies):
-    if not prompt:
-        raise ValueError("the prompt is empty")
-    _check_text(prompt_text(prompt), *replies)
-
-
 FAULTS = {"guess": 2, "cut short": 2, "other answer": 4, "slip": 1}  # of rejected replies, with their shares
 
 
@@ -878,10 +879,11 @@ def load_preferences(data, split="train", *, limit=0, seed=0, level=None, pairs_
             other, margin = prompt, None
         else:
             prompt, other, chosen, rejected, margin = _read(_pair, place, row)
-        _read(lambda row: _check_pair(prompt, chosen, rejected), place, row)
         if prompt != other:
             dropped["prompts differ"] += 1
-        elif chosen == rejected:
+            continue
+        _read(lambda row: _check(prompt, chosen, rejected), place, row)
+        if chosen == rejected:
             dropped["same reply"] += 1
         elif not chosen.strip() or not rejected.strip():
             dropped["empty reply"] += 1

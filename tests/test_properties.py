@@ -24,7 +24,7 @@ from common import rewards
 from common.data import SCHEMAS, TASKS, load_examples, load_generations, load_preferences, train_validation
 from common.rewards import extract_answer, normalize_number, safe_arithmetic, same_answer
 
-FILES, VALID, MISTAKES, COMPLETIONS, LONG = 600, 150, 150, 400, 60
+FILES, VALID, MISTAKES, COMPLETIONS, LONG = 800, 150, 150, 400, 60
 SECONDS = 0.5  # of CPU time for 20,000 characters: ten times what is wanted, for a slow machine
 
 
@@ -44,41 +44,50 @@ ODD_TEXT = st.sampled_from([
 TEXT = st.text(max_size=6) | ODD_TEXT
 ROLE = st.sampled_from(["user", "assistant", "system"]) | TEXT | st.none() | st.integers()
 MESSAGE = st.fixed_dictionaries({"role": ROLE, "content": TEXT}, optional={"name": TEXT, "tool_calls": st.none()})
-RIGHT_CHAT = st.tuples(st.just({"role": "user", "content": "q"}), MESSAGE, MESSAGE).map(list)
-CHAT = RIGHT_CHAT | st.lists(MESSAGE, max_size=3)
 RAW = {"@huge@": "9" * 5000, "@deep@": "[" * 900 + "]" * 900, "@deepest@": "[" * 90_000 + "]" * 90_000,
        "@bare@": "nope", "@inf@": "1e999", "@twice@": '{"a": 1, "a": 2}'}  # what json.dumps does not write
 SCALAR = TEXT | st.sampled_from([
     None, math.nan, math.inf, -math.inf, 0, 1, -3, 2**70, 1.0, 2.5, 1e22, True, False, b"\xff", date(2001, 2, 3),
     datetime(2001, 2, 3), *RAW])
-VALUE = st.recursive(
-    SCALAR, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(TEXT, inner, max_size=2), max_leaves=4) | CHAT
-OPTIONS = st.lists(TEXT, min_size=1, max_size=5)
-FLAG, SCORE = st.sampled_from([0, 1, True, False, "0", "1", "0.0", 1.0, "True"]), st.floats() | TEXT
-INFO = st.dictionaries(st.sampled_from(["article", "subreddit", "title", "post"]), TEXT)
-SUMMARIES = st.lists(st.fixed_dictionaries({"text": TEXT}), max_size=3)
-IDS = st.lists(st.integers(-1, 50_260), max_size=3)
-META = st.fixed_dictionaries({}, optional={"numbers": st.lists(st.integers(1, 9), max_size=3), "a": VALUE})
-PLAUSIBLE = {
-    "prompt": TEXT | CHAT, "messages": CHAT, "chosen": TEXT | CHAT, "rejected": TEXT | CHAT, "choices": OPTIONS,
-    "options": OPTIONS, "correct": FLAG, "label": FLAG, "finished": FLAG, "level": st.integers() | TEXT,
-    "task": st.sampled_from(TASKS), "meta": META | META.map(repr), "score_chosen": SCORE, "score_rejected": SCORE,
-    "info": INFO, "summaries": SUMMARIES, "choice": st.integers(-1, 2) | FLAG, "best": st.integers(-1, 3),
+VALUE = st.recursive(SCALAR, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(
+    TEXT, inner, max_size=2), max_leaves=4) | st.lists(MESSAGE, max_size=3)
+
+# Of each column what it should hold, as far as that goes.
+GOOD = st.sampled_from(["a", "b", "q?", "日本", "e\u0301 ", "\u202eab", "two\r\nlines", "1+1", "\x1b[31m"])
+CHAT = st.builds(lambda q, a: [{"role": "user", "content": q}, {"role": "assistant", "content": a}], GOOD, GOOD)
+OPTIONS = st.lists(GOOD, min_size=2, max_size=5)
+FLAG, SCORE = st.sampled_from([0, 1, True, False, "0", "1", "0.0", 1.0]), st.integers(-2, 2) | st.floats()
+IDS = st.lists(st.integers(0, 50_000), min_size=1, max_size=3)
+META = st.fixed_dictionaries({"numbers": st.lists(st.integers(1, 9), max_size=3)}, optional={"a": SCALAR})
+LIKELY = {
+    "answer": st.sampled_from(["7", "so\n#### 1,234", "#### -7.5"]), "Answer": st.sampled_from("ABCD"), "correct": FLAG,
+    "solution": GOOD.map("{} so \\boxed{{7}}".format),
+    "messages": CHAT, "chosen": GOOD | CHAT, "rejected": GOOD | CHAT, "prompt": GOOD | GOOD | CHAT.map(lambda c: c[:1]),
+    "choices": OPTIONS, "options": OPTIONS, "label": FLAG, "finished": FLAG, "level": st.integers(0, 5) | st.text(),
+    "task": st.sampled_from(TASKS), "meta": META | META.map(lambda meta: json.dumps(meta, default=str)),
+    "score_chosen": SCORE, "score_rejected": SCORE, "choice": st.integers(0, 1), "best": st.integers(0, 1),
+    "info": st.fixed_dictionaries({"subreddit": GOOD, "title": GOOD, "post": GOOD}, optional={"article": GOOD}),
+    "summaries": st.lists(st.fixed_dictionaries({"text": GOOD}), min_size=2, max_size=2),
     "query": IDS, "sample0": IDS, "sample1": IDS}
-OTHERS = [("chosen", "rejected"), ("prompt", "chosen", "rejected"), ("info", "summaries", "choice"),
-          ("prompt", "completion", "correct"), ("query", "sample0", "sample1", "best")]
-NAMES = sorted({name for names in [*SCHEMAS, *OTHERS] for name in names} | {*PLAUSIBLE, "system", "rationale"})
+PAIRS = [("chosen", "rejected"), ("prompt", "chosen", "rejected"), ("info", "summaries", "choice"),
+         ("prompt", "chosen", "rejected", "score_chosen", "score_rejected"),
+         ("prompt", "completion", "answer", "correct"), ("prompt", "completion", "answer", "correct", "finished"),
+         ("query", "sample0", "sample1", "best"), ("prompt", "completion", "label")]
+NAMES = sorted({name for names in [*SCHEMAS, *PAIRS] for name in names} | {*LIKELY, "system"})
 UNKNOWN = ["", "a\nb", "\ud800", "x" * 300, "ANSWER", "0"]
 
 
 @st.composite
 def tables(draw):
-    """(columns, rows of cells): mostly all that some schema needs, and more."""
-    columns = list(draw(st.sampled_from([*SCHEMAS, *OTHERS])))
-    columns += draw(st.lists(st.sampled_from(NAMES + UNKNOWN), max_size=3))
-    columns = draw(st.permutations(columns))[draw(st.sampled_from([0, 0, 0, 1])):]
-    cells = [st.one_of(PLAUSIBLE.get(name, TEXT), PLAUSIBLE.get(name, TEXT), VALUE) for name in columns]
-    return columns, draw(st.lists(st.tuples(*cells), max_size=4))
+    """(columns, rows of cells): mostly those of a schema, and in one column anything."""
+    columns = list(draw(st.sampled_from([*SCHEMAS, *PAIRS, *PAIRS])))
+    columns += draw(st.just([]) | st.lists(st.sampled_from(NAMES + UNKNOWN), max_size=2))
+    likely = LIKELY | {name: st.sampled_from("AB") for name in ("answer", "correct") if {*"ABCD"} <= {*columns}
+                       or {"choices", "options"} & {*columns}}
+    odd = draw(st.sampled_from([None] * len(columns) + columns))
+    columns = draw(st.permutations(columns))[draw(st.sampled_from([0] * 9 + [1])):]
+    cells = [likely.get(name, GOOD) | VALUE if name == odd else likely.get(name, GOOD) for name in columns]
+    return columns, draw(st.lists(st.tuples(*cells), min_size=draw(st.sampled_from([0, 2, 2])), max_size=5))
 
 
 def as_json(value):
@@ -118,22 +127,24 @@ def as_bytes(suffix, columns, rows):
 
 
 DAMAGES = [
-    lambda content, at: content, lambda content, at: content, lambda content, at: content,
+    lambda content, at: content, lambda content, at: b"\xef\xbb\xbf" + content,
+    lambda content, at: content.replace(b"\n", b"\r\n"),
     lambda content, at: content[:at], lambda content, at: content[:at] + b"\xff" + content[at + 1:],
-    lambda content, at: content[:at] + b"\0" + content[at:], lambda content, at: b"\xef\xbb\xbf" + content,
-    lambda content, at: content.replace(b"\n", b"\r\n"), lambda content, at: content.decode("latin1").encode("utf-16"),
+    lambda content, at: content[:at] + b"\0" + content[at:],
+    lambda content, at: content.decode("latin1").encode("utf-16"),
     lambda content, at: content[at:] + content[:at]]
 SUFFIXES = st.sampled_from([".jsonl", ".jsonl", ".json", ".csv", ".csv", ".parquet"])
 
 
 @st.composite
 def files(draw):
-    suffix, damage = draw(SUFFIXES), draw(st.sampled_from(DAMAGES))
+    suffix = draw(SUFFIXES)
+    damage = draw(st.sampled_from(DAMAGES[:1] * 16 + DAMAGES[1:] * (suffix != ".parquet") + DAMAGES[3:]))
     content = as_bytes(suffix, *draw(tables()))
     content = damage(content, draw(st.integers(0, max(1, len(content)))))
     if draw(st.sampled_from([False, False, True])):
         content, suffix = gzip.compress(content, 1), suffix + ".gz"
-        content = draw(st.sampled_from(DAMAGES[2:6]))(content, draw(st.integers(0, len(content))))
+        content = draw(st.sampled_from(DAMAGES[:1] * 6 + DAMAGES[3:6]))(content, draw(st.integers(0, len(content))))
     return suffix, content
 
 
@@ -286,7 +297,7 @@ BAD_ROWS = [
     {"prompt": "q", "answer": "9" * 5000, "task": "countdown", "meta": {"numbers": [1]}},
     {"prompt": "q", "answer": "1", "system": ["s"]}, {"prompt": [{"role": None, "content": "q"}], "answer": "1"},
     {"prompt": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "r"}], "answer": "1"},
-    {"a\nb": "q"}, {}, 3, None, [], "text", {"question": "q", "answer": 5}, {"question": "q", "answer": "5"},
+    {"a\nb": "q"}, {}, 3, None, "text", {"question": "q", "answer": 5}, {"question": "q", "answer": "5"},
     {"question": "q", "choices": "abcd", "answer": 0}, {"question": "q", "choices": ["a", None], "answer": 0},
     {"question": "q", "choices": ["a", "b"], "answer": True}, {"question": "", "choices": ["a", "b"], "answer": 0},
     {"question": "q", "choices": ["a"] * 11, "answer": 0}, {"question": "q", "choices": None, "answer": 0},
