@@ -312,20 +312,20 @@ def _lines(file):
         yield line
 
 
-def _unique(pairs):
-    """dict(pairs), where no name stands twice."""
-    if twice := [name for name, n in Counter(name for name, _ in pairs).items() if n > 1]:
-        raise ValueError(f"two columns are named {twice[0]!r}")
-    return dict(pairs)
+def _object(pairs):
+    """A JSON object, in which no name stands twice."""
+    if len(row := dict(pairs)) < len(pairs):
+        raise ValueError(f"a name stands twice in an object: {', '.join(name for name, _ in pairs)}")
+    return row
 
 
 def _json_rows(file):
     for number, line in enumerate(file, 1):
         if number == 1 and line.lstrip().startswith("["):  # one JSON list instead of lines
-            yield from enumerate(json.loads(line + "".join(file), object_pairs_hook=_unique), 1)
+            yield from enumerate(json.loads(line + "".join(file), object_pairs_hook=_object), 1)
         elif line.strip():
             try:
-                row = json.loads(line, object_pairs_hook=_unique)
+                row = json.loads(line, object_pairs_hook=_object)
             except (ValueError, RecursionError) as error:
                 raise ValueError(f"line {number}: not a JSON line: {getattr(error, 'msg', error)}") from None
             yield number, row
@@ -336,11 +336,13 @@ def _csv_rows(file):
     reader, header = csv.reader(file, strict=True), None
     try:
         for cells in filter(None, reader):  # an empty line has no cells
-            named = {"question", "answer"} <= {cell.lower() for cell in cells}
-            if header is None and len(cells) == 6 and re.fullmatch("[A-D]", cells[5]) and not named:
+            if header is None and len(cells) == 6 and re.fullmatch("[A-D]", cells[5]) and not (
+                    {"question", "answer"} <= {cell.lower() for cell in cells}):
                 header = ["question", "A", "B", "C", "D", "answer"]  # MMLU's own files have no header
             if header is None:
-                header = list(_unique([(name, "") for name in cells]))
+                header = cells
+                if twice := [name for name, n in Counter(header).items() if n > 1]:
+                    raise ValueError(f"line {reader.line_num}: two columns are named {twice[0]!r}")
                 continue
             if len(cells) != len(header):
                 raise ValueError(f"line {reader.line_num}: {len(cells)} cells under {len(header)} columns")
@@ -413,13 +415,17 @@ def _with_system(row, prompt):
     return [{"role": "system", "content": system}, *messages]
 
 
+def _ends_in_reply(prompt):
+    return not isinstance(prompt, str) and prompt[-1]["role"] == "assistant"
+
+
 def _check(prompt, *texts):
-    turns = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-    if not turns[-1]["content"]:
+    said = [prompt] if isinstance(prompt, str) else [text for turn in prompt for text in turn.values()]
+    if not said[-1]:
         raise ValueError("the prompt is empty")
-    if turns[-1]["role"] == "assistant":
-        raise ValueError("the prompt ends in an assistant turn, so there is nothing to reply to")
-    for text in (*(text for turn in turns for text in turn.values()), *texts):
+    if _ends_in_reply(prompt):
+        raise ValueError("the prompt ends in an assistant turn: there is nothing to reply to")
+    for text in (*said, *texts):
         text.encode()  # UnicodeEncodeError, a ValueError, of half a character: no tokenizer takes it
 
 
@@ -470,11 +476,12 @@ def _choice(row):
             completion += f"\nAnswer: {answer}"
     else:
         choices = row["choices"] if "choices" in row else [row[letter] for letter in "abcd"]
-    if not isinstance(choices, list) or not all(isinstance(choice, str | int | float) for choice in choices):
-        raise ValueError("the choices must be a list of texts")
+    if not _text(row, "question"):
+        raise ValueError("the question is empty")
+    texts = [c for c in choices if isinstance(c, str | int | float) and c == c]  # no null, no NaN
+    if not isinstance(choices, list) or not texts == choices or len(texts) > 10:
+        raise ValueError("the choices must be a list of at most 10 texts")
     letters = "ABCDEFGHIJ"[: len(choices)]
-    if len(choices) > len(letters) or not _text(row, "question"):
-        raise ValueError(f"{len(choices)} choices, more than 10" if len(letters) == 10 else "the question is empty")
     if type(answer) is int and 0 <= answer < len(letters):
         answer = letters[answer]
     if answer not in tuple(letters):
@@ -491,8 +498,9 @@ def _plain(row):
     meta = json.loads(meta) if isinstance(meta, str) else meta
     if not isinstance(meta, dict):
         raise ValueError(f"meta is a {type(meta).__name__}, not an object with names")
-    if task == "countdown" and not (re.fullmatch(r"-?\d{1,50}", answer) and isinstance(meta.get("numbers"), list)
-                                    and all(type(number) is int for number in meta["numbers"])):
+    numbers = meta.get("numbers")
+    whole = isinstance(numbers, list) and all(type(number) is int for number in numbers)
+    if task == "countdown" and not (whole and re.fullmatch(r"-?\d{1,50}", answer)):
         raise ValueError("a countdown problem needs a whole number as its answer and whole meta.numbers")
     prompt, completion = _prompt(row["prompt"]), _text(row, "completion")
     return dict(prompt=prompt, answer=answer, completion=completion, task=task, meta=meta)
@@ -539,7 +547,7 @@ def _read(read, place, row):
     except KeyError as error:
         raise ValueError(f"{place}: {error} is missing") from None
     except (TypeError, AttributeError, LookupError, RecursionError) as error:  # a number where a list belongs
-        raise ValueError(f"{place}: a cell holds something else than its column should: {_line(error)}") from None
+        raise ValueError(f"{place}: a cell is not what its column should hold: {_line(error)}") from None
     except ValueError as error:
         raise ValueError(f"{place}: {_line(error)}") from None
 
@@ -851,13 +859,13 @@ def load_preferences(data, split="train", *, limit=0, seed=0, level=None, pairs_
     pairs of a correct and a wrong finished completion of one question, each used once, at most
     pairs_per_question (0: all there are).
     label_tokenizer: hub id or folder of GPT-2's tokenizer, for rows of token ids (lm-human-preferences).
-    dropped: a Counter, which counts what was left out: prompts differ, same reply, empty reply, equal scores,
-    rejected has the higher score; of a samples.csv: unfinished, repeated.
+    dropped: a Counter, which counts what was left out: prompts differ, prompt ends in a reply, same reply,
+    empty reply, equal scores, rejected has the higher score; of a samples.csv: unfinished, repeated.
     Errors: ValueError, one line with file and line number.
     """
     data = str(data)
     if limit < 0 or pairs_per_question < 0:
-        raise ValueError(f"limit {limit} or pairs_per_question {pairs_per_question} is negative: use 0 for all")
+        raise ValueError(f"limit {limit}, pairs_per_question {pairs_per_question}: use 0 for all")
     if data in GENERATED:
         return _sample(_generated_preferences(data, level, seed), limit, seed)
     dropped = Counter() if dropped is None else dropped
@@ -879,8 +887,8 @@ def load_preferences(data, split="train", *, limit=0, seed=0, level=None, pairs_
             other, margin = prompt, None
         else:
             prompt, other, chosen, rejected, margin = _read(_pair, place, row)
-        if prompt != other:
-            dropped["prompts differ"] += 1
+        if prompt != other or _ends_in_reply(prompt):  # as of a few rows of HH
+            dropped["prompts differ" if prompt != other else "prompt ends in a reply"] += 1
             continue
         _read(lambda row: _check(prompt, chosen, rejected), place, row)
         if chosen == rejected:
