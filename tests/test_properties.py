@@ -28,7 +28,7 @@ from common import rewards
 from common.data import SCHEMAS, TASKS, load_examples, load_generations, load_preferences, train_validation
 from common.rewards import extract_answer, normalize_number, safe_arithmetic, same_answer
 
-FILES, VALID, MISTAKES, COMPLETIONS, MARKED, LONG = 800, 150, 150, 400, 200, 60
+FILES, VALID, MISTAKES, COMPLETIONS, MARKED, LONG = 1000, 150, 150, 400, 200, 120
 SECONDS = 0.5  # of CPU time for 20,000 characters: ten times what is wanted, for a slow machine
 
 
@@ -66,38 +66,47 @@ CHAT = st.tuples(*(st.fixed_dictionaries({"role": st.just(role), "content": GOOD
 OPTIONS = st.lists(GOOD, min_size=2, max_size=5)
 IDS = st.lists(st.integers(0, 50_000), min_size=1, max_size=3)
 FLAG = st.sampled_from([0, 1, True, False, "0", "1", "0.0", 1.0])
-META = st.fixed_dictionaries({"numbers": st.lists(st.integers(1, 9), max_size=3)}, optional={"a": SCALAR})
+META = st.fixed_dictionaries({"numbers": st.lists(st.integers(1, 9), max_size=3)},
+                             optional={"a": SCALAR, "day": st.just(date(2001, 2, 3))})
 POST = {"subreddit": GOOD, "title": GOOD, "post": GOOD}
 LIKELY = {
     "answer": st.sampled_from(["7", "so\n#### 1,234", "#### -7.5"]), "Answer": st.sampled_from("ABCD"),
     "solution": GOOD.map("{} so \\boxed{{7}}".format), "messages": CHAT, "chosen": GOOD | CHAT,
     "rejected": GOOD | CHAT, "prompt": GOOD | GOOD | CHAT.map(lambda chat: chat[:1]), "choices": OPTIONS,
     "options": OPTIONS, "correct": FLAG, "label": FLAG, "finished": FLAG,
-    "level": st.integers(0, 5) | st.text(), "task": st.sampled_from(TASKS),
-    "meta": META | META.map(lambda meta: json.dumps(meta, default=str)),
-    "score_chosen": st.integers(0, 2) | st.floats(), "score_rejected": st.integers(-2, 0) | st.floats(),
-    "choice": st.integers(0, 1), "best": st.integers(0, 1), "query": IDS, "sample0": IDS, "sample1": IDS,
+    "level": st.sampled_from([0, 1, 3, "Level 4", "3"]), "task": st.sampled_from(TASKS),
+    "meta": META,
+    "score_chosen": st.sampled_from([1, 2, 2.5, "3", 4, "nan", math.inf]),
+    "score_rejected": st.sampled_from([1, 0, -0.5, "-1", -2, "1e999"]), "choice": st.integers(0, 1),
+    "best": st.integers(0, 1), "query": IDS, "sample0": IDS, "sample1": IDS,
     "info": st.fixed_dictionaries(POST, optional={"article": GOOD}),
     "summaries": st.lists(st.fixed_dictionaries({"text": GOOD}), min_size=2, max_size=2)}
 PAIRS = [("chosen", "rejected"), ("prompt", "chosen", "rejected"), ("info", "summaries", "choice"),
          ("prompt", "chosen", "rejected", "score_chosen", "score_rejected"),
          ("prompt", "completion", "answer", "correct"), ("prompt", "completion", "label"),
          ("prompt", "completion", "answer", "correct", "finished"), ("query", "sample0", "sample1", "best")]
-NAMES = sorted({name for names in [*SCHEMAS, *PAIRS] for name in names} | {*LIKELY, "system"})
+KINDS = [*SCHEMAS, *PAIRS, ("prompt", "answer", "task", "meta"), ("prompt", "answer", "level")]
+NAMES = sorted({name for names in KINDS for name in names} | {*LIKELY, "system"})
 UNKNOWN = ["", "a\nb", "\ud800", "x" * 300, "ANSWER", "0"]
 
 
+DICE = st.randoms(use_true_random=True)  # evenly spread, which what hypothesis draws is not
+
+
 @st.composite
-def tables(draw):
-    """(columns, rows of cells): mostly those of a schema, and in one column anything."""
-    columns = list(draw(st.sampled_from([*SCHEMAS, *PAIRS, *PAIRS])))
-    columns += draw(st.just([]) | st.lists(st.sampled_from(NAMES + UNKNOWN), max_size=2))
+def tables(draw, columns):
+    """(columns, rows of cells): mostly these columns, and in one of them anything."""
+    dice, columns = draw(DICE), list(columns)
+    others = [name for name in NAMES if name not in columns or dice.random() < 0.1]  # or twice the same
+    columns += dice.sample(others + UNKNOWN, dice.choice([0, 0, 1, 2]))
     letters = {*"ABCD"} <= {*columns} or {"choices", "options"} & {*columns}
     likely = LIKELY | {name: st.sampled_from("AB") for name in ("answer", "correct") if letters}
-    odd = draw(st.sampled_from([None] * len(columns) + columns))
-    columns = draw(st.permutations(columns))[draw(st.sampled_from([0] * 9 + [1])):]
+    odd = dice.choice([None, dice.choice(columns)])
+    dice.shuffle(columns)
+    columns = columns[dice.random() < 0.1:]
     cells = [likely.get(name, GOOD) | VALUE if name == odd else likely.get(name, GOOD) for name in columns]
-    return columns, draw(st.lists(st.tuples(*cells), min_size=draw(st.sampled_from([0, 2, 2])), max_size=5))
+    n = dice.choice([0, 1, 2, 3, 4, 5])
+    return columns, draw(st.lists(st.tuples(*cells), min_size=n, max_size=n))
 
 
 def as_json(value):
@@ -151,15 +160,16 @@ BROKEN = [lambda content, at: content[:at], lambda content, at: content[:at] + b
 
 
 @st.composite
-def files(draw):
+def files(draw, columns):
     """(suffix, content)"""
-    suffix = draw(st.sampled_from([".jsonl", ".jsonl", ".json", ".csv", ".csv", ".parquet"]))
-    content = as_bytes(suffix, *draw(tables()))
-    damage = draw(st.sampled_from(SAME * 16 + MARKED_OR_CRLF * (suffix != ".parquet") + BROKEN))
-    content = damage(content, draw(st.integers(0, max(1, len(content)))))
-    if draw(st.sampled_from([False, False, True])):
+    dice = draw(DICE)
+    suffix = dice.choice([".jsonl", ".jsonl", ".json", ".csv", ".csv", ".parquet"])
+    content = as_bytes(suffix, *draw(tables(columns)))
+    damage = dice.choice(SAME * 20 + MARKED_OR_CRLF * (suffix != ".parquet") + BROKEN)
+    content = damage(content, dice.randrange(len(content) + 1))
+    if dice.random() < 0.3:
         content, suffix = gzip.compress(content, 1), suffix + ".gz"
-        content = draw(st.sampled_from(SAME * 6 + BROKEN[:3]))(content, draw(st.integers(0, len(content))))
+        content = dice.choice(SAME * 8 + BROKEN[:3])(content, dice.randrange(len(content)))
     return suffix, content
 
 
@@ -197,12 +207,13 @@ class Letters:
         return "".join(chr(97 + i % 26) for i in ids)
 
 
-@examples(FILES)
-@given(files(), st.integers(0, 3), st.integers(0, 9), st.sampled_from([("1-4", range(1, 5)), (3, [3])]))
-def test_any_file_is_read_rightly_or_refused_in_one_line(tmp_path, monkeypatch, file, limit, seed, level):
-    """FILES files, each read by every loader."""
+@pytest.mark.parametrize("columns", KINDS, ids=" ".join)
+@examples(FILES // len(KINDS))
+@given(st.data(), st.integers(0, 3), st.integers(0, 9), st.sampled_from([("1-4", range(1, 5)), (3, [3])]))
+def test_any_file_is_read_or_refused_in_one_line(tmp_path, monkeypatch, columns, data, limit, seed, level):
+    """FILES files, as many of each kind, each read by every loader."""
     monkeypatch.setattr(common.data, "load_tokenizer", lambda *_: Letters())
-    suffix, content = file
+    suffix, content = data.draw(files(columns))
     path = tmp_path / f"any{suffix}"
     path.write_bytes(content)
     found = loaded(load_examples, path)
@@ -407,8 +418,8 @@ FRACTION = st.builds(Fraction, NUMBER, st.integers(1, 10**6))
 def test_what_is_marked_is_the_answer_whatever_stands_around_it(number, other, before, after, letter):
     """MARKED texts."""
     marked = f"<answer>{number}</answer>"
-    responses = (f"<think>x</think>{marked}", f"<think>{before}</think>{marked}", before + marked + after)
-    for response in responses:
+    responses = [f"<think>x</think>{marked}", f"<think>{before}</think>{marked}", before + marked + after]
+    for response in [*responses, f"<answer>{other}</answer>{before}{marked}"]:  # the last counts
         for finished in (True, False):
             assert extract_answer(response, finished=finished) == str(number)
             for gold in (number, other):
@@ -417,11 +428,14 @@ def test_what_is_marked_is_the_answer_whatever_stands_around_it(number, other, b
         assert rewards.digit([""], [response], [""]) == [1.0]
     assert extract_answer(f"{before}<answer>{letter}</answer>{after}", choices=True) == letter
     assert same_answer(str(number), str(number)) and same_answer(letter, letter)
-    assert rewards.format([""], [f"<think>{before}x</think>{marked}"], [""]) == [1.0]
+    whole = f"<think>{before}x</think>{marked}"
+    assert rewards.format([""] * 3, [whole, whole + after, before + whole], [""] * 3) == [
+        1.0, 0.5 if after.strip() else 1.0, 0.5 if before.strip() else 1.0]
+    assert rewards.mark([""] * 2, [whole, marked + marked], [""] * 2) == [1.0, 0.0]
 
 
 @examples(LONG)
-@given(st.lists(PIECE, min_size=1, max_size=3).map("".join), COMPLETION, COMPLETION, st.sampled_from("7B"))
+@given(PIECE | st.lists(PIECE, max_size=3).map("".join), COMPLETION, COMPLETION, st.sampled_from("7B"))
 def test_twenty_thousand_characters_are_read_at_once(tmp_path, piece, before, after, gold):
     """LONG texts of one piece over and over, as a completion and as the cells of a file."""
     text = f"{before}{(piece or 'x') * 20_000}"[:20_000 - len(after)] + after
