@@ -20,13 +20,13 @@ import random
 import re
 import shutil
 import urllib.request
-import zlib
 from collections import Counter, defaultdict
 from contextlib import suppress
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from datetime import datetime
 from functools import lru_cache, partial
+from math import isfinite
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -198,8 +198,8 @@ URLS = {f"lm-human-preferences{name}": f"{OPENAI}/{file}.json" for name, file in
 
 
 def _rows(data, split):
-    path = Path(data).expanduser()
-    if "," in data and not path.exists():
+    path = Path(os.path.expanduser(data))  # os.path: no error where many joined paths are too long for one
+    if "," in data and not os.path.exists(path):
         if generated := [part for part in data.split(",") if part.strip() in GENERATED]:
             raise ValueError(f"{generated[0]} is generated: no part of other data, as in {data}")
         return itertools.chain.from_iterable(_rows(part.strip(), split) for part in data.split(","))
@@ -211,9 +211,9 @@ def _rows(data, split):
         return _hub_rows(HUB["math500" if (data, split) == ("math", "test") else data], split)
     if data.startswith("mmmlu/"):  # which has no other split
         return _hub_rows([data.replace("mmmlu/", "openai/MMMLU:")], "test")
-    if path.is_dir():
+    if os.path.isdir(path):
         return _file_rows(_split_files(path, split))
-    if path.exists() or _suffix(path) in READERS:
+    if os.path.exists(path) or _suffix(path) in READERS:
         return _file_rows([path])
     if re.fullmatch(r"[\w.-]+/[\w.-]+(:[\w.-]+)?", data):
         return _hub_rows([data], split)
@@ -257,7 +257,8 @@ def _split_files(folder, split):
 
     Where there is no train split (MMLU), dev and validation together.
     """
-    for name in ("validation", "valid", "val", "dev") if split == "validation" else (split,):
+    names = ("validation", "valid", "val", "dev") if split == "validation" else (split,)
+    for name in names if re.fullmatch(r"[\w.-]+", split) else ():  # "" and "/" are no part of a pattern
         patterns = (f"{name}.*", f"{name}-*", f"data/{name}-*", f"{name}/*")
         files = [file for pattern in patterns for file in sorted(folder.glob(pattern))]
         files = [file for file in files if _suffix(file) in READERS]
@@ -282,36 +283,50 @@ def _listing(folder):
 def _file_rows(paths):
     for path in paths:
         suffix = _suffix(path)
-        if not path.exists():
+        if not os.path.exists(path):
             raise ValueError(f"no file {path}: {_listing(path.parent)}")
         if suffix not in READERS:
             raise ValueError(f"{path} is none of {' '.join(READERS)}")
         # utf-8-sig drops the mark Excel puts in front; newline="" leaves the line ends in CSV cells alone.
-        text = {"mode": "rt", "encoding": "utf-8-sig", "newline": "", "errors": "surrogateescape"}
+        text = {"mode": "rt", "encoding": "utf-8-sig", "errors": "surrogateescape", "newline": ""}
         mode = {"mode": "rb"} if suffix == ".parquet" else text
         try:
             with (gzip.open if path.suffix == ".gz" else open)(path, **mode) as file:
                 for number, row in READERS[suffix](file if suffix == ".parquet" else _lines(file)):
                     yield f"{path}: line {number}", row
-        except (ValueError, OSError, EOFError, ImportError, RecursionError, zlib.error) as error:
-            raise ValueError(f"{path}: {str(error).splitlines()[0]}") from None  # also a cut-off gzip
+        except Exception as error:  # gzip, json and pyarrow raise many kinds
+            raise ValueError(f"{path}: {_line(error)}") from None
+
+
+def _line(error):
+    """What an error says, on one line that can be read."""
+    return f"{' '.join((str(error) or type(error).__name__).split()):.1000}"
 
 
 def _lines(file):
     for number, line in enumerate(file, 1):
-        if not line.isascii() and re.search("[\udc80-\udcff]", line):  # what surrogateescape makes of bytes
-            raise ValueError(f"line {number}: not UTF-8: save the file in that encoding")
+        try:
+            line.encode()
+        except UnicodeEncodeError:  # bytes that are no UTF-8 were read as halves of characters
+            raise ValueError(f"line {number}: not utf-8: save the file as UTF-8") from None
         yield line
+
+
+def _object(pairs):
+    """A JSON object, in which no name stands twice."""
+    if len(row := dict(pairs)) < len(pairs):
+        raise ValueError(f"a name stands twice in an object: {', '.join(name for name, _ in pairs)}")
+    return row
 
 
 def _json_rows(lines):
     for number, line in enumerate(lines, 1):
         if number == 1 and line.lstrip().startswith("["):  # one JSON list instead of lines
-            yield from enumerate(json.loads(line + "".join(lines)), 1)
+            yield from enumerate(json.loads(line + "".join(lines), object_pairs_hook=_object), 1)
         elif line.strip():
             try:
-                row = json.loads(line)
-            except (json.JSONDecodeError, RecursionError) as error:
+                row = json.loads(line, object_pairs_hook=_object)
+            except (ValueError, RecursionError) as error:
                 raise ValueError(f"line {number}: not a JSON line: {getattr(error, 'msg', error)}") from None
             yield number, row
 
@@ -321,7 +336,8 @@ def _csv_rows(lines):
     reader, header = csv.reader(lines, strict=True), None
     try:
         for cells in filter(None, reader):  # an empty line has no cells
-            if header is None and len(cells) == 6 and re.fullmatch("[A-D]", cells[5]):
+            if header is None and len(cells) == 6 and re.fullmatch("[A-D]", cells[5]) and not (
+                    {"question", "answer"} <= {cell.lower() for cell in cells}):
                 header = ["question", "A", "B", "C", "D", "answer"]  # MMLU's own files have no header
             if header is None:
                 header = cells
@@ -383,8 +399,8 @@ def _messages(messages):
         messages = [{"role": m["role"], "content": m["content"]} for m in messages]
     except (TypeError, KeyError, AttributeError):
         messages = []
-    if not messages or not all(isinstance(m["content"], str) for m in messages):
-        raise ValueError("chat messages must be a list of {role, content}, the content being text")
+    if not messages or not all(isinstance(text, str) for m in messages for text in m.values()):
+        raise ValueError("chat messages must be a list of {role, content}, both being text")
     return messages
 
 
@@ -399,8 +415,17 @@ def _with_system(row, prompt):
     return [{"role": "system", "content": system}, *messages]
 
 
-def _check_text(*texts):
-    for text in texts:
+def _ends_in_reply(prompt):
+    return not isinstance(prompt, str) and prompt[-1]["role"] == "assistant"
+
+
+def _check(prompt, *texts):
+    said = [prompt] if isinstance(prompt, str) else [text for turn in prompt for text in turn.values()]
+    if not said[-1]:
+        raise ValueError("the prompt is empty")
+    if _ends_in_reply(prompt):
+        raise ValueError("the prompt ends in an assistant turn: there is nothing to reply to")
+    for text in (*said, *texts):
         text.encode()  # UnicodeEncodeError, a ValueError, of half a character: no tokenizer takes it
 
 
@@ -424,7 +449,7 @@ def _gsm8k(row):
     solution, mark, answer = _text(row, "answer").rpartition("####")
     answer = answer.strip().replace(",", "")
     if not mark or not re.fullmatch(r"-?\d+(\.\d+)?", answer):
-        found = f"the answer ends in {row['answer'][-20:]!r}, not in '#### number' as in GSM8K"
+        found = f"the answer ends in {_text(row, 'answer')[-20:]!r}, not in '#### number' as in GSM8K"
         raise ValueError(f"{found}; if it is a plain answer, name the columns prompt and answer")
     solution = re.sub(r"<<[^<>]*>>", "", solution).strip()  # without the calculator annotations
     completion = f"{solution}\n#### {answer}"
@@ -451,8 +476,13 @@ def _choice(row):
             completion += f"\nAnswer: {answer}"
     else:
         choices = row["choices"] if "choices" in row else [row[letter] for letter in "abcd"]
+    if not _text(row, "question"):
+        raise ValueError("the question is empty")
+    texts = [c for c in choices if isinstance(c, str | int | float) and c == c]  # no null, no NaN
+    if not isinstance(choices, list) or not texts == choices or len(texts) > 10:
+        raise ValueError("the choices must be a list of at most 10 texts")
     letters = "ABCDEFGHIJ"[: len(choices)]
-    if isinstance(answer, int) and 0 <= answer < len(letters):
+    if type(answer) is int and 0 <= answer < len(letters):
         answer = letters[answer]
     if answer not in tuple(letters):
         raise ValueError(f"the answer is {answer!r}, not one of {', '.join(letters)}")
@@ -468,8 +498,10 @@ def _plain(row):
     meta = json.loads(meta) if isinstance(meta, str) else meta
     if not isinstance(meta, dict):
         raise ValueError(f"meta is a {type(meta).__name__}, not an object with names")
-    if task == "countdown" and not (re.fullmatch(r"-?\d+", answer) and isinstance(meta.get("numbers"), list)):
-        raise ValueError("a countdown problem needs a whole number as its answer and meta.numbers")
+    numbers = meta.get("numbers")
+    whole = isinstance(numbers, list) and all(type(number) is int for number in numbers)
+    if task == "countdown" and not (whole and re.fullmatch(r"-?\d{1,50}", answer)):
+        raise ValueError("a countdown problem needs a whole number as its answer and whole meta.numbers")
     prompt, completion = _prompt(row["prompt"]), _text(row, "completion")
     return dict(prompt=prompt, answer=answer, completion=completion, task=task, meta=meta)
 
@@ -497,11 +529,10 @@ def _fields(row):
     for columns, read in SCHEMAS.items():
         if row.keys() >= set(columns):
             fields = read(row)
-            if not fields["prompt"]:
-                raise ValueError("the prompt is empty")
             fields["prompt"] = _with_system(row, fields["prompt"])
-            _check_text(prompt_text(fields["prompt"]), fields.get("answer", ""), fields.get("completion", ""))
-            level = re.search(r"\d+", str(row.get("level")))  # 3, "3", "Level 3"; MATH has a few "Level ?"
+            _check(fields["prompt"], fields.get("answer", ""), fields.get("completion", ""))
+            json.dumps(fields.get("meta"))  # TypeError of a date or bytes, which samples.csv could not hold
+            level = re.search(r"\d+", _word(row.get("level")))  # 3, "3", "Level 3"; MATH has a few "Level ?"
             return fields | dict(level=int(level[0]) if level else 0)
     known = " | ".join(",".join(columns) for columns in SCHEMAS)
     raise ValueError(f"the columns {','.join(row)} fit none of the known schemas: {known}")
@@ -515,14 +546,26 @@ def _read(read, place, row):
         return read(row)
     except KeyError as error:
         raise ValueError(f"{place}: {error} is missing") from None
-    except (ValueError, TypeError, AttributeError) as error:  # a number where a list or text belongs
-        raise ValueError(f"{place}: {' '.join(str(error).split())}") from None
+    except (TypeError, AttributeError, LookupError, RecursionError) as error:  # a number where a list belongs
+        raise ValueError(f"{place}: a cell is not what its column should hold: {_line(error)}") from None
+    except ValueError as error:
+        raise ValueError(f"{place}: {_line(error)}") from None
+
+
+TRUE, FALSE = ("1", "1.0", "true"), ("0", "0.0", "false")  # as csv, JSON and pandas write them
+
+
+def _word(value):
+    """A cell as a word, such as "true", "0.0" or "level 3"; "" where it is neither text nor a number."""
+    return str(value).lower() if isinstance(value, str | int | float) else ""
 
 
 def _is_correct(row):
     if "correct" not in row:
         raise ValueError(f"there is no column correct, only {','.join(row)}")
-    return str(row["correct"]) in ("1", "1.0", "True")
+    if _word(row["correct"]) not in TRUE + FALSE:
+        raise ValueError(f"correct is {row['correct']!r}, neither 1 nor 0")
+    return _word(row["correct"]) in TRUE
 
 
 def _sample(rows, limit, seed):
@@ -557,7 +600,7 @@ def load_examples(data, split="train", *, level=None, limit=0, seed=0, filter=""
         if filter and not _read(_is_correct, place, row):
             dropped["wrong"] += 1
             continue
-        if isinstance(row, dict) and "completion" in row and str(row.get("label")).lower() in ("false", "0"):
+        if isinstance(row, dict) and "completion" in row and _word(row.get("label")) in FALSE:
             dropped["label is false"] += 1
             continue
         example = Example(id=number, **_read(_fields, place, row))
@@ -707,7 +750,7 @@ def _answer_of(number, place, row):
 
 def _unusable(row, example, seen):
     """Why an answer of a samples.csv teaches nothing, or "". seen: (prompt text, gold answer, completion)."""
-    if str(row.get("finished", 1)) != "1":
+    if _word(row.get("finished", 1)) not in TRUE:
         return "unfinished"
     if not example.completion.strip():
         return "empty reply"
@@ -757,10 +800,10 @@ def _pair(row):
     """(prompt of chosen, prompt of rejected, chosen, rejected, margin or None) of a row."""
     if row.keys() >= {"info", "summaries", "choice"}:  # summarize-from-feedback, OpenAI's TL;DR
         info, choice = row["info"], row["choice"]
-        if choice not in (0, 1):
-            raise ValueError(f"choice is {choice!r}, not 0 or 1")
-        text = info.get("article")
-        if text is None:
+        if choice not in (0, 1) or len(row["summaries"]) != 2:
+            raise ValueError(f"choice is {choice!r} of {len(row['summaries'])} summaries, not 0 or 1 of 2")
+        text = _text(info, "article")
+        if not text:
             text = f"SUBREDDIT: r/{info['subreddit']}\n\nTITLE: {info['title']}\n\nPOST: {info['post']}"
         prompt, replies = f"{text}\n\nTL;DR:", [summary["text"].strip() for summary in row["summaries"]]
         return prompt, prompt, replies[choice], replies[1 - choice], None
@@ -774,7 +817,10 @@ def _pair(row):
     if any(scores) and not all(scores):
         raise ValueError("only one of score_chosen and score_rejected is a number")
     prompt, other = _with_system(row, prompt), _with_system(row, other)
-    return prompt, other, chosen, rejected, float(scores[0]) - float(scores[1]) if all(scores) else None
+    margin = float(scores[0]) - float(scores[1]) if all(scores) else None
+    if margin is not None and not isfinite(margin):
+        raise ValueError(f"the scores {' and '.join(scores)} have no finite difference")
+    return prompt, other, chosen, rejected, margin
 
 
 FAULTS = {"guess": 2, "cut short": 2, "other answer": 4, "slip": 1}  # of rejected replies, with their shares
@@ -813,11 +859,13 @@ def load_preferences(data, split="train", *, limit=0, seed=0, level=None, pairs_
     pairs of a correct and a wrong finished completion of one question, each used once, at most
     pairs_per_question (0: all there are).
     label_tokenizer: hub id or folder of GPT-2's tokenizer, for rows of token ids (lm-human-preferences).
-    dropped: a Counter, which counts what was left out: prompts differ, same reply, empty reply, equal scores,
-    rejected has the higher score; of a samples.csv: unfinished, repeated.
+    dropped: a Counter, which counts what was left out: prompts differ, prompt ends in a reply, same reply,
+    empty reply, equal scores, rejected has the higher score; of a samples.csv: unfinished, repeated.
     Errors: ValueError, one line with file and line number.
     """
     data = str(data)
+    if limit < 0 or pairs_per_question < 0:
+        raise ValueError(f"limit {limit}, pairs_per_question {pairs_per_question}: use 0 for all")
     if data in GENERATED:
         return _sample(_generated_preferences(data, level, seed), limit, seed)
     dropped = Counter() if dropped is None else dropped
@@ -839,10 +887,11 @@ def load_preferences(data, split="train", *, limit=0, seed=0, level=None, pairs_
             other, margin = prompt, None
         else:
             prompt, other, chosen, rejected, margin = _read(_pair, place, row)
-        _read(lambda row: _check_text(prompt_text(prompt), chosen, rejected), place, row)
-        if prompt != other:
-            dropped["prompts differ"] += 1
-        elif chosen == rejected:
+        if prompt != other or _ends_in_reply(prompt):  # as of a few rows of HH
+            dropped["prompts differ" if prompt != other else "prompt ends in a reply"] += 1
+            continue
+        _read(lambda row: _check(prompt, chosen, rejected), place, row)
+        if chosen == rejected:
             dropped["same reply"] += 1
         elif not chosen.strip() or not rejected.strip():
             dropped["empty reply"] += 1
@@ -883,7 +932,7 @@ def worked_examples(data, n, asked, *, level=None, seed=0) -> list[Example]:
     if not n or not data:
         return []
     texts, splits = {e.text for e in asked}, ["train", "dev"]
-    if data == "mmlu" or Path(data).is_dir():  # where dev is there to be shown
+    if data == "mmlu" or os.path.isdir(data):  # where dev is there to be shown
         splits.reverse()
     try:
         pool = load_examples(data, splits[0], level=level, seed=seed)

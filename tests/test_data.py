@@ -698,8 +698,8 @@ GSM = {"question": "q", "answer": "so\n#### 1,234"}
         ("a.jsonl", '{"messages": [{"role": "user", "content": "q"}]}\n', ["line 1", "assistant turn"]),
         ("a.jsonl", '{"messages": "hello"}\n', ["line 1", "list of {role, content}"]),
         ("a.jsonl.gz", b"no gzip", ["a.jsonl.gz: "]),
-        ("a.jsonl", b"\xff\xfe", ["a.jsonl: line 1", "UTF-8"]),
-        ("a.csv", b"prompt,answer\nx,y\nJos\xe9,z\n", ["a.csv: line 3", "UTF-8"]),
+        ("a.jsonl", b"\xff\xfe", ["a.jsonl: line 1", "not utf-8"]),
+        ("a.csv", b"prompt,answer\nx,y\nJos\xe9,z\n", ["a.csv: line 3", "not utf-8"]),
         ("a.parquet", b"no parquet", ["a.parquet: "]),
         ("a.txt", "hello", ["a.txt", ".jsonl .json .csv .parquet"]),
     ],
@@ -1151,3 +1151,87 @@ def test_a_long_folder_is_not_listed_whole(tmp_path):
     for i in range(50):
         (tmp_path / f"file-{i:02d}.txt").touch()
     assert "file-11.txt and 38 more" in refusal(load_examples, tmp_path / "nowhere.jsonl")
+
+
+@pytest.mark.parametrize("row, parts", [
+    ('{"prompt": "q", "answer": ' + "9" * 5000 + "}", ["4300 digits"]),
+    ('{"prompt": "q", "answer": "1", "answer": "2"}', ["stands twice", "prompt, answer, answer"]),
+    ('{"prompt": "q", "answer": "1", "meta": "' + "[" * 5000 + '"}', ["recursion"]),
+    ('{"a\\nb": "q", "answer": "1"}', ["the columns a b,answer"]),
+    ('{"question": "q", "answer": 5}', ["ends in '5'", "columns prompt and answer"]),
+    ('{"question": "q", "choices": "abcd", "answer": 0}', ["list of at most 10 texts"]),
+    ('{"question": "q", "choices": ["a", null], "answer": 0}', ["list of at most 10 texts"]),
+    ('{"question": "q", "choices": ["a", "b"], "answer": true}', ["the answer is True, not one of A, B"]),
+    ('{"question": "", "choices": ["a", "b"], "answer": 0}', ["the question is empty"]),
+    ('{"prompt": "q", "answer": "1", "task": "countdown", "meta": {"numbers": ["1"]}}', ["meta.numbers"]),
+    ('{"prompt": [{"role": null, "content": "q"}], "answer": "1"}', ["list of {role, content}"]),
+    ('{"prompt": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "r"}], "answer": "1"}',
+     ["ends in an assistant turn"])], ids=lambda value: str(value)[:60])
+def test_rows_that_hold_something_else_are_one_line_with_their_place(tmp_path, row, parts):
+    (tmp_path / "a.jsonl").write_text(f"{json.dumps(QA)}\n{row}\n")
+    message = refusal(load_examples, tmp_path / "a.jsonl")
+    assert [part for part in ["a.jsonl: line 2: ", *parts] if part not in message] == [], message
+
+
+PAIR = {"prompt": "p", "chosen": "a", "rejected": "b"}
+
+
+@pytest.mark.parametrize("row, part", [
+    (PAIR | {"prompt": ""}, "the prompt is empty"),
+    ({"info": {"article": "p"}, "summaries": [{"text": "a"}], "choice": 1}, "choice is 1 of 1 summaries"),
+    ({"info": "p", "summaries": [{"text": "a"}] * 2, "choice": 1}, "not what its column should hold"),
+    (PAIR | {"score_chosen": "nan", "score_rejected": 1}, "nan and 1"),
+    (PAIR | {"score_chosen": "inf", "score_rejected": 1}, "inf and 1"),
+    ({"prompt": "q", "completion": "c", "answer": "1", "correct": None}, "correct is None, neither 1 nor 0")])
+def test_pairs_that_hold_something_else_are_one_line_with_their_place(tmp_path, row, part):
+    message = refusal(load_preferences, lines(tmp_path / "a.jsonl", [row]))
+    assert "a.jsonl: line 1: " in message and part in message
+
+
+def test_flags_are_read_as_csv_json_and_pandas_write_them(tmp_path):
+    for right, wrong in ((True, False), ("true", "false"), (1.0, 0.0), ("1.0", "0.0")):
+        rows = [{"prompt": "p", "completion": completion, "answer": "1", "correct": correct, "finished": good,
+                 "label": good} for completion, correct, good in (("a", right, right), ("b", wrong, right),
+                                                                  ("c", wrong, wrong))]
+        path = lines(tmp_path / "a.jsonl", rows)
+        assert [(e.completion, yes) for e, yes in load_generations([path])] == [("a", True), ("b", False)]
+        assert [e.completion for e in load_examples(path)] == ["a", "b"]
+
+
+def test_a_pair_whose_prompt_ends_in_a_reply_is_left_out_and_counted(tmp_path):
+    """As a few of HH: there is nothing to reply to."""
+    twice = "\n\nHuman: a\n\nAssistant: b\n\nAssistant: "
+    rows = [{"chosen": twice + "c", "rejected": twice + "d"}, {"prompt": "q", "chosen": "a", "rejected": "b"}]
+    (pair,) = load_preferences(lines(tmp_path / "a.jsonl", rows), dropped=(dropped := Counter()))
+    assert pair.prompt == "q" and dropped == {"prompt ends in a reply": 1}
+
+
+def test_mmlus_columns_in_another_order_are_no_row(tmp_path):
+    (tmp_path / "a.csv").write_text("answer,question,A,B,C,D\nB,q,1,2,3,4\n")
+    (e,) = load_examples(tmp_path / "a.csv")
+    assert (e.prompt, e.answer) == ("q\nA) 1\nB) 2\nC) 3\nD) 4", "B")
+
+
+def test_the_line_that_is_not_utf_8_is_named(tmp_path):
+    (tmp_path / "a.csv").write_bytes(b"prompt,answer\nq,1\nq\xff,1\n")
+    assert "a.csv: line 3: not utf-8" in refusal(load_examples, tmp_path / "a.csv")
+
+
+def test_parquet_cells_that_python_or_a_samples_csv_cannot_hold(tmp_path):
+    pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    far, path = pyarrow.array([2**31 - 1], pyarrow.int32()).view(pyarrow.date32()), tmp_path / "a.parquet"
+    for name, cells, part in (("day", far, "days="), ("meta", [{"day": datetime(2001, 2, 3)}], "line 1: ")):
+        parquet.write_table(pyarrow.table({"prompt": ["p"], "answer": ["1"], name: cells}), path)
+        message = refusal(load_examples, path)
+        assert "a.parquet: " in message and part in message
+
+
+def test_odd_paths_splits_and_limits(tmp_path):
+    path = lines(tmp_path / "train.jsonl", [QA])
+    for split in ("", "/", "**", ".."):
+        assert f"no split {split!r}" in refusal(load_examples, tmp_path, split)
+    assert "holds train.jsonl" in refusal(load_generations, [tmp_path])
+    many = ",".join([path] * 200)  # longer than a path may be
+    assert len(load_examples(many)) == 200
+    assert "no file" in refusal(load_examples, "~nobody-of-that-name/a.jsonl")
+    assert "limit -1" in refusal(load_preferences, path, limit=-1)
