@@ -305,7 +305,7 @@ def main(args: Args) -> None:
     args = defaults(args, device, lr={"embedded": 1e-3, "full": 5e-7, "adapter": 1e-5},
                     **dict(data="", system="") if args.pairs else {})
     check(args)
-    dtype, tokenizer = models.choose_dtype(args.dtype, device), models.load_tokenizer(args.model)
+    dtype, tokenizer = models.choose_dtype(args.dtype, device), models.tokenizer_of(args, args.model)
     train, held_out, prompt_ids, longest = data.load_questions(args, tokenizer, args.pairs_per_step)
     fixed, held_pairs = load_pairs(args, tokenizer, dropped := Counter())
     longest = max([longest, *map(len, fixed + held_pairs)])

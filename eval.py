@@ -50,6 +50,8 @@ class Args(RunArgs):
 
     # hub ids, folders, runs or checkpoints, a row of results for each; base: the base of the others
     model: tuple[str, ...] = ("",)
+    tokenizer: str = ""  # hub id or folder of another tokenizer than the model's
+    chat_template: tuple[str, ...] = ()  # file, another model's, or none; values (enable_thinking=false)
     # of the frozen weights and the computation; auto: bfloat16 on CUDA, else float32
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     # keep the frozen decoder layers in 4 bits (bitsandbytes; QLoRA, arXiv 2305.14314)
@@ -123,8 +125,7 @@ def majority(answers, correct):
 def answer_all(sampler, questions, prompts, prompt_ids, reward_functions, args, tokenizer, run, label):
     """Every question's greedy answer (sample 0) and --samples more: rows of samples.csv, of all ranks.
 
-    prompts, prompt_ids: by question id, as text and as tokens. Noise is keyed by (seed, question, sample):
-    the same for all models, slots and ranks.
+    prompts, prompt_ids: by question id, as text and as tokens. Noise is keyed by (seed, question, sample).
     """
     mine, rows = dist.share(questions), []
     for temperature, n in ((0.0, 1), (args.eval_temperature, args.samples)):
@@ -299,7 +300,8 @@ def main(args: Args) -> None:
     reward_functions = rewards.parse_rewards(args.rewards, partial(
         rewards.LearnedReward, dtype=dtype, device=device, tokens_per_batch=16384))
     family = OneBase(args.model, dtype, device, args)
-    tokenizers = {name: models.load_tokenizer(family.names[name]) for name in args.model}
+    tokenizers = {name: models.tokenizer_of(args, next(n for n in (name, *args.model) if n != "base"))
+                  for name in args.model}  # the base is asked by the others' template
     questions, examples, n_all = choose_questions(args, tokenizers[args.model[-1]])
     if args.download_only:
         for name in args.model:
@@ -377,11 +379,12 @@ def replay(run, step, row):
     if "group" not in row:
         raise ValueError(f"{path} has no rollouts; only those of grpo.py can be replayed")
     config = tables.read_config(path)
-    args = argparse.Namespace(**{"quantize": "none"} | config["args"] | {"shard": False})
+    older = {"quantize": "none", "tokenizer": "", "chat_template": ()}
+    args = argparse.Namespace(**older | config["args"] | {"shard": False})
     data.now = datetime.fromisoformat(config.get("begun", str(data.now)))
     folder = weights_before(path, step) or args.model
     device = dist.setup(config["device"].partition(":")[0])
-    dtype, tokenizer = models.choose_dtype(args.dtype, device), models.load_tokenizer(args.model)
+    dtype, tokenizer = models.choose_dtype(args.dtype, device), models.tokenizer_of(args, args.model)
     prompt_ids = data.load_questions(args, tokenizer, 1)[2].get(int(row["id"]))
     if prompt_ids is None:
         raise ValueError(f"question {row['id']} is not in {args.data} any more")

@@ -381,7 +381,7 @@ def main(args: Args) -> None:
     args = defaults(args, device, lr={"embedded": 1e-3, "full": 1e-6, "adapter": 2e-5})
     args.recompute_old |= args.ratio == "sequence"  # whose clip is finer than bfloat16's gap
     check(args)
-    dtype, tokenizer = models.choose_dtype(args.dtype, device), models.load_tokenizer(args.model)
+    dtype, tokenizer = models.choose_dtype(args.dtype, device), models.tokenizer_of(args, args.model)
     reward_functions = rewards.parse_rewards(
         args.rewards, partial(rewards.LearnedReward, dtype=dtype, device=device,
                               tokens_per_batch=args.tokens_per_batch or 8192),

@@ -495,7 +495,7 @@ def main(args: Args) -> None:
     check(args)
     if args.dry_run:
         args.critic_warmup, args.target_kl = 0, 0.0
-    dtype, tokenizer = models.choose_dtype(args.dtype, device), models.load_tokenizer(args.model)
+    dtype, tokenizer = models.choose_dtype(args.dtype, device), models.tokenizer_of(args, args.model)
     reward_functions = rewards.parse_rewards(
         args.rewards, models.check_reward_model,
         partial(rewards.AnswerProbability, tokenizer, args.max_new_tokens))

@@ -244,7 +244,7 @@ def main(args: Args) -> None:
     check(args)
     args.pairs = args.pairs or ("arithmetic" if models.is_embedded(args.model) else "ultrafeedback")
     args.passes = args.passes or (2 if args.pairs in data.GENERATED else 1)
-    dtype, tokenizer = models.choose_dtype(args.dtype, device), models.load_tokenizer(args.model)
+    dtype, tokenizer = models.choose_dtype(args.dtype, device), models.tokenizer_of(args, args.model)
     train, held_out = load_comparisons(args, tokenizer, dropped := Counter())
     longest = max(map(len, train + held_out))
     args.max_steps = args.max_steps or math.ceil(args.passes * len(train) / args.pairs_per_step)

@@ -42,6 +42,7 @@ class Args(TrainArgs):
     # data set name, hub id, or local .jsonl/.csv/.parquet; empty: arithmetic (embedded model), else gsm8k
     data: str = ""
     filter: str = ""  # correct: of a run's samples.csv only the answers that were right
+    train_on: Literal["last", "all"] = "last"  # of a conversation: its last answer, or each of them
     level: str = ""  # difficulty of a generated task, such as 3 or 1-4; empty: the task's own default
     train_questions: int = 0  # questions to train on; 0: all that are not held out
     eval_questions: int = 500  # questions held out of the training split (never of the test split)
@@ -127,6 +128,9 @@ def load_rows(args, tokenizer, dropped):
     if not train:
         raise ValueError(f"--data {args.data}: no row is left (--max-tokens {args.max_tokens}, 0: any); "
                          f"left out: {dict(dropped)}")
+    if args.train_on == "all":
+        train, held_out = ([turn for e in part for turn in data.answered_turns(e)]
+                           for part in (train, held_out))
     if args.dry_run:
         train = sorted(train, key=lambda e: -sum(map(len, encode(e))))[:args.batch_size]
     return train, held_out, {e.id: encode(e) for e in train + held_out}
@@ -139,7 +143,7 @@ def main(args: Args) -> None:
     args, dropped = defaults(args, device, lr={"embedded": 1e-3, "full": 1e-5, "adapter": 2e-4}), Counter()
     if args.epochs <= 0 and not args.max_steps:
         raise ValueError(f"--epochs {args.epochs}: must be more than 0")
-    dtype, tokenizer = models.choose_dtype(args.dtype, device), models.load_tokenizer(args.model)
+    dtype, tokenizer = models.choose_dtype(args.dtype, device), models.tokenizer_of(args, args.model)
     train, held_out, encoded = load_rows(args, tokenizer, dropped)
     longest = max(sum(map(len, encoded[e.id])) for e in train + held_out)
     context = max(longest, max(len(encoded[e.id][0]) for e in train + held_out) + args.max_new_tokens)

@@ -455,7 +455,7 @@ def main(args: Args) -> None:
     device = dist.setup(args.device)
     args = fill(args, device)
     check(args)
-    dtype, tokenizer = models.choose_dtype(args.dtype, device), models.load_tokenizer(args.model)
+    dtype, tokenizer = models.choose_dtype(args.dtype, device), models.tokenizer_of(args, args.model)
     reward_functions = rewards.parse_rewards(
         args.rewards, partial(rewards.LearnedReward, dtype=dtype, device=device,
                               tokens_per_batch=args.tokens_per_batch or 8192),

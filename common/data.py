@@ -492,12 +492,21 @@ def _choice(row):
 
 
 def _plain(row):
-    """prompt and answer, completion or both, and whatever else of an Example a run's samples.csv has kept."""
-    answer, task, meta = _text(row, "answer"), row.get("task"), row.get("meta") or {}
-    task = task if task in TASKS else "math" if answer else "text"
+    """prompt and answer, completion or both, and whatever else of an Example a run's samples.csv has kept.
+
+    Of a list of right answers the first is the answer, and all are in meta["answers"]; none may be empty.
+    """
+    task, meta = row.get("task"), row.get("meta") or {}
     meta = json.loads(meta) if isinstance(meta, str) else meta
     if not isinstance(meta, dict):
         raise ValueError(f"meta is a {type(meta).__name__}, not an object with names")
+    if isinstance(row.get("answer"), list):
+        answers = [_text({"answer": answer}, "answer") for answer in row["answer"]]
+        if not all(answers):
+            raise ValueError("one of the answers is empty")
+        row, meta = row | {"answer": answers[0] if answers else None}, meta | {"answers": answers}
+    answer = _text(row, "answer")
+    task = task if task in TASKS else "math" if answer else "text"
     numbers = meta.get("numbers")
     whole = isinstance(numbers, list) and all(type(number) is int for number in numbers)
     if task == "countdown" and not (whole and re.fullmatch(r"-?\d{1,50}", answer)):
@@ -511,6 +520,36 @@ def _chat(row):
     return dict(prompt=prompt, completion=completion)
 
 
+def _response(row):
+    return _plain({"completion": row["response"]} | row)
+
+
+def _alpaca(row):
+    """Stanford Alpaca's: the input, if there is one, below the instruction."""
+    if row.get("history"):
+        raise ValueError("column history is not read: write the turns as messages")
+    parts = _text(row, "instruction"), _text(row, "input")
+    return dict(prompt="\n\n".join(filter(None, parts)), completion=_text(row, "output"))
+
+
+def _sharegpt(row):
+    """Vicuna's conversations: turns of human and gpt."""
+    roles = {"human": "user", "gpt": "assistant", "bing": "assistant", "chatgpt": "assistant"}
+    names, turns = {"from": "role", "value": "content"}, []
+    for turn in row["conversations"]:
+        turn = {names.get(key, key): value for key, value in turn.items()}
+        turns.append(turn | {"role": roles.get(turn["role"], turn["role"])})
+    return _chat({"messages": turns})
+
+
+def _verl(row):
+    """verl's parquet: chat messages, and what its rule-based reward compares with."""
+    judged = row["reward_model"]
+    if judged.get("style", "rule") != "rule" or judged.get("ground_truth") is None:
+        raise ValueError(f"reward_model is {judged!r:.60}: only style rule, with a ground_truth, is read")
+    return _plain({"prompt": row["prompt"], "answer": judged["ground_truth"]})
+
+
 SCHEMAS = {  # columns that must be there: reader; the first that fits is taken
     ("question", "A", "B", "C", "D", "answer"): _choice,
     ("Question", "A", "B", "C", "D", "Answer"): _choice,
@@ -519,7 +558,11 @@ SCHEMAS = {  # columns that must be there: reader; the first that fits is taken
     ("problem", "solution"): _math,
     ("problem", "answer"): _math,
     ("messages",): _chat,
+    ("conversations",): _sharegpt,
+    ("instruction", "output"): _alpaca,
+    ("prompt", "reward_model"): _verl,
     ("prompt", "completion"): _plain,
+    ("prompt", "response"): _response,
     ("prompt", "answer"): _plain,
     ("question", "answer"): _gsm8k,
 }
@@ -619,6 +662,17 @@ def load_examples(data, split="train", *, level=None, limit=0, seed=0, filter=""
         if not examples:
             raise ValueError(f"{data} has no row of level {level}")
     return _sample(examples, limit, seed)
+
+
+def answered_turns(example) -> list[Example]:
+    """An example for each answer in a conversation; the last is the example itself, the ids of others are
+    below 0.
+    """
+    if isinstance(example.prompt, str):
+        return [example]
+    earlier = [i for i, turn in enumerate(example.prompt) if turn["role"] == "assistant" and i]
+    return [*(replace(example, id=-1 - 1000 * example.id - i, prompt=_prompt(example.prompt[:i]), answer="",
+                      completion=example.prompt[i]["content"]) for i in earlier), example]
 
 
 def carve(rows, *, n_train=0, n_validation=0, seed=0, name="the data"):

@@ -10,6 +10,7 @@ import os
 import re
 import socket
 import sys
+from contextlib import suppress
 from functools import lru_cache, partial
 from pathlib import Path
 from urllib.parse import urlparse
@@ -143,6 +144,32 @@ def load_tokenizer(name: str, flag: str = "--model"):
         name, trust_remote_code=False), flag)
     if tokenizer.eos_token_id is None:
         raise ValueError(f"{flag} {name}: its tokenizer has no eos_token; set one in tokenizer_config.json")
+    return tokenizer
+
+
+def tokenizer_of(args, name: str):
+    """--tokenizer, else the model's own, with --chat-template; what a run trains is saved with it.
+
+    Errors: ValueError: no such template, or nothing in it has the name of a value.
+    """
+    tokenizer = load_tokenizer(args.tokenizer, "--tokenizer") if args.tokenizer else load_tokenizer(name)
+    for word in args.chat_template:
+        key, given, value = word.partition("=")
+        if word == "none":
+            tokenizer.chat_template = None
+        elif given and key.isidentifier():
+            if not re.search(rf"\b{key}\b", str(tokenizer.chat_template)):
+                raise ValueError(f"--chat-template {word}: nothing in the model's template is called {key}")
+            with suppress(ValueError):  # else it is text
+                value = json.loads(value)
+            template = tokenizer.get_chat_template()
+            tokenizer.chat_template = f"{{% set {key} = {json.dumps(value)} %}}{template}"
+        elif Path(word).is_file():
+            tokenizer.chat_template = Path(word).read_text(encoding="utf-8")
+        elif not (template := load_tokenizer(word, "--chat-template").chat_template):
+            raise ValueError(f"--chat-template {word}: that model has no chat template")
+        else:
+            tokenizer.chat_template = template
     return tokenizer
 
 

@@ -65,6 +65,8 @@ def _in_ascii(text):
     def plain(c):
         if unicodedata.decomposition(c).startswith("<fraction>"):
             return " " + unicodedata.normalize("NFKC", c).replace("\u2044", "/")
+        if unicodedata.category(c) == "Cf":  # zero-width and direction marks
+            return ""
         return str(unicodedata.digit(c)) if unicodedata.category(c) == "Nd" else _SIGNS.get(c, c)
 
     if text.isascii():
@@ -190,7 +192,9 @@ def same_answer(given: str, gold: str) -> bool:
     if max(len(given), len(gold)) > 1000:
         return False
     same = same_number(given, gold)
-    return _plain_text(given) == _plain_text(gold) != "" if same is None else same
+    if same is None:
+        return _plain_text(given) == _plain_text(gold) != "" or given.strip() == gold.strip() != ""
+    return same
 
 
 _OPERATORS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv}
@@ -282,7 +286,7 @@ def _stated(text):
 
 
 def _first_number(values, alone=True):
-    return next((value.strip(" *") for value in values if _quantity(value.strip(), alone)), None)
+    return next((value.strip(" *\t\r") for value in values if _quantity(value.strip(), alone)), None)
 
 
 def extract_answer(text: str, choices: bool = False, finished: bool = True) -> str | None:
@@ -344,6 +348,7 @@ def extract_choice(text: str) -> str | None:
     After </think>: the tag or box, else "the answer is (B)" ("Ìdáhùn ni B", "答案是B"), "option B",
     "B is correct", a last line "B" or "...: B", or "B) ..." if it is the only option that is written out.
     """
+    text = re.sub(r"(?<!\w)[À-ÅÇ-Ëà-åç-ë](?!\w)", "", text)  # a word of its own, no letter
     tail = _fold(text.rpartition("</think>")[2].partition("<think>")[0].strip())
     if marked := _marked(tail):
         marked = _undress(marked[:300])
@@ -366,7 +371,7 @@ def correctness(prompts, responses, answers, tasks=None, metas=None, finished=No
 
     `tasks` picks the check: "choice" compares letters; "countdown" wants an expression over
     `metas[i]["numbers"]`, each used at most once, worth the gold answer ("= gold" may follow it); all others
-    use `same_answer`.
+    use `same_answer`, where `metas[i]["answers"]` names several with any of them.
     """
     rewards = []
     for i, (response, answer) in enumerate(zip(responses, answers, strict=True)):
@@ -378,9 +383,15 @@ def correctness(prompts, responses, answers, tasks=None, metas=None, finished=No
             right = safe_arithmetic(expression) == int(answer) and not used - Counter(metas[i]["numbers"])
             right = right and (not equals or same_answer(result, answer))
         else:
-            right = same_answer(given, answer)
+            right = any(same_answer(given, gold) for gold in gold_answers(answer, metas, i))
         rewards.append(float(right))
     return rewards
+
+
+def gold_answers(answer, metas, i):
+    """All that are right: of data that names several, else the one."""
+    answers = metas[i].get("answers") if metas else None
+    return answers if isinstance(answers, list) and all(isinstance(a, str) for a in answers) else [answer]
 
 
 def format(prompts, responses, answers, **columns) -> list[float]:
@@ -428,18 +439,22 @@ def _exactly(given, gold):
     return (a - b).xreplace(exact).equals(0) is True
 
 
-def math(prompts, responses, answers, finished=None, **columns) -> list[float]:
+def math(prompts, responses, answers, metas=None, finished=None, **columns) -> list[float]:
     """1 where the extracted answer equals the gold answer, by `same_answer` or by math_verify."""
     import math_verify
+
+    def equal(given, gold):
+        if same_answer(given, gold):
+            return True
+        if not 0 < len(given) <= 1000 or same_number(given, gold) is not None:
+            return False
+        a, b = (math_verify.parse(f"\\boxed{{{_in_ascii(text)}}}") for text in (given, gold))
+        return bool(a and b) and math_verify.verify(b, a) and _exactly(a, b)
 
     rewards = []
     for i, (response, answer) in enumerate(zip(responses, answers, strict=True)):
         given = extract_answer(response, finished=not finished or finished[i]) or ""
-        right = same_answer(given, answer)
-        if not right and 0 < len(given) <= 1000 and same_number(given, answer) is None:
-            parsed, gold = (math_verify.parse(f"\\boxed{{{_in_ascii(text)}}}") for text in (given, answer))
-            right = bool(parsed and gold) and math_verify.verify(gold, parsed) and _exactly(parsed, gold)
-        rewards.append(float(right))
+        rewards.append(float(any(equal(given, gold) for gold in gold_answers(answer, metas, i))))
     return rewards
 
 

@@ -68,6 +68,8 @@ class TrainArgs(RunArgs):
 
     # ---- model ----
     model: str = ""  # hub id, local folder or run directory; empty: the embedded model
+    tokenizer: str = ""  # hub id or folder of another tokenizer than the model's
+    chat_template: tuple[str, ...] = ()  # file, another model's, or none; values (enable_thinking=false)
     # of the frozen weights and the computation; auto: bfloat16 on CUDA, else float32
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     full: bool = False  # train all weights (kept in float32) instead of an adapter

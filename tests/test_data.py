@@ -16,6 +16,7 @@ from transformers import AutoTokenizer
 import common.data
 from common import rewards
 from common.data import (
+    answered_turns,
     Example,
     batch_indices,
     carve,
@@ -1145,6 +1146,62 @@ def test_columns_of_one_name_dates_and_bytes_are_refused(tmp_path):
         parquet.write_table(pyarrow.table({"prompt": ["p"], "answer": [value]}), tmp_path / "a.parquet")
         message = refusal(load_examples, tmp_path / "a.parquet")
         assert "line 1: column answer holds a " + type(value).__name__ in message
+
+
+# Rows of other tools
+
+
+def test_rows_of_other_tools(tmp_path):
+    """Alpaca's, ShareGPT's, verl's, and two columns by other names."""
+    chat = [{"from": "system", "value": "S"}, {"from": "human", "value": "1+2?"}, {"from": "gpt", "value": "3"}]
+    rows = {
+        "alpaca": ({"instruction": "Add.", "input": "1 2", "output": "3"}, ("Add.\n\n1 2", "", "3")),
+        "alpaca without input": ({"instruction": "Add.", "input": "", "output": "3"}, ("Add.", "", "3")),
+        "sharegpt": ({"conversations": chat}, ([{"role": "system", "content": "S"},
+                                                {"role": "user", "content": "1+2?"}], "", "3")),
+        "verl": ({"data_source": "openai/gsm8k", "prompt": [{"role": "user", "content": "1+2?"}], "ability": "x",
+                  "reward_model": {"style": "rule", "ground_truth": "3"}}, ("1+2?", "3", "")),
+        "response": ({"prompt": "1+2?", "response": "3", "answer": "3"}, ("1+2?", "3", "3"))}
+    for name, (row, expected) in rows.items():
+        (e,) = load_examples(lines(tmp_path / "a.jsonl", [row]))
+        assert (e.prompt, e.answer, e.completion) == expected, name
+    for row, part in (({"instruction": "a", "output": "b", "history": [["x", "y"]]}, "history is not read"),
+                      ({"prompt": "q", "reward_model": {"style": "model"}}, "only style rule"),
+                      ({"conversations": [{"from": "human", "value": "x"}]}, "must end in an assistant turn"),
+                      ({"conversations": chat + [{"from": "tool", "value": "x", "name": "f"}]}, "has name")):
+        assert part in refusal(load_examples, lines(tmp_path / "a.jsonl", [row]))
+
+
+def test_verls_parquet(tmp_path):
+    pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    rows = [{"data_source": "gsm8k", "prompt": [{"role": "user", "content": f"{i}?"}], "extra_info": {"index": i},
+             "reward_model": {"style": "rule", "ground_truth": str(i)}} for i in range(3)]
+    parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "train.parquet")
+    assert [(e.prompt, e.answer) for e in load_examples(tmp_path / "train.parquet")] == [
+        ("0?", "0"), ("1?", "1"), ("2?", "2")]
+
+
+def test_several_right_answers(tmp_path):
+    """Any of them is right; they go with the question, into samples.csv and back."""
+    path = lines(tmp_path / "a.jsonl", [{"prompt": "Capital?", "answer": ["Paris", "paris, France"]}])
+    (e,) = load_examples(path)
+    assert e.answer == "Paris" and e.meta == {"answers": ["Paris", "paris, France"]}
+    given = [f"<answer>{text}</answer>" for text in ("Paris", "paris, France", "Lyon", "")]
+    assert rewards.judge([e] * 4, given) == [1, 1, 0, 0]
+    row = {"prompt": e.text, "answer": e.answer, "completion": "x", "meta": json.dumps(e.meta), "task": e.task}
+    assert load_examples(lines(tmp_path / "b.jsonl", [row]))[0].meta == e.meta
+    assert "empty" in refusal(load_examples, lines(tmp_path / "c.jsonl", [{"prompt": "q", "answer": ["a", ""]}]))
+
+
+def test_each_answer_of_a_conversation():
+    """--train-on all: with all that was said before it, and nothing behind it."""
+    turns = [{"role": role, "content": text} for role, text in (
+        ("system", "S"), ("user", "a"), ("assistant", "b"), ("user", "c"))]
+    first, last = answered_turns(Example(7, turns, completion="d"))
+    assert (first.prompt, first.completion) == (turns[:2], "b") and last == Example(7, turns, completion="d")
+    assert first.id < 0 and answered_turns(Example(7, "a", completion="b")) == [Example(7, "a", completion="b")]
+    ids = [e.id for i in range(20) for e in answered_turns(Example(i, turns[1:], completion="d"))]
+    assert len(set(ids)) == 40
 
 
 def test_a_long_folder_is_not_listed_whole(tmp_path):

@@ -1,5 +1,6 @@
 """common/models.py: adapters and models on disk, what is merged and saved, and what is refused by name."""
 
+import copy
 import json
 import os
 import subprocess
@@ -7,6 +8,7 @@ import sys
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
+from unittest import mock
 
 import pytest
 import torch
@@ -14,8 +16,10 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
-from common import models
+import eval
+from common import data, models
 from grpo import Sampler, adapter_tensors, add_lora, merged_state_dict
+from tests.commands import run
 from tests.tiny_models import (
     EXTRA,
     KINDS,
@@ -480,3 +484,57 @@ def test_a_model_in_bfloat16_is_the_one_that_transformers_loads(tmp_path, kind):
         assert a.dtype == b.dtype and torch.equal(a, b), name
     ids = torch.tensor(some_prompts((400,)))
     assert torch.equal(ours(ids).logits, theirs.eval()(ids).logits)
+
+
+# Other tokenizers and chat templates
+
+
+def template_args(*chat_template, tokenizer=""):
+    return SimpleNamespace(tokenizer=tokenizer, chat_template=chat_template)
+
+
+def test_another_template_and_values_in_it(tmp_path):
+    """A file, another model's, none; what nothing in the template is called is refused."""
+    (tmp_path / "t.jinja").write_text(
+        "{% if thinking is defined and not thinking %}[quick]{% endif %}"
+        "{% for m in messages %}<{{ m.content }}>{% endfor %}{{ level }}")
+    file, own = str(tmp_path / "t.jinja"), models.load_tokenizer("")
+
+    def prompt(*words):
+        tokenizer = models.tokenizer_of(template_args(*words), "")
+        return tokenizer.decode(data.encode_prompt(tokenizer, "x"))
+
+    assert prompt() == own.decode(data.encode_prompt(own, "x"))
+    assert prompt(file) == "<x>" and prompt(file, "thinking=false") == "[quick]<x>"
+    assert prompt(file, "thinking=true", "level=high") == "<x>high" and prompt("none") == "x"
+    tokenizer = models.tokenizer_of(template_args(file, "thinking=false"), "")
+    tokenizer.save_pretrained(tmp_path / "saved")  # as beside what a run trains
+    assert prompt(str(tmp_path / "saved")) == "[quick]<x>"
+    for words, part in ((["depth=3"], "called depth"), ([str(tmp_path)], "no tokenizer in that folder")):
+        with pytest.raises(ValueError, match=part):
+            models.tokenizer_of(template_args(*words), "")
+    other = copy.deepcopy(own)
+    other.chat_template = None
+    other.save_pretrained(tmp_path / "plain")
+    with pytest.raises(ValueError, match="has no chat template"):
+        models.tokenizer_of(template_args(str(tmp_path / "plain")), "")
+    assert models.tokenizer_of(template_args(tokenizer=str(tmp_path / "plain")), "").chat_template is None
+
+
+def test_a_template_goes_with_what_a_run_trains(tmp_path):
+    """Also to the base, in an evaluation beside the run."""
+    (tmp_path / "t.jinja").write_text("{% for m in messages %}{{ m.content }}{% endfor %} = {{ hint }}")
+    run("--max-steps", 1, "--prompts-per-step", 2, "--num-generations", 2, "--max-new-tokens", 4, "--out", "a",
+        "--eval-questions", 2, "--train-questions", 4, "--chat-template", "t.jinja", "hint=7", cwd=tmp_path,
+        script="grpo.py")
+    (tmp_path / "t.jinja").unlink()
+    asked = []
+    original = eval.Sampler.sample
+
+    def sample(self, prompts, *more):
+        asked.extend(models.load_tokenizer("").decode(p) for p in prompts)
+        return original(self, prompts, *more)
+
+    with mock.patch.object(eval.Sampler, "sample", sample):
+        run("--model", "base", "a", "--limit", 2, "--max-new-tokens", 4, "--out", "e", cwd=tmp_path)
+    assert len(asked) >= 4 and all(text.endswith("= 7") for text in asked)

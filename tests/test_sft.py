@@ -1,5 +1,8 @@
 """sft.py's own blocks: the loss is the completions' alone, whatever the micro-batches, and it learns."""
 
+import json
+from collections import Counter
+
 import pytest
 import torch
 
@@ -156,3 +159,25 @@ def test_the_rows_are_what_the_chat_template_writes(prompt, completion):
     whole = tokenizer(tokenizer.apply_chat_template(messages, tokenize=False))["input_ids"]
     assert whole[:len(p) + len(c)] == p + c
     assert c.count(tokenizer.eos_token_id) == 1 and c[-1] == tokenizer.eos_token_id
+
+
+def test_train_on_all_answers_of_a_conversation(tmp_path):
+    """A conversation is trained or held out as a whole; a row of one question is as before."""
+    def turns(i, n):
+        return [{"role": role, "content": f"{role[0]}{i}.{k}"} for k in range(n) for role in ("user", "assistant")]
+
+    rows = [{"messages": turns(i, 1 + i % 3)} for i in range(9)]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    tokenizer = tiny_tokenizer()
+    parts = {}
+    for train_on in ("last", "all"):
+        args = sft.Args(data=str(tmp_path / "a.jsonl"), eval_questions=2, train_on=train_on)
+        train, held_out, encoded = sft.load_rows(args, tokenizer, Counter())
+        parts[train_on] = [{e.completion for e in part} for part in (train, held_out)]
+        assert all(tokenizer.decode(encoded[e.id][1][:-1]) == e.completion for e in train + held_out)
+        assert all(e.completion.replace("a", "u") in tokenizer.decode(encoded[e.id][0]) for e in train + held_out)
+    last, every = parts["last"], parts["all"]
+    assert len(last[0] | last[1]) == 9 and every[0] | every[1] == {f"a{i}.{k}" for i in range(9)
+                                                                 for k in range(1 + i % 3)}
+    for some, more in zip(last, every):
+        assert some <= more and {text.split(".")[0] for text in some} == {text.split(".")[0] for text in more}
