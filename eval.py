@@ -145,8 +145,7 @@ def answer_all(sampler, questions, prompts, prompt_ids, reward_functions, args, 
 
 def scored_rows(flat, prompts, reward_functions, args, temperature, run):
     """Rows of samples.csv from (question, sample, Completion, text) of one temperature."""
-    questions, texts = [e for e, *_ in flat], [text for *_, text in flat]
-    shown = [prompts[e.id] for e in questions]
+    questions, texts, shown = zip(*((e, text, prompts[e.id]) for e, _, _, text in flat))
     scored = rewards.score(reward_functions, questions, texts, shown, args.reward_timeout,
                            [c.finished for _, _, c, _ in flat])
     if scored["error"]:
@@ -385,7 +384,8 @@ def replay(run, step, row):
     folder = weights_before(path, step) or args.model
     device = dist.setup(config["device"].partition(":")[0])
     dtype, tokenizer = models.choose_dtype(args.dtype, device), models.tokenizer_of(args, args.model)
-    prompt_ids = data.load_questions(args, tokenizer, 1)[2].get(int(row["id"]))
+    prompt_ids = data.load_questions(
+        args, tokenizer, 1, rewards.need_gold(args.rewards))[2].get(int(row["id"]))
     if prompt_ids is None:
         raise ValueError(f"question {row['id']} is not in {args.data} any more")
     sampler = OneBase([folder], dtype, device, args).sampler(folder, tokenizer, 0)

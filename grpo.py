@@ -48,6 +48,7 @@ class Args(TrainArgs):
 
     # data set name, hub id, or local .jsonl/.csv/.parquet; empty: arithmetic (embedded model), else gsm8k
     data: str = ""
+    label_tokenizer: str = "openai-community/gpt2"  # of preferences that are token ids: hub id or folder
     level: str = ""  # difficulty of a generated task, such as 3 or 1-4; empty: the task's own default
     train_questions: int = 0  # questions to train on; 0: all that are not held out
     eval_questions: int = 500  # questions held out of the training split (never of the test split)
@@ -248,10 +249,6 @@ def score_rollouts(rollouts, reward_functions, args, run):
     for i, r in enumerate(rollouts):
         r.rewards = {name: values[i] for name, values in scored["rewards"].items()}
         r.reward, r.correct = scored["total"][i], scored["correct"][i]
-        if args.overlong_buffer and reward_functions:  # evaluation only asks what is right
-            r.rewards["overlong"] = overlong_penalty(
-                len(r.completion.ids), args.max_new_tokens, args.overlong_buffer)
-            r.reward += r.rewards["overlong"]
     if scored["error"]:
         run.print(f"step {run.state.step}: {scored['error']}")
 
@@ -272,6 +269,10 @@ def collect(sampler, train, prompt_ids, reward_functions, args, state, tokenizer
             fresh = sample_rollouts(sampler, questions, prompt_ids, args, state.step, tokenizer, run)
         with run.phase("reward"):
             score_rollouts(fresh, reward_functions, args, run)
+        for r in fresh if args.overlong_buffer else ():
+            r.rewards["overlong"] = overlong_penalty(
+                len(r.completion.ids), args.max_new_tokens, args.overlong_buffer)
+            r.reward += r.rewards["overlong"]
         rollouts += fresh
         if not args.dynamic_sampling:
             return rollouts, set(range(drawn))
@@ -347,8 +348,11 @@ def loss_metrics(sums, rollouts, args, device):
             "tokens_trained": sums["tokens"], "rows_trained": sums["rows"]}
 
 
-def evaluate(sampler, questions, prompt_ids, args, step, tokenizer, run):
-    """Held-out questions, split over the ranks: a greedy answer to each, --eval-samples more; to eval.csv."""
+def evaluate(sampler, questions, prompt_ids, reward_functions, args, step, tokenizer, run):
+    """Held-out questions, split over the ranks: a greedy answer to each, --eval-samples more; to eval.csv.
+
+    reward_functions: what judges them where they have no gold answer.
+    """
     rows, mine = [], dist.share(questions)
     for temperature, n in ((0.0, 1), (args.eval_temperature, args.eval_samples)):
         keys = [[noise_key(args.seed, EVALUATION, e.id, g) for g in range(n)] for e in mine]
@@ -356,7 +360,7 @@ def evaluate(sampler, questions, prompt_ids, args, step, tokenizer, run):
                                  temperature, run, run.counter("evaluation"))
         rollouts = [Rollout(e, e.id, g, [], completion, completion.text(tokenizer))
                     for e, row in zip(mine, completions) for g, completion in enumerate(row)]
-        score_rollouts(rollouts, [], args, run)
+        score_rollouts(rollouts, [] if questions[0].answer else reward_functions, args, run)
         rows += [r.row(step) | {"sample": r.sample + (temperature > 0), "temperature": temperature}
                  for r in rollouts]
     run.log_evaluation(step, dist.gather_rows(rows, "id", "sample"), ks=args.eval_k)
@@ -386,7 +390,8 @@ def main(args: Args) -> None:
         args.rewards, partial(rewards.LearnedReward, dtype=dtype, device=device,
                               tokens_per_batch=args.tokens_per_batch or 8192),
         partial(rewards.AnswerProbability, tokenizer, args.max_new_tokens))
-    train, held_out, prompt_ids, longest = data.load_questions(args, tokenizer, args.prompts_per_step)
+    train, held_out, prompt_ids, longest = data.load_questions(
+        args, tokenizer, args.prompts_per_step, gold=rewards.need_gold(args.rewards))
     if args.download_only:
         return models.download(args.model)
 
@@ -423,7 +428,7 @@ def main(args: Args) -> None:
             model, params, sampler, [prompt_ids[e.id] for e in train[:3]], args, args.temperature,
             token_logprobs, completion_logprobs, make_batch, use_adapter))
         if state.step == 0 and not args.dry_run:
-            evaluate(sampler, held_out, prompt_ids, args, 0, tokenizer, run)
+            evaluate(sampler, held_out, prompt_ids, reward_functions, args, 0, tokenizer, run)
 
     last, stop = run.is_last(state), False
     while not (last or stop):
@@ -478,7 +483,7 @@ def main(args: Args) -> None:
         # ---- evaluate ----
         if state.step % args.eval_every == 0 or last:
             with autocast():
-                evaluate(sampler, held_out, prompt_ids, args, state.step, tokenizer, run)
+                evaluate(sampler, held_out, prompt_ids, reward_functions, args, state.step, tokenizer, run)
 
         # ---- save ----
         stop = run.save(due=state.step % args.save_every == 0 or last)

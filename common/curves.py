@@ -11,6 +11,7 @@ from common.tables import read_csv
 PANELS = (
     ("reward", ("reward",), "mean reward"),
     ("held-out pass@1", ("eval/pass@1", "pass@1"), "share of questions"),
+    ("held-out reward", ("eval/reward",), "mean"),
     ("held-out ranking accuracy", ("eval/ranking_accuracy",), "share of pairs"),
     ("loss", ("eval/loss", "loss"), "loss"),
     ("KL to the start", ("kl",), "nats per token"),

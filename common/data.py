@@ -550,6 +550,10 @@ def _verl(row):
     return _plain({"prompt": row["prompt"], "answer": judged["ground_truth"]})
 
 
+def _prompt_of_pair(row):
+    return dict(prompt=_pair(row)[0])
+
+
 SCHEMAS = {  # columns that must be there: reader; the first that fits is taken
     ("question", "A", "B", "C", "D", "answer"): _choice,
     ("Question", "A", "B", "C", "D", "Answer"): _choice,
@@ -565,12 +569,16 @@ SCHEMAS = {  # columns that must be there: reader; the first that fits is taken
     ("prompt", "response"): _response,
     ("prompt", "answer"): _plain,
     ("question", "answer"): _gsm8k,
+    ("chosen", "rejected"): _prompt_of_pair,
+    ("info", "summaries", "choice"): _prompt_of_pair,
+    ("prompt",): _plain,
 }
+BESIDE_A_PROMPT = {"prompt", "system", "level", "id"}  # another column may be an answer by a wrong name
 
 
 def _fields(row):
     for columns, read in SCHEMAS.items():
-        if row.keys() >= set(columns):
+        if row.keys() >= set(columns) and (columns != ("prompt",) or row.keys() <= BESIDE_A_PROMPT):
             fields = read(row)
             fields["prompt"] = _with_system(row, fields["prompt"])
             _check(fields["prompt"], fields.get("answer", ""), fields.get("completion", ""))
@@ -618,8 +626,8 @@ def _sample(rows, limit, seed):
     return [rows[i] for i in sorted(random.Random(seed).sample(range(len(rows)), limit))]
 
 
-def load_examples(data, split="train", *, level=None, limit=0, seed=0, filter="", dropped=None
-                  ) -> list[Example]:
+def load_examples(data, split="train", *, level=None, limit=0, seed=0, filter="", dropped=None,
+                  label_tokenizer="openai-community/gpt2") -> list[Example]:
     """The examples of a data set, in its own order.
 
     data: a name in GENERATED or HUB, "mmmlu/LOCALE", "org/name[:config]" on the hub, a local .jsonl, .json,
@@ -627,7 +635,8 @@ def load_examples(data, split="train", *, level=None, limit=0, seed=0, filter=""
     several of these joined by commas.
     level: 3 or "1-4". limit: at most so many rows, drawn with the seed; 0 for all (10,000 generated ones).
     filter="correct": of a run's samples.csv, the rows with correct = 1, each (prompt, completion) once.
-    dropped: a Counter, which counts what was left out: label is false; by the filter: wrong, repeated.
+    dropped: a Counter, which counts what was left out: label is false, prompt ends in a reply (a few pairs of
+    HH); by the filter: wrong, repeated. Of preferences the prompts are taken; label_tokenizer: as there.
     Errors: ValueError, one line with file and line number.
     """
     data = str(data)
@@ -638,13 +647,20 @@ def load_examples(data, split="train", *, level=None, limit=0, seed=0, filter=""
     if data in GENERATED:
         return _generate(data, split, level, limit, seed, filter)
     dropped = Counter() if dropped is None else dropped
-    examples, seen, number = [], set(), -1
+    examples, seen, tokenizer, number = [], set(), None, -1
     for number, (place, row) in enumerate(_rows(data, split)):
         if filter and not _read(_is_correct, place, row):
             dropped["wrong"] += 1
             continue
         if isinstance(row, dict) and "completion" in row and _word(row.get("label")) in FALSE:
             dropped["label is false"] += 1
+            continue
+        if isinstance(row, dict) and row.keys() >= {"query", "sample0", "sample1", "best"}:
+            tokenizer = tokenizer or load_tokenizer(label_tokenizer, "--label-tokenizer")
+            row = {"prompt": _read(partial(_best_of, tokenizer=tokenizer), place, row)[0]}
+        elif isinstance(row, dict) and row.keys() >= {"chosen", "rejected"} and _ends_in_reply(
+                _read(_pair, place, row)[0]):
+            dropped["prompt ends in a reply"] += 1
             continue
         example = Example(id=number, **_read(_fields, place, row))
         key = example.text, example.completion
@@ -697,16 +713,16 @@ def carve(rows, *, n_train=0, n_validation=0, seed=0, name="the data"):
 
 
 def train_validation(data, *, n_train=0, n_validation=0, level=None, seed=0, filter="", dropped=None,
-                     keep=None):
+                     keep=None, **more):
     """(train, validation): lists of Example of exactly these sizes, shuffled; no prompt text stands in both.
 
     Validation is carved from the train split (a local file: from that file), never the official test split.
     n_train = 0 takes all the rest. keep: which of the rows to use, before the split (of a generated task,
-    whose problems are made in the asked number, after it).
+    whose problems are made in the asked number, after it). more: as in `load_examples`.
     Errors: ValueError as in `load_examples`, or if there are too few rows.
     """
     if str(data) not in GENERATED:
-        rows = load_examples(data, "train", level=level, filter=filter, dropped=dropped)
+        rows = load_examples(data, "train", level=level, filter=filter, dropped=dropped, **more)
         kept = [row for row in rows if keep is None or keep(row)]
         name = f"{data} (left out: {dict(dropped or {}) or len(rows) - len(kept)})"
         return carve(kept, n_train=n_train, n_validation=n_validation, seed=seed,
@@ -717,8 +733,10 @@ def train_validation(data, *, n_train=0, n_validation=0, level=None, seed=0, fil
     return tuple([row for row in part if keep is None or keep(row)] for part in (train, held_out))
 
 
-def load_questions(args, tokenizer, per_step):
+def load_questions(args, tokenizer, per_step, gold=True):
     """(train, held out, {example id: prompt ids}, longest row) of --data; ([], [], {}, 0) without it.
+
+    gold: leave out those without a gold answer; else they count as well, if not one has any.
 
     Prompts are encoded with --system and --prompt-template, those longer than --max-prompt-tokens left out.
     longest: tokens of the longest prompt and --max-new-tokens. A dry run trains on the `per_step` questions
@@ -734,13 +752,17 @@ def load_questions(args, tokenizer, per_step):
         return prompt_ids[e.id]
 
     def keep(e):
-        left_out["without a gold answer"] += not e.answer
+        left_out["without a gold answer"] += gold and not e.answer
         left_out["with a longer prompt"] += (long := bool(most) and len(encode(e)) > most)
-        return e.answer and not long
+        return (e.answer or not gold) and not long
 
+    more = {} if gold else {"label_tokenizer": args.label_tokenizer}
     train, held_out = train_validation(args.data, n_train=args.train_questions,
                                        n_validation=args.eval_questions, level=args.level or None,
-                                       seed=args.seed, dropped=left_out, keep=keep)
+                                       seed=args.seed, dropped=left_out, keep=keep, **more)
+    if len({bool(e.answer) for e in train + held_out}) > 1:
+        raise ValueError(f"--data {args.data}: some questions have a gold answer and some have none: make "
+                         "two files of them")
     if most and not (train and held_out):
         raise ValueError(f"--max-prompt-tokens {most} leaves {len(train)} questions to train on and "
                          f"{len(held_out)} held out")

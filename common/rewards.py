@@ -458,6 +458,14 @@ def math(prompts, responses, answers, metas=None, finished=None, **columns) -> l
     return rewards
 
 
+NEED_GOLD = ("correctness", "math", "answer-prob")  # of the rewards here; one's own may need none
+
+
+def need_gold(specs) -> bool:
+    """Whether one of these rewards (`parse_rewards`) compares with the gold answer."""
+    return any(spec.partition("=")[0].partition(":")[0] in NEED_GOLD for spec in specs)
+
+
 BUILT_IN = {function.__name__: function for function in (correctness, format, digit, mark, math)}
 
 # ---- A model as a reward.
@@ -779,22 +787,26 @@ def text_metrics(rows) -> dict:
 def answer_metrics(rows) -> dict:
     """eval/pass@1 and more of held-out answers (rows of `answer_row`), by level if there are several.
 
+    eval/reward, of the rows whose reward worked, where the questions have no gold answers.
     eval/chance: what guessing letters comes to, where all questions are choices.
     """
     if not rows:
         return {}
 
-    def right(rows):
-        return sum(row["correct"] for row in rows) / len(rows)
+    def score(rows, name="correct"):
+        known = [row[name] for row in rows if not isnan(row[name])]
+        return sum(known) / max(1, len(known))
 
-    levels = sorted({row["level"] for row in rows})
+    gold = any(row["answer"] for row in rows)
+    levels = sorted({row["level"] for row in rows}) if gold else ()
     choices = [json.loads(row["meta"]).get("choices") for row in rows]  # how many there are
-    return {"eval/pass@1": right(rows), "eval/questions": len(rows),
+    return {**({"eval/pass@1": score(rows)} if gold else {"eval/reward": score(rows, "reward")}),
+            "eval/questions": len(rows),
             **({"eval/chance": sum(1 / n for n in choices) / len(rows)}
                if all(isinstance(n, int) and n > 0 for n in choices) else {}),
             **{f"eval/{name}": value for name, value in text_metrics(rows).items()},
             "eval/truncated": 1 - sum(row["finished"] for row in rows) / len(rows),
-            **{f"eval/pass@1 level {level}": right([row for row in rows if row["level"] == level])
+            **{f"eval/pass@1 level {level}": score([row for row in rows if row["level"] == level])
                for level in levels if len(levels) > 1}}
 
 
@@ -817,8 +829,8 @@ def iteration_metrics(samples, counts, rows) -> dict:
 
 
 def pass_at_ks(rows, ks) -> dict:
-    """eval/pass@k for each of `ks`, from rows of `answer_row`, with their temperature; {} without rows."""
-    if not rows:
+    """eval/pass@k for each of `ks`, from rows of `answer_row`, with their temperature; {} without gold."""
+    if not any(row["answer"] for row in rows):
         return {}
     right = {}
     for row in rows:

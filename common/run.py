@@ -620,11 +620,12 @@ class Run:
     def log_held_out(self, step, metrics) -> None:
         """Log and print held-out metrics; where they are the best so far, also than step 0's, write best/.
 
-        By pass@1, else ranking accuracy, else the loss, the lower the better.
+        By pass@1, else the reward, else ranking accuracy, else the loss, the lower the better.
         """
         self.log(step, metrics)
         self.print(f"step {step}: " + "  ".join(f"{name} {value:.4g}" for name, value in metrics.items()))
-        name = next((n for n in ("eval/pass@1", "eval/ranking_accuracy", "eval/loss") if n in metrics), None)
+        scores = ("eval/pass@1", "eval/reward", "eval/ranking_accuracy", "eval/loss")
+        name = next((name for name in scores if name in metrics), None)
         if name is None or step == 0 or self.args.dry_run:
             return
         sign, better = -1 if name == "eval/loss" else 1, False
@@ -900,13 +901,19 @@ class Run:
         return torch.profiler.profile(on_trace_ready=lambda trace: trace.export_chrome_trace(target))
 
     def before_after(self, what="pass@1") -> None:
-        """Print held-out accuracy at the first and the last evaluation, paired by question, from eval.csv."""
+        """Print held-out accuracy at the first and the last evaluation, paired by question, from eval.csv.
+
+        The reward instead where no question has a gold answer.
+        """
         rows = [row for row in self.read_rows("eval.csv") if row["sample"] == "0"]
         steps = sorted({int(row["step"]) for row in rows})
         if len(steps) < 2:
             return
-        first, last = ({row["id"]: float(row["correct"]) for row in rows if int(row["step"]) == step}
-                       for step in (steps[0], steps[-1]))
+        column = "correct"
+        if not any(row.get("answer", "pairs have none") for row in rows):
+            what = column = "reward"
+        first, last = ({row["id"]: float(row[column]) for row in rows if row[column] != "nan"
+                        and int(row["step"]) == step} for step in (steps[0], steps[-1]))
         before, after = ([scores[i] for i in first if i in last] for scores in (first, last))
         low, high = paired_interval(before, after)
         n = len(before)

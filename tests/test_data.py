@@ -9,6 +9,7 @@ from collections import Counter
 from datetime import datetime
 from fractions import Fraction
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from transformers import AutoTokenizer
@@ -1179,6 +1180,53 @@ def test_verls_parquet(tmp_path):
     parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "train.parquet")
     assert [(e.prompt, e.answer) for e in load_examples(tmp_path / "train.parquet")] == [
         ("0?", "0"), ("1?", "1"), ("2?", "2")]
+
+
+def test_preferences_and_bare_prompts_are_questions(tmp_path):
+    """Of pairs the prompt, once the reply is gone; a column of another name is refused, not left out."""
+    hh = "\n\nHuman: a\n\nAssistant: b\n\nHuman: c\n\nAssistant: "
+    turns = [{"role": role, "content": text} for role, text in (("user", "a"), ("assistant", "b"), ("user", "c"))]
+    post = {"subreddit": "s", "title": "t", "post": "p"}
+    rows = [{"chosen": hh + "x", "rejected": hh + "y"}, {"prompt": "q", "chosen": "x", "rejected": "y"},
+            {"info": post, "summaries": [{"text": "x"}, {"text": "y"}], "choice": 1}, {"prompt": "q", "system": "S"}]
+    examples = load_examples(lines(tmp_path / "a.jsonl", rows))
+    assert [(e.answer, e.completion, e.task) for e in examples] == [("", "", "text")] * 4
+    assert [e.prompt for e in examples[:2]] == [turns, "q"] and examples[2].prompt.endswith("TL;DR:")
+    assert examples[3].text == "S\n\nq"
+    twice = "\n\nHuman: a\n\nAssistant: b\n\nAssistant: "
+    lines(tmp_path / "a.jsonl", [{"chosen": twice + "c", "rejected": twice + "d"}, rows[0]])
+    assert len(load_examples(tmp_path / "a.jsonl", dropped=(dropped := Counter()))) == 1
+    assert dropped == {"prompt ends in a reply": 1}
+    assert "known schemas" in refusal(load_examples, lines(tmp_path / "a.jsonl", [{"prompt": "q", "anwser": "7"}]))
+
+
+def test_published_preferences_are_questions():
+    gpt2 = str(DATA / "tokenizers" / "gpt2")
+    if not Path(gpt2).exists():
+        pytest.skip(f"no sample data in {DATA}")
+    for name in ("ultrafeedback_binarized/test.jsonl", "hh_rlhf/harmless-base-test.jsonl.gz"):
+        found = [path for path in (DATA / name.split("/")[0]).rglob("*") if path.suffix in (".jsonl", ".gz")]
+        for path in found:
+            assert all(e.text and not e.answer for e in load_examples(path))
+    (path,) = (DATA / "lm_human_preferences").glob("*.json")
+    pairs = load_preferences(path, label_tokenizer=gpt2)
+    prompts = {e.id: e.prompt for e in load_examples(path, label_tokenizer=gpt2)}
+    assert pairs and all(prompts[pair.id] == pair.prompt for pair in pairs)
+
+
+def test_questions_without_gold_answers_where_no_reward_needs_one(tmp_path):
+    lines(tmp_path / "a.jsonl", [{"prompt": f"q{i}"} for i in range(8)])
+    args = SimpleNamespace(data=str(tmp_path / "a.jsonl"), level="", train_questions=0, eval_questions=2, seed=0,
+                           max_prompt_tokens=0, max_new_tokens=4, system="none", prompt_template="{prompt}",
+                           dry_run=False, label_tokenizer="")
+    train, held_out, _, _ = common.data.load_questions(args, load_tokenizer(""), 4, gold=False)
+    assert (len(train), len(held_out)) == (6, 2)
+    assert "without a gold answer': 8" in refusal(common.data.load_questions, args, load_tokenizer(""), 4)
+    for specs, need in ((["correctness=1", "format"], True), (["answer-prob:exp=1"], True), (["math"], True),
+                        (["model:runs/rm", "format=0.1"], False), (["my.py:correctness=1"], False)):
+        assert rewards.need_gold(specs) == need
+    lines(tmp_path / "a.jsonl", [{"prompt": f"q{i}", "answer": "7" * (i > 3), "completion": ""} for i in range(8)])
+    assert "some have none" in refusal(common.data.load_questions, args, load_tokenizer(""), 4, gold=False)
 
 
 def test_several_right_answers(tmp_path):

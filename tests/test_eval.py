@@ -90,9 +90,9 @@ def test_pass_at_k_is_the_mean_over_all_subsets(n):
 
 def test_golden_pass_at_k():
     assert pass_at_k(10, 3, 5) == pytest.approx(0.916667, abs=1e-6)
-    rows = [{"id": id, "correct": c, "temperature": 0.5} for id, c in ((1, 1), (1, 0), (2, 0), (2, 0))]
+    rows = [{"id": id, "correct": c, "answer": "7", "temperature": 0.5} for id, c in ((1, 1), (1, 0), (2, 0), (2, 0))]
     assert pass_at_ks(rows, (1, 2)) == {"eval/pass@1 T=0.5": 0.25, "eval/pass@2 T=0.5": 0.5}
-    assert pass_at_ks([], (1,)) == {}
+    assert pass_at_ks([], (1,)) == pass_at_ks([row | {"answer": ""} for row in rows], (1,)) == {}
 
 
 @pytest.mark.parametrize("answers, correct, expected", [

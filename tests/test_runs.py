@@ -390,7 +390,7 @@ def bad(tmp_path_factory, tiny):
     (folder / "run-without-model/checkpoints").mkdir(parents=True)
     question = json.dumps({"prompt": "Compute 1+1.", "answer": "2"}) + "\n"
     (folder / "empty.jsonl").write_text("")
-    (folder / "column.jsonl").write_text(question + json.dumps({"prompt": "Compute 1+2."}) + "\n")
+    (folder / "column.jsonl").write_text(question + json.dumps({"prompt": "Compute 1+2.", "anwser": "3"}) + "\n")
     (folder / "malformed.jsonl").write_text(question * 2 + '{"prompt": "Comp\n')
     sums = [{"prompt": f"Compute {i}+1.", "answer": str(i + 1), "level": 1} for i in range(30)]
     (folder / "answers.jsonl").write_text("".join(json.dumps(row) + "\n" for row in sums))
@@ -1053,3 +1053,24 @@ def test_real_tokenizer_and_gsm8k(go, tmp_path):
         published = {row["question"]: row["answer"] for row in map(json.loads, file)}
     for row in rows(run) + rows(run, "eval.csv"):
         assert published[row["prompt"]].replace(",", "").endswith("#### " + row["answer"])
+
+
+@pytest.mark.parametrize("script", ["grpo", "ppo"])
+def test_prompts_without_gold_answers_are_judged_by_the_reward(go, tiny, tmp_path, script):
+    """In training and evaluation; best/ is by it; nothing is called right or wrong of them."""
+    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps({"prompt": f"Say {i}."}) + "\n" for i in range(20)))
+    (tmp_path / "r.py").write_text("def short(prompts, responses, answers):\n"
+                                   "    assert not any(answers)\n    return [-len(r) for r in responses]\n")
+    flags = small(tiny) | {"data": "prompts.jsonl", "level": None, "train_questions": 0, "rewards": "r.py:short=0.5",
+                           "eval_samples": 2, "eval_k": 1, "max_steps": 2, "eval_every": 1}
+    process = go("a", script=f"{script}.py", bare=True, **flags)
+    first, *_, last = eval_lines(process.folder)
+    assert "eval/pass@1" not in first and not any("pass@" in name for name in first)
+    of_step = rows(process.folder, "eval.csv", step=0)
+    greedy = [-0.5 * len(row["completion"]) for row in of_step if row["sample"] == "0"]
+    assert first["eval/reward"] == pytest.approx(sum(greedy) / len(greedy)) and first["eval/questions"] == 4
+    assert "held-out reward before" in process.out and f"after {last['eval/reward']:.3f}" in process.out
+    if (process.folder / "best").exists():
+        assert json.loads((process.folder / "best/best.json").read_text())["metric"] == "reward"
+    said = go("b", script=f"{script}.py", bare=True, fails=True, **flags | {"rewards": "correctness"}).err
+    assert "without a gold answer': 20" in said
