@@ -320,7 +320,7 @@ def main(args: Args) -> None:
     results = dist.broadcast(curves.read_metrics(run.path) if args.resume else [])
     done, mixed = {(row["model"], row["preamble"]) for row in results}, None
     if args.resume:
-        run.leave(results, "model", "preamble")
+        run.keep_only(results, "model", "preamble")
     if results and (run.path / "mixed.json").exists():
         mixed = json.loads((run.path / "mixed.json").read_text())
 

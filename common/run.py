@@ -657,18 +657,16 @@ class Run:
         self.write_rows(rows, f".{file_name}")
         os.replace(self.path / f".{file_name}", self.path / file_name)
 
-    # ---- checkpoints ----
-
-    def leave(self, results, *names) -> None:
-        """Leave `results` in metrics.jsonl, and their rows, alike in `names`, in samples.csv: a kill can come
-        between.
-        """
+    def keep_only(self, results, *names) -> None:
+        """Keep `results` in metrics.jsonl and their rows in samples.csv, alike in `names`."""
         done = {tuple(row[name] for name in names) for row in results}
         if dist.is_main():
             self.replace_rows("samples.csv", [row for row in self.read_rows("samples.csv")
                                               if tuple(row[name] for name in names) in done])
             replace_text(self.path / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in results))
         dist.barrier()
+
+    # ---- checkpoints ----
 
     def restore(self, state, load_weights, save_weights, sampler=None, **parts) -> dict:
         """Take note of what a checkpoint is made of and, with --resume, fill it from the newest one.
