@@ -31,7 +31,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from common import curves, data, dist, models, rewards, shard, tables
+from common import curves, data, dist, generic, models, rewards, shard, tables
 from common.draws import Completion, StopTexts, draw, noise_key, uniform
 from common.run import Run, RunArgs, check_args, cli, mean, retry_smaller, weights_before
 
@@ -237,11 +237,11 @@ class OneBase:
             r, alpha = settings["r"], settings["lora_alpha"]
             if settings.get("use_rslora"):
                 alpha *= r**0.5
-            add_lora(self.model, "adapter", r, alpha, settings["target_modules"],
-                     settings.get("layers_to_transform"))
+            targets = [path.rpartition(".")[2] for path in settings["target_modules"]]
+            add_lora(self.model, "adapter", r, alpha, targets, settings.get("layers_to_transform"))
             models.load_adapter(folder, adapter_tensors(self.model, "adapter"))
-        return Sampler(self.model, models.stop_ids(self.model, tokenizer), self.args.slots, self.dtype,
-                       StopTexts(tokenizer, self.args.stop, self.args.prompt_template))
+        return generic.sampler(Sampler, self.model, models.stop_ids(self.model, tokenizer), self.args.slots,
+                               self.dtype, StopTexts(tokenizer, self.args.stop, self.args.prompt_template))
 
 
 def check_and_fill(args):
@@ -467,14 +467,14 @@ def add_lora(model, name: str, r: int, alpha: float, targets, layers=None) -> li
     if r < 1:
         raise ValueError(f"--lora-r {r}: the rank must be 1 or more (or train all weights with --full)")
     model.requires_grad_(False)
-    params, linear = [], set()
-    for i, layer in enumerate(model.base_model.layers):
+    params, linear = [], generic.linear_names(model)
+    targets = linear if "all-linear" in targets else set(targets)
+    if missing := targets - linear:
+        raise ValueError(f"--lora-targets {' '.join(sorted(missing))}: no such linear layer in this model "
+                         f"(it has {' '.join(sorted(linear))})")
+    for i, layer in enumerate(generic.decoder_layers(model)):
         for path, module in list(layer.named_modules()):
-            leaf = path.rpartition(".")[2]
-            if not isinstance(module, nn.Linear | LoRALinear) or leaf == "base":
-                continue
-            linear.add(leaf)
-            if leaf not in targets:
+            if path.rpartition(".")[2] not in targets or not isinstance(module, nn.Linear | LoRALinear):
                 continue
             if layers is not None and i not in layers:
                 continue
@@ -484,9 +484,6 @@ def add_lora(model, name: str, r: int, alpha: float, targets, layers=None) -> li
             module.add(name, r, alpha)
             module.active = name
             params += [module.A[name], module.B[name]]
-    if missing := set(targets) - linear:
-        raise ValueError(f"--lora-targets {' '.join(sorted(missing))}: no such linear layer in this model "
-                         f"(it has {' '.join(sorted(linear))})")
     return params
 
 

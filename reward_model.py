@@ -31,7 +31,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from common import checks, curves, data, dist, models, shard
+from common import checks, curves, data, dist, generic, models, shard
 from common.run import Fitting, Run, RunState, TrainArgs, cli, defaults
 
 # Shapes: B questions of a micro-batch, N replies to a question, T tokens, D hidden size, R LoRA rank.
@@ -381,14 +381,14 @@ def add_lora(model, name: str, r: int, alpha: float, targets, layers=None) -> li
     if r < 1:
         raise ValueError(f"--lora-r {r}: the rank must be 1 or more (or train all weights with --full)")
     model.requires_grad_(False)
-    params, linear = [], set()
-    for i, layer in enumerate(model.base_model.layers):
+    params, linear = [], generic.linear_names(model)
+    targets = linear if "all-linear" in targets else set(targets)
+    if missing := targets - linear:
+        raise ValueError(f"--lora-targets {' '.join(sorted(missing))}: no such linear layer in this model "
+                         f"(it has {' '.join(sorted(linear))})")
+    for i, layer in enumerate(generic.decoder_layers(model)):
         for path, module in list(layer.named_modules()):
-            leaf = path.rpartition(".")[2]
-            if not isinstance(module, nn.Linear | LoRALinear) or leaf == "base":
-                continue
-            linear.add(leaf)
-            if leaf not in targets:
+            if path.rpartition(".")[2] not in targets or not isinstance(module, nn.Linear | LoRALinear):
                 continue
             if layers is not None and i not in layers:
                 continue
@@ -398,9 +398,6 @@ def add_lora(model, name: str, r: int, alpha: float, targets, layers=None) -> li
             module.add(name, r, alpha)
             module.active = name
             params += [module.A[name], module.B[name]]
-    if missing := set(targets) - linear:
-        raise ValueError(f"--lora-targets {' '.join(sorted(missing))}: no such linear layer in this model "
-                         f"(it has {' '.join(sorted(linear))})")
     return params
 
 

@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from common import checks, data, dist, models, rewards, shard
+from common import checks, data, dist, generic, models, rewards, shard
 from common.draws import Completion, StopTexts, draw, uniform
 from common.run import Fitting, Run, RunState, TrainArgs, cli, defaults, retry_smaller
 
@@ -158,8 +158,8 @@ def main(args: Args) -> None:
     params, adapter = trainable(model, "policy", args)
     optimizer = torch.optim.AdamW(params, lr=args.lr, weight_decay=args.weight_decay, betas=(0.9, 0.95),
                                   **shard.optimizer_kernel(args, device))
-    sampler = Sampler(model, models.stop_ids(model, tokenizer), args.slots, dtype,
-                      StopTexts(tokenizer, args.stop, args.prompt_template))
+    sampler = generic.sampler(Sampler, model, models.stop_ids(model, tokenizer), args.slots,
+                              dtype, StopTexts(tokenizer, args.stop, args.prompt_template))
     state = RunState(tokens_per_batch=args.tokens_per_batch or models.tokens_that_fit(
         model, params, dtype, sampler.cache_bytes(context)))
     fits = Fitting(state, device, smallest=longest)
@@ -274,14 +274,14 @@ def add_lora(model, name: str, r: int, alpha: float, targets, layers=None) -> li
     if r < 1:
         raise ValueError(f"--lora-r {r}: the rank must be 1 or more (or train all weights with --full)")
     model.requires_grad_(False)
-    params, linear = [], set()
-    for i, layer in enumerate(model.base_model.layers):
+    params, linear = [], generic.linear_names(model)
+    targets = linear if "all-linear" in targets else set(targets)
+    if missing := targets - linear:
+        raise ValueError(f"--lora-targets {' '.join(sorted(missing))}: no such linear layer in this model "
+                         f"(it has {' '.join(sorted(linear))})")
+    for i, layer in enumerate(generic.decoder_layers(model)):
         for path, module in list(layer.named_modules()):
-            leaf = path.rpartition(".")[2]
-            if not isinstance(module, nn.Linear | LoRALinear) or leaf == "base":
-                continue
-            linear.add(leaf)
-            if leaf not in targets:
+            if path.rpartition(".")[2] not in targets or not isinstance(module, nn.Linear | LoRALinear):
                 continue
             if layers is not None and i not in layers:
                 continue
@@ -291,9 +291,6 @@ def add_lora(model, name: str, r: int, alpha: float, targets, layers=None) -> li
             module.add(name, r, alpha)
             module.active = name
             params += [module.A[name], module.B[name]]
-    if missing := set(targets) - linear:
-        raise ValueError(f"--lora-targets {' '.join(sorted(missing))}: no such linear layer in this model "
-                         f"(it has {' '.join(sorted(linear))})")
     return params
 
 
@@ -433,6 +430,8 @@ def token_logprobs(model, input_ids, completion_mask, temperature=1.0, attention
     never looks at what follows); left-padded rows pass theirs, [B, T], and positions count real tokens only.
     A row's first token has nothing before it and stays 0. A completion_mask on the CPU spares a CUDA sync.
     """
+    if not generic.is_fast(model):
+        return generic.token_logprobs(model, input_ids, completion_mask, temperature, attention_mask)
     rows, columns = completion_mask[:, 1:].nonzero(as_tuple=True)
     rows, columns = rows.to(input_ids.device), columns.to(input_ids.device)
     positions = None if attention_mask is None else (attention_mask.cumsum(1) - 1).clamp(min=0)

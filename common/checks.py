@@ -40,7 +40,7 @@ def before_training(model, params, sampler, prompt_ids, args, temperature, token
         "stop tokens left out": (sum(not row[len(p) + len(c) - 1]
                                      for row, p, c in zip(mask, prompt_ids, completion_ids)), 0),
         **gradients(model)}
-    if not (exact or sampler.layers[0].qkv.apart):
+    if not exact and hasattr(sampler, "layers") and not sampler.layers[0].qkv.apart:
         checks["in float64"] = gap_in_float64(
             model, prompt_ids, args.seed, temperature, device, type(sampler), completion_logprobs), 1e-4
     if adapted(model) and not args.resume:

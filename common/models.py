@@ -27,6 +27,8 @@ from common.tables import read_config
 TINY = Path(__file__).parent / "tiny"  # the embedded model
 
 # The decoder layer that the sampler writes out by hand is the layer of these families and of no other.
+# recurrent, and padding on the left changes their state; or without a cache that generation could use
+REFUSED = ("mamba", "nemotron_h", "kimi_linear", "lfm3")
 SUPPORTED = ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2")
 REWARD_FILE = "reward.json"  # beside the weights of a reward model: how it is asked, and its scores' scale
 HEAD = "score.weight"  # its head [1, D], under the name that transformers' sequence classifiers give it
@@ -178,7 +180,7 @@ def load_config(name: str):
 
     Errors: ValueError if the family is not in SUPPORTED or its logits are rescaled in a way not known here.
     """
-    from transformers import AutoConfig
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig
 
     name = base_of(name)
     config = _reach("configuration", name, lambda: AutoConfig.from_pretrained(name, trust_remote_code=False))
@@ -186,11 +188,13 @@ def load_config(name: str):
         method = quantized.get("quant_method") if isinstance(quantized, dict) else quantized
         raise ValueError(f"--model {name}: its weights are quantized ({method}); pass the model that they "
                          "were made from, with --quantize nf4 if it must be small")
-    if config.model_type not in SUPPORTED:
-        raise ValueError(f"--model {name}: model type {config.model_type!r} is not supported "
-                         "(fused projections, experts, or another layer form); "
-                         f"supported: {', '.join(SUPPORTED)}")
-    for key, value in config.to_dict().items():
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING or config.is_encoder_decoder:
+        raise ValueError(f"--model {name}: model type {config.model_type!r} is no causal language model of "
+                         "transformers")
+    if config.model_type in REFUSED:
+        raise ValueError(f"--model {name}: model type {config.model_type!r} cannot be sampled here: padding "
+                         "changes its recurrent state")
+    for key, value in config.to_dict().items() if config.model_type in SUPPORTED else ():
         scales_logits = ("logit" in key and "scal" in key) or (
             "softcap" in key and config.model_type != "gemma2")
         if scales_logits and value not in (None, 1, 1.0):
@@ -302,6 +306,10 @@ def load_model(name: str, dtype: torch.dtype, device: torch.device, max_tokens: 
     set_verbosity_error()  # what is missing or left over is said below
     config = load_config(name)
     check_length(name, config, max_tokens)
+    for flag, used in (("--shard", split), ("--quantize", quantize != "none")):
+        if used and config.model_type not in SUPPORTED:
+            raise ValueError(f"{flag} works with the layers of {', '.join(SUPPORTED)}, not with "
+                             f"{config.model_type}'s")
     if getattr(config, "attn_logit_softcapping", None):  # the fused kernels leave it out
         config._attn_implementation = "eager"
     folder, base = resolve(name), base_of(name)
@@ -334,7 +342,8 @@ def load_model(name: str, dtype: torch.dtype, device: torch.device, max_tokens: 
         if isinstance(getattr(module, "attention_dropout", None), float):
             module.attention_dropout = 0.0
     model.train()  # dropout is off; gradient checkpointing acts in this mode alone
-    fuse_norms(model)
+    if model.config.model_type in SUPPORTED:
+        fuse_norms(model)
     if quantize == "nf4":
         to_4_bits(model, dtype, device)
     if split or quantize != "none":
@@ -452,7 +461,7 @@ def check_length(name: str, config, max_tokens: int) -> None:
                          "--max-prompt-tokens or --max-tokens (see --help)")
     window = getattr(config, "sliding_window", None)
     uses_window = "sliding_attention" in (getattr(config, "layer_types", None) or ["sliding_attention"])
-    if window and uses_window and window < max_tokens:
+    if config.model_type in SUPPORTED and window and uses_window and window < max_tokens:
         raise ValueError(f"--model {name}: its attention window ({window}) is shorter than the run "
                          f"({max_tokens} tokens); shorten --max-new-tokens")
 
@@ -542,7 +551,9 @@ def save_adapter(folder, tensors, alpha, base: str, model, head=None) -> None:
               "r": next(iter(tensors.values()))[0].shape[0], "lora_alpha": alpha, "lora_dropout": 0.0,
               "bias": "none", "fan_in_fan_out": False, "inference_mode": True, "init_lora_weights": True,
               "modules_to_save": None if head is None else ["score"], "use_rslora": False,
-              "target_modules": sorted({path.rpartition(".")[2] for path in tensors}),
+              # in full where PEFT reads the ends of names as parameters of experts
+              "target_modules": sorted({path.rpartition(".")[2] for path in tensors}
+                                       if model.config.model_type in SUPPORTED else tensors),
               "layers_to_transform": layers if len(layers) < model.config.num_hidden_layers else None}
     flat = {f"base_model.model.{path}.lora_{letter}.weight": tensor.detach().cpu().contiguous()
             for path, pair in tensors.items() for letter, tensor in zip("AB", pair)}
@@ -614,7 +625,9 @@ def describe(args, model, params, dtype) -> str:
                         for ps in (model.parameters(), params))
     kind = "all" if args.full else f"LoRA r={args.lora_r}"
     return (f"model: {args.model or 'embedded'}, {n_all:.1f} M weights, {n_trained:.2f} M trained ({kind}), "
-            f"{str(dtype)[6:]}, learning rate {args.lr:g}")
+            f"{str(dtype)[6:]}, learning rate {args.lr:g}"
+            + ("" if model.config.model_type in SUPPORTED else
+               f"; {model.config.model_type} takes the plain path, which is slower (docs/models.md)"))
 
 
 def choose_dtype(name: str, device: torch.device) -> torch.dtype:

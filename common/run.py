@@ -85,7 +85,7 @@ class TrainArgs(RunArgs):
     # ---- LoRA ----
     lora_r: int = 32  # rank
     lora_alpha: float = 64  # the adapter's output is scaled by lora_alpha / lora_r
-    lora_targets: tuple[str, ...] = models.PROJECTIONS  # linear layers to adapt
+    lora_targets: tuple[str, ...] = ("all-linear",)  # linear layers to adapt, by the ends of their names
     train_layers: str = ""  # decoder layers to adapt, such as 20-27; empty: all
     merge: bool = False  # write final/ as a plain model with the adapter merged in, not as an adapter
 

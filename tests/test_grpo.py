@@ -82,7 +82,7 @@ class Table(nn.Module):
         self.theta = nn.Parameter(theta.double())
         self.head = nn.Linear(len(theta), len(theta), bias=False).double().requires_grad_(False)
         self.head.weight.copy_(torch.eye(len(theta)))
-        self.config = SimpleNamespace()
+        self.config = SimpleNamespace(model_type="llama")
 
     def base_model(self, input_ids, **_):
         return SimpleNamespace(last_hidden_state=self.theta[input_ids])

@@ -382,7 +382,7 @@ def bad(tmp_path_factory, tiny):
     model("no-config", leave_out=("config.json", "generation_config.json"))
     model("half-weights")
     (folder / "half-weights/model.safetensors").write_bytes((tiny / "model.safetensors").read_bytes()[:1000])
-    model("gpt", model_type="gpt2")
+    model("t5", model_type="t5")
     model("short", max_position_embeddings=50)
     model("window", sliding_window=16, use_sliding_window=True, max_window_layers=0,
           layer_types=["sliding_attention", "sliding_attention"])
@@ -416,7 +416,7 @@ BAD_FOR_GRPO = [
     ("--model {bad}/no-weights", "no-weights; weights"),
     ("--model {bad}/no-config", "no-config; configuration"),
     ("--model {bad}/half-weights", "half-weights; weights"),
-    ("--model {bad}/gpt", "gpt2; not supported; qwen2"),
+    ("--model {bad}/t5", "t5; no causal language model"),
     ("--model {bad}/run-without-model", "neither final/ nor a checkpoint"),
     ("--model {bad}/short", "context; 50; --max-new-tokens"),
     ("--model {bad}/window", "window; 16"),

@@ -1,0 +1,178 @@
+"""The plain path (common/generic.py): families of transformers against their own classes, and whole runs."""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from common import generic, models
+from common.draws import StopTexts, noise_key
+from grpo import Sampler, adapter_tensors, add_lora, make_batch
+from tests.families import FAMILIES, config
+from tests.processes import column, rows
+from tests.tiny_models import (
+    adapted_model,
+    greedy_by_generate,
+    shake,
+    some_prompts,
+    spread,
+    tiny_model,
+    tiny_tokenizer,
+)
+
+torch.set_num_threads(1)
+ROOT = Path(__file__).resolve().parents[1]
+CPU = torch.device("cpu")
+PROMPTS = some_prompts((4, 1, 9, 17, 12))
+KEYS = [[noise_key(0, p, g) for g in range(3)] for p in range(len(PROMPTS))]
+STOPS = range(0, 384, 16)  # rows end at all times
+
+
+def family(name):
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config(name)).eval()
+    spread(model)
+    return model
+
+
+def own_logprobs(model, prompt, completion):
+    ids = torch.tensor(prompt + completion)
+    logprobs = model(ids[None]).logits[0].float().log_softmax(-1)[:-1]
+    return logprobs.gather(1, ids[1:, None])[len(prompt) - 1:, 0]
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_samples_logprobs_and_gradients_are_the_models_own(name):
+    """Greedy: generate's, token for token, on ragged prompts; samples whatever the slots; log-probs to 1e-5.
+
+    To 5e-5 where a recurrent layer takes the tokens in chunks, of other sizes in a padded batch.
+    """
+    model, near = family(name), 5e-5 if name in ("Qwen3-Next", "Qwen3.5 (text)") else 1e-5
+    expected = greedy_by_generate(model, PROMPTS, 10)
+    greedy = generic.PlainSampler(model, ()).sample(PROMPTS, [[0]] * 5, 10, temperature=0)
+    assert [c.ids for (c,) in greedy] == expected
+    samples = generic.PlainSampler(model, STOPS, 64).sample(PROMPTS, KEYS, 10)
+    few = generic.PlainSampler(model, STOPS, 4).sample(PROMPTS, KEYS, 10)
+    flat = [(PROMPTS[p], c) for p, row in enumerate(samples) for c in row]
+    assert [c.ids for row in few for c in row] == [c.ids for _, c in flat]
+    assert len({len(c.ids) for _, c in flat}) > 1 and any(c.finished for _, c in flat)
+
+    input_ids, mask = make_batch([p for p, _ in flat], [c.ids for _, c in flat], CPU)
+    values = generic.token_logprobs(model, input_ids, mask, chunk_tokens=7)
+    assert not values[~mask].any()
+    weights = torch.randn(len(flat), generator=torch.Generator().manual_seed(0))
+    (values.sum(1) * weights).sum().backward()
+    found = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    own = [own_logprobs(model, p, c.ids) for p, c in flat]
+    for row, of_row, reference, (_, c) in zip(values, mask, own, flat):
+        assert (row[of_row] - reference).abs().max() <= near
+        assert (torch.tensor(c.logprobs) - reference).abs().max() <= 1e-4
+    sum(weight * row.sum() for weight, row in zip(weights, own)).backward()
+    gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    assert gradients.keys() == found.keys()
+    largest = max(g.abs().max() for g in gradients.values())
+    assert max((gradients[name] - found[name]).abs().max() for name in found) <= near * largest
+
+
+SHARED_EXPERTS = ("Qwen3-Next", "DeepSeek-V3")  # whose layers PEFT 0.21 takes for parameters of the experts
+
+
+@pytest.mark.parametrize("name", [name for name in FAMILIES if name != "GPT-2"])
+def test_adapters_attach_and_load_in_peft(name, tmp_path):
+    """On all linear layers but routers; PEFT gives the same logits, or what is merged here does."""
+    peft = pytest.importorskip("peft")
+    model = family(name)
+    model.save_pretrained(tmp_path / "base")
+    params = shake(add_lora(model, "policy", 3, 5, ("all-linear",)))
+    assert params and not any("router" in path for path in adapter_tensors(model, "policy"))
+    ids = torch.tensor([PROMPTS[3]])
+    with torch.no_grad():
+        ours = model(ids).logits
+        models.save_adapter(
+            tmp_path / "adapter", adapter_tensors(model, "policy"), 5, str(tmp_path / "base"), model)
+        base = AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.float32)
+        plain = base(ids).logits
+        theirs = (models.load_model(str(tmp_path / "adapter"), torch.float32, CPU) if name in SHARED_EXPERTS
+                  else peft.PeftModel.from_pretrained(base, tmp_path / "adapter")).eval()(ids).logits
+    near = 5e-5 if name in SHARED_EXPERTS else 1e-5
+    assert (ours - plain).abs().max() > 1e-3 and (ours - theirs).abs().max() <= near * (1 + ours.abs().max())
+
+
+def test_what_has_no_linear_layer_says_so():
+    with pytest.raises(ValueError, match="gpt2 has no linear layers.*--full"):
+        add_lora(family("GPT-2"), "policy", 4, 8, ("all-linear",))
+
+
+@pytest.mark.parametrize("kind", ["qwen2", "gemma2"])
+def test_both_paths_draw_the_same(kind, float64):
+    """Samples and log-probs, with an adapter, an end token and a stop text."""
+    model, _ = adapted_model(kind)
+    texts = StopTexts(tiny_tokenizer(), ("e", "1"))
+    fast = Sampler(model, STOPS, 8, None, texts).sample(PROMPTS, KEYS, 20)
+    plain = generic.PlainSampler(model, STOPS, 8, None, texts).sample(PROMPTS, KEYS, 20)
+    for c, other in zip(sum(fast, []), sum(plain, [])):
+        assert (c.ids, c.finished, c.cut) == (other.ids, other.finished, other.cut)
+        assert c.logprobs == pytest.approx(other.logprobs, abs=1e-9)
+    assert any(c.cut is not None for row in plain for c in row)
+
+
+def test_which_path_a_model_takes():
+    assert generic.is_fast(tiny_model("qwen3")) and not generic.is_fast(family("Phi-3, Phi-4"))
+    settings = (), 8, None, None
+    assert isinstance(generic.sampler(Sampler, tiny_model("llama"), *settings), Sampler)
+    assert isinstance(generic.sampler(Sampler, family("OLMo"), *settings), generic.PlainSampler)
+
+
+@pytest.fixture(scope="module")
+def experts(tmp_path_factory):
+    """A folder with a tiny random Qwen3-MoE and the embedded model's tokenizer."""
+    folder = tmp_path_factory.mktemp("experts") / "model"
+    family("Qwen3-MoE").save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    return folder
+
+
+SMALL = {"data": "arithmetic", "level": 1, "train_questions": 20, "eval_questions": 4, "max_new_tokens": 12,
+         "lora_r": 4, "warmup_steps": 0, "max_steps": 2}
+PAIRS = {"pairs": "pairs.jsonl", "pairs_per_step": 4, "train_questions": None, "level": None, "data": None}
+RUNS = {"sft": {"batch_size": 5}, "grpo": {"prompts_per_step": 3, "num_generations": 4, "rewards": "mark"},
+        "grpo --full": {"prompts_per_step": 3, "num_generations": 4, "rewards": "mark", "full": True},
+        "ppo": {"prompts_per_step": 4, "num_generations": 2, "rewards": "mark"},
+        "dpo": PAIRS, "reward_model": PAIRS | {"eval_questions": None, "max_new_tokens": None, "eval_pairs": 4}}
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_every_script_runs_on_the_plain_path(go, experts, tmp_path, name):
+    """With its self-check; what is trained differs from the start, and eval.py takes it."""
+    (tmp_path / "pairs.jsonl").write_text("".join(
+        f'{{"prompt": "{i}?", "chosen": "{i % 7}", "rejected": "no"}}\n' for i in range(24)))
+    script = name.split()[0]
+    flags = {key: value for key, value in (SMALL | RUNS[name]).items() if value is not None}
+    process = go("a", script=f"{script}.py", bare=True, model=experts, **flags)
+    assert "self-check" in process.out and "ok" in process.out and (process.folder / "final").exists()
+    if script != "reward_model":
+        go("e", script="eval.py", bare=True, model=["base", "a"] if "full" not in name else "a", limit=4, level=1,
+           max_new_tokens=8, data="arithmetic")
+        assert len(rows(tmp_path / "e")) == (4 if "full" in name else 8)
+    if script == "grpo" and "full" not in name:
+        two = go("b", script="grpo.py", ranks=2, bare=True, model=experts, **flags).folder
+        completions = [column(rows(folder, step=1), "completion", str) for folder in (process.folder, two)]
+        assert completions[0] == completions[1]
+
+
+@pytest.mark.parametrize("flag", ["--shard", "--quantize nf4"])
+def test_what_does_not_work_there_is_refused(go, experts, flag):
+    words = flag.split()
+    said = go(None, *words, bare=True, model=experts, data="arithmetic", max_new_tokens=12, fails=True).err
+    assert words[0] in said and "qwen3_moe" in said
+
+
+def test_the_page_lists_every_family():
+    """docs/models.md: name, model_type, path."""
+    page = (ROOT / "docs/models.md").read_text()
+    listed = re.findall(r"^\| (.+?) \| `(\w+)` \| (fast|plain) \|$", page, re.MULTILINE)
+    assert listed == [(name, kind, "fast" if kind in models.SUPPORTED else "plain")
+                      for name, (kind, _) in FAMILIES.items()]
