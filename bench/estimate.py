@@ -49,7 +49,8 @@ class Setup:
     def __post_init__(self):
         self.e = self.dtype.itemsize
         self.autocast = self.full and self.e < 4
-        self.targets = () if self.full or not self.lora_r else tuple(self.lora_targets)
+        targets = models.PROJECTIONS if "all-linear" in self.lora_targets else self.lora_targets
+        self.targets = () if self.full or not self.lora_r else tuple(targets)
 
 
 class Shape:

@@ -265,8 +265,8 @@ def test_a_common_prefix_of_the_prompts_tokens_counts_for_nothing(toy):
             return SimpleNamespace(last_hidden_state=self.embed(input_ids))
 
     body, head = OneBack(), torch.nn.Linear(32, 384, bias=False)
-    stub = SimpleNamespace(base_model=body, get_output_embeddings=lambda: head, config=SimpleNamespace(),
-                           get_input_embeddings=lambda: body.embed, zero_grad=body.zero_grad)
+    stub = SimpleNamespace(base_model=body, get_output_embeddings=lambda: head,
+                           config=SimpleNamespace(model_type="llama"), get_input_embeddings=lambda: body.embed, zero_grad=body.zero_grad)
     weights = [*body.parameters(), *head.parameters()]
     plain, grads = gradient(stub, weights, pairs, Args(), 10**6)
     longer = [Pair([7] * 9 + p.prompt_ids, p.chosen, p.rejected, p.ref_chosen, p.ref_rejected) for p in pairs]
