@@ -2,6 +2,7 @@
 
     python bench/models.py /tmp/tiny --eos-prob 0.02
     python bench/sampling.py --model /tmp/tiny --prompts 8 --group 8 --new 128 --rounds 5
+    python bench/sampling.py --model SmolLM2-135M-Instruct --plain     # common/generic.py's sampler, sums as prompts
 
 One process, on the CPU in float32. Each round times both, one after the other, now this one first and now
 that; only figures of the same round are divided, for a machine's speed drifts. Tokens count up to and
@@ -26,7 +27,7 @@ from transformers import AutoModelForCausalLM, GenerationConfig
 
 import grpo
 from bench.models import read_prompts
-from common import models
+from common import data, generic, models
 
 
 def make_generate(folder, tokenizer, prompts, group, new):
@@ -46,10 +47,11 @@ def make_generate(folder, tokenizer, prompts, group, new):
     return generate, model
 
 
-def make_sampler(folder, tokenizer, prompts, group, new):
-    """A function that samples with grpo.Sampler and returns the lengths of the completions."""
+def make_sampler(folder, tokenizer, prompts, group, new, plain=False):
+    """A function that samples with grpo.Sampler, or PlainSampler, and returns the completions' lengths."""
     model = models.load_model(folder, torch.float32, torch.device("cpu"))
-    sampler = grpo.Sampler(model, models.stop_ids(model, tokenizer), slots=len(prompts) * group)
+    Sampler = generic.PlainSampler if plain else grpo.Sampler
+    sampler = Sampler(model, models.stop_ids(model, tokenizer), slots=len(prompts) * group)
 
     def sample(seed):
         keys = [[grpo.noise_key(seed, p, g) for g in range(group)] for p in range(len(prompts))]
@@ -71,21 +73,26 @@ def logprob_gap(model, sampler, prompt_ids, new):
 
 def main():
     parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
-    parser.add_argument("--model", required=True, help="a folder that bench/models.py wrote")
+    parser.add_argument("--model", required=True, help="a folder that bench/models.py wrote, or any model's")
     parser.add_argument("--prompts", type=int, default=8)
     parser.add_argument("--group", type=int, default=8, help="samples per prompt")
     parser.add_argument("--new", type=int, default=128, help="longest completion, tokens")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--plain", action="store_true", help="by the model's own forward pass and cache")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     transformers.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
 
     tokenizer = models.load_tokenizer(args.model)
-    prompts = read_prompts(args.model)[:args.prompts]
+    if Path(args.model, "prompts.jsonl").exists():
+        prompts = read_prompts(args.model)[:args.prompts]
+    else:
+        prompts = [data.render(tokenizer, [{"role": "user", "content": e.prompt}])
+                   for e in data.load_examples("arithmetic", limit=args.prompts)]
     settings = args.model, tokenizer, prompts, args.group, args.new
-    (generate, model), (sample, sampler) = make_generate(*settings), make_sampler(*settings)
+    (generate, model), (sample, sampler) = make_generate(*settings), make_sampler(*settings, args.plain)
     runs = {"generate": generate, "sampler": sample}
     rates, lengths = {name: [] for name in runs}, {name: [] for name in runs}
     for r in range(args.rounds + 1):
