@@ -45,8 +45,12 @@ LOAD_TIMEOUT_S = 120.0  # for importing a user's reward file (and torch, perhaps
 # Dressing without meaning and second spellings, replaced in this order; the last is a leading "x =".
 _DRESSING = (
     (r"[\u2212\u2013]", "-"),
-    (r"[\u00a0\u2009\u202f~°]|(?<!\\)\\ |\^ ?\{? ?\\circ ?\}?", " "),
-    (r"`|\\(?:left|right|displaystyle|[Bb]igg?|q?quad)(?![A-Za-z])|(?<!\\)\\[!,;:]\s*|\{,\}", ""),
+    (r"\{,\}|,\s*\\!\s*", ","),
+    (r"(?:°|\^ ?\{? ?\\circ ?\}?) ?(?:(C)|F)(?![A-Za-z])",
+     lambda match: " degrees " + ("Celsius" if match[1] else "Fahrenheit")),
+    (r"[\u00a0\u2009\u202f~°`]|(?<!\\)\\[ ,;:!]|\^ ?\{? ?\\circ ?\}?", " "),
+    (r"\\(?:left|right|displaystyle|[Bb]igg?|q?quad)(?![A-Za-z])", " "),
+    (r"\\approx(?![A-Za-z])", "="),
     # not between digits: 7**2, 7$2, 7%2 and 7\(2\) are not 72
     *((rf"{edge[0]}(?:\*\*|(?<!\\)\\[()\[\]]|\\?[$%]|[£€₹¥]){edge[1]}", "")
       for edge in (("", "(?![0-9])"), ("(?<![0-9])", ""))),
@@ -57,7 +61,7 @@ _DRESSING = (
     (r"\\(?:text(?:bf|it|rm)?|math(?:rm|bf)|mbox|operatorname)\s*\{([^{}]*)\}", r" \1"),
     (r"^\s*(?:[A-Za-z][A-Za-z ]{0,30}(?:_\w)?(?:\([a-z]\))?\s*=|[a-z]\s*\\in(?![A-Za-z]))", ""),
 )
-_SIGNS = {"√": r"\sqrt ", "π": r"\pi", "×": r"\times ", "٫": ".", "٬": ",", "：": ":", "＝": "="}
+_SIGNS = {"√": r"\sqrt ", "π": r"\pi", "×": r"\times ", "٫": ".", "٬": ",", "：": ":", "＝": "=", "≈": "="}
 
 
 def _in_ascii(text):
@@ -88,17 +92,23 @@ _PLAIN = rf"{_WHOLE}(?:\.[0-9]+)?(?:[eE][-+]?[0-9]{{1,2}})?|\.[0-9]+"
 _SCALE = {"dozen": 12, "hundred": 100} | {
     name: 1000**i for i, name in enumerate(("thousand", "million", "billion", "trillion"), 1)}
 _NUMBER = re.compile(
-    rf"((?:[-+] ?)?)(?:([0-9]+) +(?=[0-9]+/))?({_PLAIN})(?:\s*/\s*({_PLAIN}))?"
+    rf"((?:[-+] ?|[Mm]inus |[Nn]egative )?)(?:([0-9]+) +(?=[0-9]+/))?({_PLAIN})(?:\s*/\s*({_PLAIN}))?"
     r"(?:\^\{?([0-9]{1,3})\}?|\s*(?:\\times|\\cdot|\*)\s*10\^\{?(-?[0-9]{1,3})\}?)?"
     rf"(?:\s({'|'.join(_SCALE)})\b)?")
 # Words that make another number of the one beside them or take it back: on either side, before it, behind it
-_NOT = r"不|\b(?:not|no|non|pas|nicht|keine|não|bukan|sio?)\b"
+_NOT = (r"不|ليس|\b(?:not|no|non|pas|nicht|keine|não|bukan|sio?|ki i se|kì í ṣe|abụ?u?ghị?i?|akuyona|ayiyona|akusi\w*"
+        r"|haisi|hazisi|ba)\b")
 _VOID = re.compile(
-    rf"(?i){_NOT}|n['’]t\b|\b(?:never|cannot|wrong|incorrect|false|and (?:an?|one|two|three)|or|but|if|plus"
-    r"|minus|times|mod(?:ulo)?|sqrt|factorial|squared|cubed|roots?|powers?|doubled|tripled|halved|half|halves"
-    rf"|thirds?|divided|multiplied|over|unless|except|[mbtr]+illion|{'|'.join(_SCALE)})\b")
-_VOID_BEFORE = re.compile(r"(?i)\b(?:than|least|most|between|from|under)\b|[A-Za-z_^\\]$")
-_VOID_BEHIND = re.compile(r"(?i)\b(?:is|isn|was|are|were|would)\b|^!")
+    rf"(?i){_NOT}|n['’]t\b|\b(?:never|cannot|wrong|incorrect|false|and (?:an?|one|two|three)|or|but|if|plus|minus"
+    r"|negative|times|mod(?:ulo)?|sqrt|factorial|squared|cubed|roots?|powers?|doubled|tripled|halved|half|halves|pi"
+    r"|thirds?|[a-z]+(?:nd|d|n|th|f|x)ths|divided|multiplied|unless|except|[a-z]*illions?|lakh|crore|[bm]n"
+    rf"|(?:{'|'.join(_SCALE)})s?)\b")
+_VOID_BEFORE = re.compile(
+    r"(?i)\b(?:than|least|most|between|from|under|over|above|below|beyond|almost|nearly|up to|as many as|as much as"
+    r"|twice|thrice|double|triple)\b|\b(?:log|ln|lg|sin|cos|tan|cot|exp)\W*$|[A-Za-z_^\\]$|\b[A-Za-z]-$")
+_VOID_BEHIND = re.compile(
+    r"(?i)\b(?:is|was)\b(?! (?:the \w* ?answer|left|needed|required|used|spent|paid)\b)|\b(?:isn|would|below zero)\b"
+    r"|\bover\b(?!\W*$| the\b)|^[!?]")
 _VARIABLE = re.compile(r"(?<![\w'’])(?![aAIgmhsl])[A-Za-z](?![\w'’])")  # a letter, but no word or unit
 _ATTACHED = r"(?:kg|km|cm|mm|ft|lbs?|oz|mph|hrs?|mins?|sec|[ap]m)\b"  # 70cm, but neither 6ab nor 5x
 _UNIT = re.compile(rf"(?:\s*{_ATTACHED}|[\s-]*[^\W\d_]*)(?:[\s/-]+[^\W\d_]+\.?){{0,6}}\s*(?:\^?[23])?")
@@ -120,6 +130,7 @@ def _quantity(text, alone=True, decimal_comma=False):
     """(the one number of a phrase, exactly; its unit), or None. alone: nothing is beside it but its unit."""
     if len(text) > 200:
         return None
+    money = {"dollar"} if re.search(r"\\\$|^[^$]*\$[^$]*$", text) else set()  # $5$ is 5
     text = re.sub(r"\s*\\frac\{([^{}]*)\}\{([^{}]*)\}", r" \1/\2", _undress(text)).strip()
     if decimal_comma and re.fullmatch(r"[^\d(]*[0-9.]+,[0-9]{1,2}\D*", text):
         text = re.sub(r"(?<=[0-9])\.(?=[0-9]{3})", "", text).replace(",", ".")  # 1.234,56
@@ -132,18 +143,20 @@ def _quantity(text, alone=True, decimal_comma=False):
     before, behind, value = text[:match.start()], text[match.end():], _value(*match.groups())
     unit = _UNIT.fullmatch(behind)
     around = f"{before} " + (behind if unit else _fold(re.sub(r"\^[23]", "", behind)))
-    strange = r"[+*<>|\\{}~]" if unit else r"[^\w\s.,:;!?'\"()’“”„。，、።।-]"
-    if (value is None or alone and (before.strip() or not unit) or match[1] == "- " and before.strip()
+    strange = r"[^\w\s.,:;!?'\"()’“”„。，、።।-]"
+    if (value is None or alone and (before.strip() or not unit)
+            or match[1].lower() in ("- ", "+ ", "minus ") and before.strip()
             or _VOID.search(around) or _VOID_BEFORE.search(before) or _VOID_BEHIND.search(behind)
             or re.match(rf"(?!{_ATTACHED})[A-Za-z_^\\]", behind) or _VARIABLE.search(around)
-            or re.search(strange, around)):
+            or re.search(strange, before if unit else around)):
         return None
     for side in equals:  # "3 * 5 = 15" says 15, "7 = 0.5" and "2x = 10" nothing
         stated = re.fullmatch(rf"\W*({_PLAIN})\W*", side)
         if stated and Fraction(re.sub("[, ]", "", stated[1])) != value or (
                 re.search(r"\d *[a-z]\b|\b[a-z]\b.*\d", side)):
             return None
-    return value, _unit(behind)
+    words, exponent = _unit(behind)
+    return value, (words | money, exponent)
 
 
 def _value(sign, whole, top, bottom, power, ten, scale):
@@ -152,7 +165,7 @@ def _value(sign, whole, top, bottom, power, ten, scale):
     if Fraction(bottom or 1) == 0 or (power and (bottom or len(top) > 6)):
         return None
     value = int(whole or 0) + Fraction(top) ** int(power or 1) / Fraction(bottom or 1)
-    return value * Fraction(10) ** int(ten or 0) * _SCALE.get(scale, 1) * (-1 if "-" in sign else 1)
+    return value * Fraction(10) ** int(ten or 0) * _SCALE.get(scale, 1) * (-1 if sign[:1] in tuple("-MmNn") else 1)
 
 
 def normalize_number(text: str) -> Fraction | None:
@@ -166,7 +179,7 @@ def normalize_number(text: str) -> Fraction | None:
 
 
 def _plain_text(text):
-    text = re.sub(r"(?<![0-9])\s+|\s+(?![0-9])", "", _undress(text))
+    text = re.sub(r"(?<![0-9]) | (?![0-9])", "", re.sub(r"\s+", " ", _undress(text)))
     text = re.sub(r"\\frac\{(-?\w+)\}\{(\w+)\}", r"\1/\2", text)
     text = re.sub(r"^\((\w)\)$", r"\1", text)  # the choice "(C)"
     return text.casefold() if text.isalpha() and len(text) > 2 else text
@@ -248,7 +261,7 @@ _STATED = re.compile(
 # the same before a number in other languages; "72 is the answer"; a last sentence that concludes
 _STATED_ELSEWHERE = re.compile(
     rf"(?<![A-Za-z])(?i:{'|'.join([*_ANSWER_WORDS[1:], *map(_fold, _ANSWER_WORDS[1:])])})"
-    rf"(?:(?!{_NOT})[^\n.?!\d]){{0,40}}?(?=(-?[$€£]?\d[^\n]{{0,200}}))")
+    rf"(?:(?!{_NOT})[^\n.?!\d]){{0,40}}?(?=((?:(?<![A-Za-z])-)?[$€£]?\d[^\n]{{0,200}}))")  # but ngu-72
 _IS_THE_ANSWER = re.compile(r"(\S{1,30}(?: \S{1,20})?) is (?:the|my) (?:final |correct )?answer\b")
 _CONCLUSION = re.compile(r"(?:^|[.!?:] +)(?:So|Therefore|Thus|Hence),? ((?:(?![.!?] )[^\n])*)\Z")
 
@@ -285,8 +298,9 @@ def _stated(text):
     return parts[0].strip(" *_`\"'")
 
 
-def _first_number(values, alone=True):
-    return next((value.strip(" *\t\r") for value in values if _quantity(value.strip(), alone)), None)
+def _first_number(values, alone=True, decimal_comma=False):
+    return next((value.strip(" *\t\r") for value in values
+                 if _quantity(value.strip(), alone) or decimal_comma and _quantity(value.strip(), alone, True)), None)
 
 
 def extract_answer(text: str, choices: bool = False, finished: bool = True) -> str | None:
@@ -311,7 +325,7 @@ def extract_answer(text: str, choices: bool = False, finished: bool = True) -> s
         _marked(tail)
         or _first_number(hashes)  # "#### Step 1" is a heading
         or _stated(tail)
-        or _first_number(_STATED_ELSEWHERE.findall(tail)[-1:], alone=False)
+        or _first_number(_STATED_ELSEWHERE.findall(tail)[-1:], False, decimal_comma=True)
         or _first_number(_IS_THE_ANSWER.findall(tail[-400:])[-1:], alone=False)
         or _first_number([line.rpartition("=")[2], *(bold if len(bold) == 1 else [])])
         or _first_number(_CONCLUSION.findall(line), alone=False)
