@@ -101,11 +101,12 @@ _NOT = (r"不|ليس|\b(?:not|no|non|pas|nicht|keine|não|bukan|sio?|ki i se|kì
 _VOID = re.compile(
     rf"(?i){_NOT}|n['’]t\b|\b(?:never|cannot|wrong|incorrect|false|and (?:an?|one|two|three)|or|but|if|plus|minus"
     r"|negative|times|mod(?:ulo)?|sqrt|factorial|squared|cubed|roots?|powers?|doubled|tripled|halved|half|halves|pi"
-    r"|thirds?|[a-z]+(?:nd|d|n|th|f|x)ths|divided|multiplied|unless|except|[a-z]*illions?|lakh|crore|[bm]n"
+    r"|thirds?|[a-z]+(?:nd|d|n|th|f|x|ur)ths|tens|divided|multiplied|unless|except|[a-z]*illions?|lakh|crore|[bm]n"
     rf"|(?:{'|'.join(_SCALE)})s?)\b")
 _VOID_BEFORE = re.compile(
     r"(?i)\b(?:than|least|most|between|from|under|over|above|below|beyond|almost|nearly|up to|as many as|as much as"
-    r"|twice|thrice|double|triple)\b|\b(?:log|ln|lg|sin|cos|tan|cot|exp)\W*$|[A-Za-z_^\\]$|\b[A-Za-z]-$")
+    r"|twice|thrice|double|triple)\b|\b(?:log|ln|lg|sin|cos|tan|cot|exp)\W*$|[A-Za-z_^\\]$|\b[A-Za-z]-$"
+    r"|\b(?:one|two|three|four|five|six|seven|eight|nine|ten|(?:twen|thir|for|fif|six|seven|eigh|nine)ty)[\s-]*$")
 _VOID_BEHIND = re.compile(
     r"(?i)\b(?:is|was)\b(?! (?:the \w* ?answer|left|needed|required|used|spent|paid)\b)|\b(?:isn|would|below zero)\b"
     r"|\bover\b(?!\W*$| the\b)|^[!?]")
@@ -114,15 +115,22 @@ _ATTACHED = r"(?:kg|km|cm|mm|ft|lbs?|oz|mph|hrs?|mins?|sec|[ap]m)\b"  # 70cm, bu
 _UNIT = re.compile(rf"(?:\s*{_ATTACHED}|[\s-]*[^\W\d_]*)(?:[\s/-]+[^\W\d_]+\.?){{0,6}}\s*(?:\^?[23])?")
 _UNITS = dict(pair.split("=") for pair in (
     "kg=kilogram g=gram km=kilometer m=meter cm=centimeter mm=millimeter ft=foot feet=foot in=inch lb=pound "
-    "oz=ounce h=hour hr=hour min=minute sec=second s=second mph=mile l=liter").split())
+    "oz=ounce h=hour hr=hour min=minute sec=second s=second l=liter").split())
 
 
 def _unit(words):
-    """Words behind a number as (set of words in the singular, exponent)."""
-    words = re.sub(r"tre(s?)\b", r"ter\1", words.casefold())
+    """Words behind a number as (set of words in the singular, (exponent, whether it is a rate))."""
+    words = re.sub(r"tre(s?)\b", r"ter\1", words.casefold().replace("mph", "miles per hour"))
     power = 2 if re.search(r"2|\bsq(?:uare)?\b", words) else 3 if re.search(r"3|\bcubic\b", words) else 1
     found = {re.sub(r"(?<=[^s])s$", "", word) for word in re.findall(r"[^\W\d_]+", words)}
-    return {_UNITS.get(word, word) for word in found} - {"square", "sq", "cubic"}, power
+    rate = "/" in words or "per" in found
+    return {_UNITS.get(word, word) for word in found} - {"square", "sq", "cubic", "per"}, (power, rate)
+
+
+def _alike(unit, gold_unit):
+    """Whether two `_unit`s are the same, as "hours" and "working hours", or one is none."""
+    (words, power), (gold_words, gold_power) = unit, gold_unit
+    return not words or not gold_words or power == gold_power and (words <= gold_words or gold_words <= words)
 
 
 @lru_cache(10_000)
@@ -187,13 +195,8 @@ def _plain_text(text):
 
 def same_number(given: str, gold: str) -> bool | None:
     """Whether both answers are one number, in the same unit if both have one; None where one is no number."""
-    comma = "," in given, "," in gold
-    a, b = (_quantity(text, False, comma.count(True) == 1) for text in (given, gold))
-    if a is None or b is None:
-        return None
-    (value, (unit, power)), (gold_value, (gold_unit, gold_power)) = a, b
-    alike = not unit or not gold_unit or power == gold_power and (unit <= gold_unit or gold_unit <= unit)
-    return value == gold_value and alike
+    a, b = _quantity(given, False, "," not in gold), _quantity(gold, False)
+    return None if a is None or b is None else a[0] == b[0] and _alike(a[1], b[1])
 
 
 def same_answer(given: str, gold: str) -> bool:
@@ -203,6 +206,9 @@ def same_answer(given: str, gold: str) -> bool:
     reward `math` does algebra, this function does not. More than 1000 characters are no final answer.
     """
     if max(len(given), len(gold)) > 1000:
+        return False
+    names = [re.match(r"\W*([A-Za-z])(?:_\w)?\s*=", text) for text in (given, gold)]
+    if all(names) and names[0][1] != names[1][1]:  # x = 5 and y = 5
         return False
     same = same_number(given, gold)
     if same is None:
@@ -245,6 +251,8 @@ _ANSWER_WORDS = (
     "ans(?:wer)?", "réponse", "respuesta", "resposta", "risposta", "antwort", "jawaban", "jibu", "ìdáhùn",
     "azịza", "impendulo", "mhinduro", "amsa", "መልስ", "መልሱ", "答案", "答え", "正解", "선택", "정답", "답",
     "إجابة", "اجابة", "جواب", "उत्तर", "উত্তর", "选", "選", "opción", "opção", "opzione", "chaguo")
+
+
 def _fold(text):
     """Full-width letters as plain ones, without accents and vowel marks, which many writers leave out."""
     def without_marks(text):
@@ -320,6 +328,7 @@ def extract_answer(text: str, choices: bool = False, finished: bool = True) -> s
     tail = text.rpartition("</think>")[2].partition("<think>")[0]  # nothing where thinking never ended
     hashes = re.findall(r"#### *([^\n]{1,200})", tail)
     line = tail.rstrip()[-400:].rpartition("\n")[2]
+    right_side = re.split("[=≈]", line)[-1]
     bold = re.findall(r"\*\*([^*]+)\*\*", line)
     return (
         _marked(tail)
@@ -327,7 +336,7 @@ def extract_answer(text: str, choices: bool = False, finished: bool = True) -> s
         or _stated(tail)
         or _first_number(_STATED_ELSEWHERE.findall(tail)[-1:], False, decimal_comma=True)
         or _first_number(_IS_THE_ANSWER.findall(tail[-400:])[-1:], alone=False)
-        or _first_number([line.rpartition("=")[2], *(bold if len(bold) == 1 else [])])
+        or _first_number([right_side, *(bold if len(bold) == 1 else [])])
         or _first_number(_CONCLUSION.findall(line), alone=False)
         or _marked(text, False)
         or None
@@ -335,23 +344,27 @@ def extract_answer(text: str, choices: bool = False, finished: bool = True) -> s
 
 
 _LATIN = r"[0-9A-Za-z\u00c0-\u02af\u1e00-\u1eff]"
+_TOGETHER = r"(?:[,/、和或與与と]|\b(?:or|and|but|not|nor|y|ou?|et?|oder|und|au|na|tabi|ati|ma)\b)"  # B and C
 # neither the article (A protein) nor one of two
 _LETTER = (rf"[\s*_(\[$\"'`]{{0,6}}([A-E])(?!{_LATIN}|['\u2019])"
            r"(?!(?<=A) (?!(?:because|since|as|is|by|with|for|due)\b)[a-z])"
-           r"(?![).\]*\s]{0,4}(?:,|/|\b(?:or|and|but|not)\b)[\s(\[*]{0,4}[A-E]\b)")
-_WRONG = r"(?![\s*)\]]{1,4}(?:is (?:not|in|wrong)|can))"
-_LINK_WORD = r"\b(?i:is|be|will|would|must|therefore|thus|the|correct|option|choice|letter)\b"
+           rf"(?![).\]*\s]{{0,4}}{_TOGETHER}?[\s(\[*]{{0,4}}[A-E](?!{_LATIN}))")
+_WRONG = (r"(?![\s*)\]]{0,4}\?|[\s*)\]]{1,4}(?:is (?:not|in|wrong)|can)"
+          rf"|\W{{0,3}}(?:{_fold('ではな|じゃな|가 아니|가 아닙|नहीं|নয়|አይደለ')}))")
+_LINK_WORD = r"\b(?i:is|it|be|will|would|must|therefore|thus|the|correct|option|choice|letter)\b"
 _LINK = rf"(?:[ *_]{{0,4}}(?:[:=,-]|{_LINK_WORD})){{0,5}}"
 
 
 _WORDS = _fold("|".join(_ANSWER_WORDS[1:]))
-_LOWER = re.compile(rf"(?i:{_ANSWER_WORDS[0]}|{_WORDS}) ?[:=] ?\W{{0,4}}([a-e])\W{{0,4}}\Z")
+_LOWER = re.compile(rf"(?i:{_ANSWER_WORDS[0]}|{_WORDS})(?: ?[:=] ?\W{{0,4}}| is \W?\()([a-e])\W{{0,4}}\Z")
 _CHOICE_FORMS = (  # the first form found counts, and of that form the last
     re.compile(rf"\b(?i:ans(?:wer)?)\b(?: (?i:to|for) [^\n.?!:=]{{1,80}}?)?{_LINK}{_LETTER}{_WRONG}"),
-    re.compile(rf"\b(?i:option|choice)\b{_LINK}{_LETTER}{_WRONG}"),
-    re.compile(r"\b([A-E])[)\]*]{0,4} (?:is|must be) (?:the )?(?:correct|right|true|best|answer)\b"),
-    re.compile(rf"(?i:{_WORDS})(?:(?!{_NOT})(?:[^\n.?!A-Z]|[A-Z](?=[a-z]))){{0,40}}?(?<!{_LATIN}){_LETTER}"),
-    re.compile(r"(?:^|\n)[*_(\[$]{0,4}([A-E])[*_)\].$:]{0,4}\Z"),  # a last line that is a letter alone ...
+    re.compile(rf"(?<![Nn]or )(?<![Nn]ot )(?<![Nn]either )\b(?i:option|choice)\b{_LINK}{_LETTER}{_WRONG}"),
+    re.compile(r"(?:^|[^\w\s'’] ?|\n|\b(?i:so|but|and|that|think|believe|answer|letter|hence|thus|therefore|only) )"
+               r"[(\[*]{0,4}([A-E])[)\]*]{0,4} (?:is|must be) (?:the )?(?:correct|right|true|best|answer)\b"),
+    re.compile(rf"(?i:{_WORDS})(?:(?!{_NOT})(?:[^\n.?!A-Z]|[A-Z](?=[a-z]))){{0,40}}?(?:(?<!{_LATIN})|(?<=ndi))"
+               rf"{_LETTER}{_WRONG}"),
+    re.compile(r"(?:^|\n)(?:(?:So|Thus|Hence|Therefore),? )?[*_(\[$]{0,4}([A-E])[*_)\].$:]{0,4}\Z"),  # a last line that is a letter alone ...
     re.compile(rf"[:=]{_LETTER}[^\n\w]{{0,4}}\Z"),  # ... or ends in ": B"
 )
 
@@ -371,10 +384,11 @@ def extract_choice(text: str) -> str | None:
         tail = f"answer: {letter[1].upper() if letter and one else marked}"
     if lower := _LOWER.search(tail[-200:]):
         return lower[1].upper()
-    # written out, but not "A:", which may be a speaker's
-    options = re.findall(r"(?:^|\n)[\s*_(\[]{0,4}([A-E])(?:[)\].]|(?<!A):)(?!\W{0,4}(?:or|and|but)\b)", tail)
+    # written out, but not "A:", which may be a speaker's, nor taken back
+    options = re.findall(r"(?:^|\n)[\s*_(\[]{0,4}([A-E][)\].:])(?!\W{0,4}(?:[A-E][)\].:]|(?:or|and|but)\b)"
+                         r"|[A-Z]\.|\W{0,4}(?:(?:This|It|That) )?is (?:not|in|wrong|false))", tail)
     return next((found[-1] for form in _CHOICE_FORMS if (found := form.findall(tail))),
-                options[0] if len(options) == 1 else None)
+                options[0][0] if len(options) == 1 and options != ["A:"] else None)
 
 
 # ---- The built-in rewards, each 0 to 1 per row.
@@ -436,21 +450,36 @@ def mark(prompts, responses, answers, **columns) -> list[float]:
     return [sum(response.count(tag) == 1 for tag in TAGS) / len(TAGS) for response in responses]
 
 
-def _exactly(given, gold):
-    """Whether what math_verify has parsed, and holds for equal to six digits without bases, is equal."""
+def _told_apart(given, gold):
+    """Whether two answers differ in what math_verify drops: words and units, the bases of their digits."""
+    texts, bases, units = (given, gold), [], []
+    several = re.search(r",|\\cup|\\pm|\b(?:and|or)\b", gold)
+    for text in texts:
+        bases.append(re.findall(r"(?<![A-Za-z])[0-9A-F]+_\{?([0-9]+)", text))
+        found = re.findall(r"\\(?:text\w*|mathrm|mbox|operatorname)\s*(\{[^{}]*\}(?:\s*\^\{?[23])?)", text)
+        words = " ".join(found + re.findall(r"(?<=\s)[^\W\d_]{2,}", text))
+        units.append(re.sub(r"\b(?:and|or)\b" if several else r"\band\b", "" if several else "or", words))
+    void = [set(match[0].lower() for match in _VOID.finditer(words)) for words in units]
+    return bases[0] != bases[1] or bool(void[0] - void[1]) or not _alike(*map(_unit, units))
+
+
+def _exactly(a, b):
+    """Whether what math_verify has parsed, and holds for equal to six digits, is equal."""
     import sympy
 
-    (a, *_, text), (b, *_, gold_text) = given, gold
-    if ("_" in text) != ("_" in gold_text):  # 52 and 52_8
-        return False
     if isinstance(a, sympy.Equality) and not isinstance(b, sympy.Equality):
         if a.lhs.is_number and a.lhs != a.rhs:  # 7 = 0.5
             return False
+        if a.lhs.is_Add or a.lhs.is_Pow or not a.lhs.is_number and a.lhs.as_coeff_Mul()[0] != 1:  # x + 5 = 72
+            return False
         a = a.rhs
-    if not (isinstance(a, sympy.Expr) and isinstance(b, sympy.Expr) and a.is_number and b.is_number):
-        return True
-    exact = {x: sympy.Rational(str(x)) for x in (a - b).atoms(sympy.Float)}
-    return (a - b).xreplace(exact).equals(0) is True
+    if isinstance(a, sympy.Equality) and isinstance(b, sympy.Equality):
+        a, b = a.lhs - a.rhs, b.lhs - b.rhs
+    floats = {x: sympy.Rational(str(x)) for side in (a, b) if hasattr(side, "atoms")
+              for x in side.atoms(sympy.Float)}
+    if isinstance(a, sympy.Expr) and isinstance(b, sympy.Expr) and (floats or (a - b).is_number):
+        return sympy.simplify((a - b).xreplace(floats)).equals(0) is True
+    return not floats or a.xreplace(floats) == b.xreplace(floats)
 
 
 def math(prompts, responses, answers, metas=None, finished=None, **columns) -> list[float]:
@@ -460,10 +489,10 @@ def math(prompts, responses, answers, metas=None, finished=None, **columns) -> l
     def equal(given, gold):
         if same_answer(given, gold):
             return True
-        if not 0 < len(given) <= 1000 or same_number(given, gold) is not None:
+        if not 0 < len(given) <= 1000 or same_number(given, gold) is not None or _told_apart(given, gold):
             return False
         a, b = (math_verify.parse(f"\\boxed{{{_in_ascii(text)}}}") for text in (given, gold))
-        return bool(a and b) and math_verify.verify(b, a) and _exactly(a, b)
+        return bool(a and b) and math_verify.verify(b, a) and _exactly(a[0], b[0])
 
     rewards = []
     for i, (response, answer) in enumerate(zip(responses, answers, strict=True)):
