@@ -96,20 +96,21 @@ _NUMBER = re.compile(
     r"(?:\^\{?([0-9]{1,3})\}?|\s*(?:\\times|\\cdot|\*)\s*10\^\{?(-?[0-9]{1,3})\}?)?"
     rf"(?:\s({'|'.join(_SCALE)})\b)?")
 # Words that make another number of the one beside them or take it back: on either side, before it, behind it
-_NOT = (r"不|ليس|\b(?:not|no|non|pas|nicht|keine|não|bukan|sio?|ki i se|kì í ṣe|abụ?u?ghị?i?|akuyona|ayiyona|akusi\w*"
+_NOT = (r"不|ليس|\b(?:not|no|non|pas|nicht|keine|não|bukan|sio?|ki i se|kì í ṣe|abu?ụ?ghi?ị?|akuyona|ayiyona"
         r"|haisi|hazisi|ba)\b")
 _VOID = re.compile(
-    rf"(?i){_NOT}|n['’]t\b|\b(?:never|cannot|wrong|incorrect|false|and (?:an?|one|two|three)|or|but|if|plus|minus"
-    r"|negative|times|mod(?:ulo)?|sqrt|factorial|squared|cubed|roots?|powers?|doubled|tripled|halved|half|halves|pi"
-    r"|thirds?|[a-z]+(?:nd|d|n|th|f|x|ur)ths|tens|divided|multiplied|unless|except|[a-z]*illions?|lakh|crore|[bm]n"
-    rf"|(?:{'|'.join(_SCALE)})s?)\b")
+    rf"(?i){_NOT}|n['’]t\b|\b(?:never|cannot|wrong|incorrect|false|and (?:an?|one|two|three)|or|but|if|plus"
+    r"|minus|negative|times|mod(?:ulo)?|sqrt|factorial|squared|cubed|roots?|powers?|doubled|tripled|halved"
+    r"|half|halves|thirds?|[a-z]+(?:nd|d|n|th|f|x|ur)ths|tens|pi|divided|multiplied|unless|except|lakh|crore|[bm]n"
+    rf"|[a-z]*illions?|(?:{'|'.join(_SCALE)})s?)\b")
 _VOID_BEFORE = re.compile(
-    r"(?i)\b(?:than|least|most|between|from|under|over|above|below|beyond|almost|nearly|up to|as many as|as much as"
-    r"|twice|thrice|double|triple)\b|\b(?:log|ln|lg|sin|cos|tan|cot|exp)\W*$|[A-Za-z_^\\]$|\b[A-Za-z]-$"
-    r"|\b(?:one|two|three|four|five|six|seven|eight|nine|ten|(?:twen|thir|for|fif|six|seven|eigh|nine)ty)[\s-]*$")
+    r"(?i)\b(?:than|least|most|between|from|under|over|above|below|beyond|almost|nearly|up to|as many as"
+    r"|as much as|twice|thrice|double|triple)\b|\b(?:log|ln|lg|sin|cos|tan|cot|exp)\W*$|[a-z_^\\]$|\b[a-z]-$"
+    r"|\b(?:one|two|three|four|five|six|seven|eight|nine|ten|(?:twen|thir|for|fif|six|seven|eigh|nine)ty)"
+    r"\W*$")
 _VOID_BEHIND = re.compile(
-    r"(?i)\b(?:is|was)\b(?! (?:the \w* ?answer|left|needed|required|used|spent|paid)\b)|\b(?:isn|would|below zero)\b"
-    r"|\bover\b(?!\W*$| the\b)|^[!?]")
+    r"(?i)\b(?:is|was)\b(?! (?:the \w* ?answer|left|needed|required|used|spent|paid)\b)"
+    r"|\bover\b(?!\W*$| the\b)|\b(?:isn|would|below zero)\b|^[!?]")
 _VARIABLE = re.compile(r"(?<![\w'’])(?![aAIgmhsl])[A-Za-z](?![\w'’])")  # a letter, but no word or unit
 _ATTACHED = r"(?:kg|km|cm|mm|ft|lbs?|oz|mph|hrs?|mins?|sec|[ap]m)\b"  # 70cm, but neither 6ab nor 5x
 _UNIT = re.compile(rf"(?:\s*{_ATTACHED}|[\s-]*[^\W\d_]*)(?:[\s/-]+[^\W\d_]+\.?){{0,6}}\s*(?:\^?[23])?")
@@ -173,7 +174,8 @@ def _value(sign, whole, top, bottom, power, ten, scale):
     if Fraction(bottom or 1) == 0 or (power and (bottom or len(top) > 6)):
         return None
     value = int(whole or 0) + Fraction(top) ** int(power or 1) / Fraction(bottom or 1)
-    return value * Fraction(10) ** int(ten or 0) * _SCALE.get(scale, 1) * (-1 if sign[:1] in tuple("-MmNn") else 1)
+    value *= Fraction(10) ** int(ten or 0) * _SCALE.get(scale, 1)
+    return value if sign.strip() in ("", "+") else -value
 
 
 def normalize_number(text: str) -> Fraction | None:
@@ -267,9 +269,8 @@ _STATED = re.compile(
     r"(?:\b(?:is|will be)\b(?: therefore| thus)?|[:=])[\s*_:]{0,8}(?=([^\n]{1,300}))"
 )
 # the same before a number in other languages; "72 is the answer"; a last sentence that concludes
-_STATED_ELSEWHERE = re.compile(
-    rf"(?<![A-Za-z])(?i:{'|'.join([*_ANSWER_WORDS[1:], *map(_fold, _ANSWER_WORDS[1:])])})"
-    rf"(?:(?!{_NOT})[^\n.?!\d]){{0,40}}?(?=((?:(?<![A-Za-z])-)?[$€£]?\d[^\n]{{0,200}}))")  # but ngu-72
+_ELSEWHERE = rf"(?<![A-Za-z])(?i:{'|'.join([*_ANSWER_WORDS[1:], *map(_fold, _ANSWER_WORDS[1:])])})"
+_STATED_ELSEWHERE = re.compile(rf"{_ELSEWHERE}([^\n.?!\d]{{0,40}})(?=(\d[^\n]{{0,200}}))")
 _IS_THE_ANSWER = re.compile(r"(\S{1,30}(?: \S{1,20})?) is (?:the|my) (?:final |correct )?answer\b")
 _CONCLUSION = re.compile(r"(?:^|[.!?:] +)(?:So|Therefore|Thus|Hence),? ((?:(?![.!?] )[^\n])*)\Z")
 
@@ -306,9 +307,18 @@ def _stated(text):
     return parts[0].strip(" *_`\"'")
 
 
+def _stated_elsewhere(text):
+    """The same of "La réponse est x", where x begins with a number."""
+    for between, number in reversed(_STATED_ELSEWHERE.findall(text)):
+        between = re.split(_ELSEWHERE, between)[-1]
+        if not re.search(_NOT, between):
+            return re.search(r"(?:(?<![A-Za-z])-)?[$€£]?\Z", between)[0] + number  # -72, but not ngu-72
+    return ""
+
+
 def _first_number(values, alone=True, decimal_comma=False):
-    return next((value.strip(" *\t\r") for value in values
-                 if _quantity(value.strip(), alone) or decimal_comma and _quantity(value.strip(), alone, True)), None)
+    return next((value.strip(" *\t\r") for value in values if _quantity(value.strip(), alone)
+                 or decimal_comma and _quantity(value.strip(), alone, True)), None)
 
 
 def extract_answer(text: str, choices: bool = False, finished: bool = True) -> str | None:
@@ -334,7 +344,7 @@ def extract_answer(text: str, choices: bool = False, finished: bool = True) -> s
         _marked(tail)
         or _first_number(hashes)  # "#### Step 1" is a heading
         or _stated(tail)
-        or _first_number(_STATED_ELSEWHERE.findall(tail)[-1:], False, decimal_comma=True)
+        or _first_number([_stated_elsewhere(tail)], False, decimal_comma=True)
         or _first_number(_IS_THE_ANSWER.findall(tail[-400:])[-1:], alone=False)
         or _first_number([right_side, *(bold if len(bold) == 1 else [])])
         or _first_number(_CONCLUSION.findall(line), alone=False)
@@ -360,11 +370,12 @@ _LOWER = re.compile(rf"(?i:{_ANSWER_WORDS[0]}|{_WORDS})(?: ?[:=] ?\W{{0,4}}| is 
 _CHOICE_FORMS = (  # the first form found counts, and of that form the last
     re.compile(rf"\b(?i:ans(?:wer)?)\b(?: (?i:to|for) [^\n.?!:=]{{1,80}}?)?{_LINK}{_LETTER}{_WRONG}"),
     re.compile(rf"(?<![Nn]or )(?<![Nn]ot )(?<![Nn]either )\b(?i:option|choice)\b{_LINK}{_LETTER}{_WRONG}"),
-    re.compile(r"(?:^|[^\w\s'’] ?|\n|\b(?i:so|but|and|that|think|believe|answer|letter|hence|thus|therefore|only) )"
+    re.compile(r"(?:^|[^\w\s'’] ?|\n|\b(?i:so|but|and|that|think|answer|letter|hence|thus|therefore|only) )"
                r"[(\[*]{0,4}([A-E])[)\]*]{0,4} (?:is|must be) (?:the )?(?:correct|right|true|best|answer)\b"),
-    re.compile(rf"(?i:{_WORDS})(?:(?!{_NOT})(?:[^\n.?!A-Z]|[A-Z](?=[a-z]))){{0,40}}?(?:(?<!{_LATIN})|(?<=ndi))"
-               rf"{_LETTER}{_WRONG}"),
-    re.compile(r"(?:^|\n)(?:(?:So|Thus|Hence|Therefore),? )?[*_(\[$]{0,4}([A-E])[*_)\].$:]{0,4}\Z"),  # a last line that is a letter alone ...
+    re.compile(rf"(?i:{_WORDS})(?=[^\nA-E]{{0,48}}[A-E])(?:(?!{_NOT})(?:[^\n.?!A-Z]|[A-Z](?=[a-z]))){{0,40}}?"
+               rf"(?:(?<!{_LATIN})|(?<=ndi)){_LETTER}{_WRONG}"),
+    re.compile(r"(?:^|\n)(?:(?:So|Thus|Hence|Therefore),? )?"
+               r"[*_(\[$]{0,4}([A-E])[*_)\].$:]{0,4}\Z"),  # a last line that is a letter alone ...
     re.compile(rf"[:=]{_LETTER}[^\n\w]{{0,4}}\Z"),  # ... or ends in ": B"
 )
 
