@@ -358,10 +358,10 @@ _TOGETHER = r"(?:[,/、和或與与と]|\b(?:or|and|but|not|nor|y|ou?|et?|oder|u
 # neither the article (A protein) nor one of two
 _LETTER = (rf"[\s*_(\[$\"'`]{{0,6}}([A-E])(?!{_LATIN}|['\u2019])"
            r"(?!(?<=A) (?!(?:because|since|as|is|by|with|for|due)\b)[a-z])"
-           rf"(?![).\]*\s]{{0,4}}{_TOGETHER}?[\s(\[*]{{0,4}}[A-E](?!{_LATIN}))")
+           rf"(?![).\]*\s]{{0,4}}(?:{_TOGETHER}[\s(\[*]{{0,4}}[A-E](?!{_LATIN})|[A-E](?!{_LATIN}| [a-z])))")
 _WRONG = (r"(?![\s*)\]]{0,4}\?|[\s*)\]]{1,4}(?:is (?:not|in|wrong)|can)"
           rf"|\W{{0,3}}(?:{_fold('ではな|じゃな|가 아니|가 아닙|नहीं|নয়|አይደለ')}))")
-_LINK_WORD = r"\b(?i:is|it|be|will|would|must|therefore|thus|the|correct|option|choice|letter)\b"
+_LINK_WORD = r"\b(?i:is|it|be|will|would|must|therefore|thus|the|correct|option|choice|letter|definitely|clearly)\b"
 _LINK = rf"(?:[ *_]{{0,4}}(?:[:=,-]|{_LINK_WORD})){{0,5}}"
 
 
