@@ -75,7 +75,8 @@ def _in_ascii(text):
 
     if text.isascii():
         return text
-    raised = re.sub("[⁰¹²³⁴-⁹⁻]+", lambda m: f"^{{{unicodedata.normalize('NFKC', m[0])}}}", text)
+    raised = re.sub("([⁰¹²³⁴-⁹⁻]+)|[₀-₉]+",
+                    lambda m: f"{'^' if m[1] else '_'}{{{unicodedata.normalize('NFKC', m[0])}}}", text)
     return "".join(map(plain, raised))
 
 
@@ -99,18 +100,21 @@ _NUMBER = re.compile(
 _NOT = (r"不|ليس|\b(?:not|no|non|pas|nicht|keine|não|bukan|sio?|ki i se|kì í ṣe|abu?ụ?ghi?ị?|akuyona|ayiyona"
         r"|haisi|hazisi|ba)\b")
 _VOID = re.compile(
-    rf"(?i){_NOT}|n['’]t\b|\b(?:never|cannot|wrong|incorrect|false|and (?:an?|one|two|three)|or|but|if|plus"
-    r"|minus|negative|times|mod(?:ulo)?|sqrt|factorial|squared|cubed|roots?|powers?|doubled|tripled|halved"
-    r"|half|halves|thirds?|[a-z]+(?:nd|d|n|th|f|x|ur)ths|tens|pi|divided|multiplied|unless|except|lakh|crore|[bm]n"
-    rf"|[a-z]*illions?|(?:{'|'.join(_SCALE)})s?)\b")
+    rf"(?i){_NOT}|n['’]t\b|\b(?:never|cannot|wrong|incorrect|false|mistake\w*|errors?|or|but|if|unless|except"
+    r"|exclud\w+|without|and (?:an?|one|two|three|up|over|above|more|some|change)|plus|minus|negative|times"
+    r"|pi|mod(?:ulo)?|sqrt|factorial|squared|cubed|roots?|powers?|doubled|tripled|halved|divided|multiplied"
+    r"|half|halves|thirds?|[a-z]+(?:nd|d|n|th|f|x|ur)ths|tens|lakh|crore|grand|thou|[bm]n|[a-z]*illions?"
+    rf"|(?:{'|'.join(_SCALE)})s?)\b")
+_BEFORE = (r"\b(?:than|least|most|between|from|under|over|above|below|beyond|almost|nearly|up to|instead of"
+           r"|as many as|as much as|twice|thrice|double|triple"
+           r"|(?:square|cube|inverse|reciprocal|opposite|multiple|factor|divisor|percent|quarter)s? of)\b")
 _VOID_BEFORE = re.compile(
-    r"(?i)\b(?:than|least|most|between|from|under|over|above|below|beyond|almost|nearly|up to|as many as"
-    r"|as much as|twice|thrice|double|triple)\b|\b(?:log|ln|lg|sin|cos|tan|cot|exp)\W*$|[a-z_^\\]$|\b[a-z]-$"
+    rf"(?i){_BEFORE}|\b(?:log|ln|lg|sin|cos|tan|cot|exp)\W*$|[a-z_^\\]$|\b[a-z]-$|-\W*$"
     r"|\b(?:one|two|three|four|five|six|seven|eight|nine|ten|(?:twen|thir|for|fif|six|seven|eigh|nine)ty)"
     r"\W*$")
 _VOID_BEHIND = re.compile(
     r"(?i)\b(?:is|was)\b(?! (?:the \w* ?answer|left|needed|required|used|spent|paid)\b)"
-    r"|\bover\b(?!\W*$| the\b)|\b(?:isn|would|below zero)\b|^[!?]")
+    r"|\bover\b(?!\W*$| the\b)|\b(?:isn|would|below zero|at most|at least)\b|^[!?]")
 _VARIABLE = re.compile(r"(?<![\w'’])(?![aAIgmhsl])[A-Za-z](?![\w'’])")  # a letter, but no word or unit
 _ATTACHED = r"(?:kg|km|cm|mm|ft|lbs?|oz|mph|hrs?|mins?|sec|[ap]m)\b"  # 70cm, but neither 6ab nor 5x
 _UNIT = re.compile(rf"(?:\s*{_ATTACHED}|[\s-]*[^\W\d_]*)(?:[\s/-]+[^\W\d_]+\.?){{0,6}}\s*(?:\^?[23])?")
@@ -156,13 +160,15 @@ def _quantity(text, alone=True, decimal_comma=False):
     if (value is None or alone and (before.strip() or not unit)
             or match[1].lower() in ("- ", "+ ", "minus ") and before.strip()
             or _VOID.search(around) or _VOID_BEFORE.search(before) or _VOID_BEHIND.search(behind)
-            or re.match(rf"(?!{_ATTACHED})[A-Za-z_^\\]", behind) or _VARIABLE.search(around)
+            or re.match(rf"(?!{_ATTACHED})[A-Za-z_^\\\u0300-\u036f]", behind) or _VARIABLE.search(around)
             or re.search(strange, before if unit else around)):
         return None
-    for side in equals:  # "3 * 5 = 15" says 15, "7 = 0.5" and "2x = 10" nothing
+    for side in equals:  # "3 * 5 = 15" says 15; "7 = 0.5", "2x = 10" and "!= 5" nothing
         stated = re.fullmatch(rf"\W*({_PLAIN})\W*", side)
-        if stated and Fraction(re.sub("[, ]", "", stated[1])) != value or (
-                re.search(r"\d *[a-z]\b|\b[a-z]\b.*\d", side)):
+        letter = re.search(r"(?<![^\W\d])(?!a [a-z])[a-z](?!\w)", side)
+        if (stated and Fraction(re.sub("[, ]", "", stated[1])) != value
+                or letter and re.search(r"[\d!^/\\]|^\W*-", side)
+                or re.search(rf"[^\w\s)\]}}$:.'\"]\s*$|{_NOT}", side)):
             return None
     words, exponent = _unit(behind)
     return value, (words | money, exponent)
@@ -361,7 +367,8 @@ _LETTER = (rf"[\s*_(\[$\"'`]{{0,6}}([A-E])(?!{_LATIN}|['\u2019])"
            rf"(?![).\]*\s]{{0,4}}(?:{_TOGETHER}[\s(\[*]{{0,4}}[A-E](?!{_LATIN})|[A-E](?!{_LATIN}| [a-z])))")
 _WRONG = (r"(?![\s*)\]]{0,4}\?|[\s*)\]]{1,4}(?:is (?:not|in|wrong)|can)"
           rf"|\W{{0,3}}(?:{_fold('ではな|じゃな|가 아니|가 아닙|नहीं|নয়|አይደለ')}))")
-_LINK_WORD = r"\b(?i:is|it|be|will|would|must|therefore|thus|the|correct|option|choice|letter|definitely|clearly)\b"
+_LINK_WORD = (r"\b(?i:is|it|be|will|would|must|therefore|thus|the|correct|option|choice|letter|definitely"
+              r"|clearly)\b")
 _LINK = rf"(?:[ *_]{{0,4}}(?:[:=,-]|{_LINK_WORD})){{0,5}}"
 
 
@@ -462,16 +469,20 @@ def mark(prompts, responses, answers, **columns) -> list[float]:
 
 
 def _told_apart(given, gold):
-    """Whether two answers differ in what math_verify drops: words and units, the bases of their digits."""
-    texts, bases, units = (given, gold), [], []
+    """Whether two answers differ in what math_verify drops: words, units, bases of digits, a leading sign."""
     several = re.search(r",|\\cup|\\pm|\b(?:and|or)\b", gold)
-    for text in texts:
+    bases, signs, words = [], [], []
+    for text in (_in_ascii(given), _in_ascii(gold)):
         bases.append(re.findall(r"(?<![A-Za-z])[0-9A-F]+_\{?([0-9]+)", text))
+        signs.append(bool(re.match(
+            r"\W*?(?:[<>≤≥≠*/]|!=|\\(?:neq?|not|[gl]eq?|[gl]t|sim|times|div|cdot)(?![a-z]))", text)))
         found = re.findall(r"\\(?:text\w*|mathrm|mbox|operatorname)\s*(\{[^{}]*\}(?:\s*\^\{?[23])?)", text)
-        words = " ".join(found + re.findall(r"(?<=\s)[^\W\d_]{2,}", text))
-        units.append(re.sub(r"\b(?:and|or)\b" if several else r"\band\b", "" if several else "or", words))
-    void = [set(match[0].lower() for match in _VOID.finditer(words)) for words in units]
-    return bases[0] != bases[1] or bool(void[0] - void[1]) or not _alike(*map(_unit, units))
+        found += re.findall(r"(?<=\s)[^\W\d_]{2,}", text)
+        joined = (r"\b(?:and|or)\b", "") if several else (r"\band\b", "or")
+        words.append(re.sub(*joined, " ".join(found)))
+    void = [{match[0].lower() for match in re.finditer(f"{_VOID.pattern}|{_BEFORE}", text)} for text in words]
+    return (bases[0] != bases[1] or signs[0] != signs[1] or not void[0] <= void[1]
+            or not _alike(*map(_unit, words)))
 
 
 def _exactly(a, b):
@@ -481,7 +492,10 @@ def _exactly(a, b):
     if isinstance(a, sympy.Equality) and not isinstance(b, sympy.Equality):
         if a.lhs.is_number and a.lhs != a.rhs:  # 7 = 0.5
             return False
-        if a.lhs.is_Add or a.lhs.is_Pow or not a.lhs.is_number and a.lhs.as_coeff_Mul()[0] != 1:  # x + 5 = 72
+        factors = [x for term in sympy.Add.make_args(a.lhs) for x in sympy.Mul.make_args(term)]
+        named = [x.is_Symbol or isinstance(x, sympy.core.function.AppliedUndef) for x in factors
+                 if not (x.is_Pow and x.exp == -1 and x.base.is_Symbol)]  # a / b
+        if not a.lhs.is_number and not (named and all(named)):  # x + 5 = 72
             return False
         a = a.rhs
     if isinstance(a, sympy.Equality) and isinstance(b, sympy.Equality):

@@ -128,9 +128,10 @@ def test_the_official_scorer_of_gsm8k_agrees_on_gold_and_perturbed_solutions():
 
 def test_where_the_official_scorer_of_gsm8k_differs():
     """docs/answers.md says why."""
-    docs = (ROOT / "docs/answers.md").read_text(encoding="utf-8")
+    docs = " ".join((ROOT / "docs/answers.md").read_text(encoding="utf-8").split())
     for right, response in ((1, "####72"), (1, "#### $72"), (1, "#### 72."), (1, "#### 72.0"),
-                            (0, "#### 7,2"), (0, "#### 72 * 2"), (0, "#### 72 thousand"), (0, "#### 72 or 73")):
+                            (0, "#### 7,2"), (0, "#### 72 * 2"), (0, "#### 72 thousand"),
+                            (0, "#### 72 or 73")):
         assert f"`{response}`" in docs
         assert rewards.correctness([""], [response], ["72"]) == [right]
         assert official_gsm8k(response, "#### 72") == (not right)
