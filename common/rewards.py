@@ -98,23 +98,24 @@ _NUMBER = re.compile(
     rf"(?:\s({'|'.join(_SCALE)})\b)?")
 # Words that make another number of the one beside them or take it back: on either side, before it, behind it
 _NOT = (r"不|ليس|\b(?:not|no|non|pas|nicht|keine|não|bukan|sio?|ki i se|kì í ṣe|abu?ụ?ghi?ị?|akuyona|ayiyona"
-        r"|haisi|hazisi|ba)\b")
+        r"|haisi|hazisi|ba \S{1,9} ba|ba ce)\b")
 _VOID = re.compile(
-    rf"(?i){_NOT}|n['’]t\b|\b(?:never|cannot|wrong|incorrect|false|mistake\w*|errors?|or|but|if|unless|except"
-    r"|exclud\w+|without|and (?:an?|one|two|three|up|over|above|more|some|change)|plus|minus|negative|times"
-    r"|pi|mod(?:ulo)?|sqrt|factorial|squared|cubed|roots?|powers?|doubled|tripled|halved|divided|multiplied"
-    r"|half|halves|thirds?|[a-z]+(?:nd|d|n|th|f|x|ur)ths|tens|lakh|crore|grand|thou|[bm]n|[a-z]*illions?"
-    rf"|(?:{'|'.join(_SCALE)})s?)\b")
-_BEFORE = (r"\b(?:than|least|most|between|from|under|over|above|below|beyond|almost|nearly|up to|instead of"
+    rf"(?i){_NOT}|n['’]t\b|\b(?:never|cannot|wrong|incorrect|false|or|but|if|unless|except|exclud\w+|plus|minus"
+    r"|and (?:an?|one|two|three|(?:up|over|above|more|some|change)(?=\W*$))|negative|times|mod(?:ulo)?|sqrt"
+    r"|factorial|squared|cubed|roots?|powers?|doubled|tripled|halved|divided|multiplied|half|halves|thirds?"
+    r"|(?:four|fif|six|seven|eigh|nin|ten|hundred|[a-z]+(?:sand|illion))ths|tens|lakh|crore|[bm]n"
+    rf"|[a-z]*illions?|(?:{'|'.join(_SCALE)})s?)\b")
+_BEFORE = (r"\b(?:than|least|most|between|from|under|almost|nearly|up to|instead of"
            r"|as many as|as much as|twice|thrice|double|triple"
            r"|(?:square|cube|inverse|reciprocal|opposite|multiple|factor|divisor|percent|quarter)s? of)\b")
 _VOID_BEFORE = re.compile(
-    rf"(?i){_BEFORE}|\b(?:log|ln|lg|sin|cos|tan|cot|exp)\W*$|[a-z_^\\]$|\b[a-z]-$|-\W*$"
-    r"|\b(?:one|two|three|four|five|six|seven|eight|nine|ten|(?:twen|thir|for|fif|six|seven|eigh|nine)ty)"
-    r"\W*$")
+    rf"(?i){_BEFORE}|\b(?:log|ln|lg|sin|cos|tan|cot|exp|over|above|below|beyond)\W*$|[a-z_^\\]$|\b[a-z]-$"
+    r"|-\W*$|\b(?:one|two|three|four|five|six|seven|eight|nine|ten"
+    r"|(?:twen|thir|for|fif|six|seven|eigh|nine)ty)\W*$")
 _VOID_BEHIND = re.compile(
     r"(?i)\b(?:is|was)\b(?! (?:the \w* ?answer|left|needed|required|used|spent|paid)\b)"
-    r"|\bover\b(?!\W*$| the\b)|\b(?:isn|would|below zero|at most|at least)\b|^[!?]")
+    r"|\bover\b(?!\W*$| the\b)|\b(?:isn|would|below zero|at most|at least)\b|^[!?]"
+    r"|^\s*(?:grand|thou|pi)\b")
 _VARIABLE = re.compile(r"(?<![\w'’])(?![aAIgmhsl])[A-Za-z](?![\w'’])")  # a letter, but no word or unit
 _ATTACHED = r"(?:kg|km|cm|mm|ft|lbs?|oz|mph|hrs?|mins?|sec|[ap]m)\b"  # 70cm, but neither 6ab nor 5x
 _UNIT = re.compile(rf"(?:\s*{_ATTACHED}|[\s-]*[^\W\d_]*)(?:[\s/-]+[^\W\d_]+\.?){{0,6}}\s*(?:\^?[23])?")
@@ -165,10 +166,12 @@ def _quantity(text, alone=True, decimal_comma=False):
         return None
     for side in equals:  # "3 * 5 = 15" says 15; "7 = 0.5", "2x = 10" and "!= 5" nothing
         stated = re.fullmatch(rf"\W*({_PLAIN})\W*", side)
+        # "dividing by 2, we get x"
+        side = re.sub(r"(?:^|(?<=[A-Za-z])\s|(?<=[,:;(]))\s*[a-z][\s$)]*$", "", side)
         letter = re.search(r"(?<![^\W\d])(?!a [a-z])[a-z](?!\w)", side)
         if (stated and Fraction(re.sub("[, ]", "", stated[1])) != value
                 or letter and re.search(r"[\d!^/\\]|^\W*-", side)
-                or re.search(rf"[^\w\s)\]}}$:.'\"]\s*$|{_NOT}", side)):
+                or re.search(rf"(?:[^\w\s)\]}}$:;,(.'\"]|{_NOT}|\b(?:log|ln|sin|cos|tan|sqrt))\s*$", side)):
             return None
     words, exponent = _unit(behind)
     return value, (words | money, exponent)

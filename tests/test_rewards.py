@@ -138,6 +138,16 @@ def test_where_the_official_scorer_of_gsm8k_differs():
     assert rewards.correctness([""], ["The answer is 72"], ["72"]) == [1.0]
 
 
+def test_last_lines_of_gsm8k_solutions_as_answers():
+    """Sentences such as "He will need 5 * 2 = 10 tablespoons to make 80 meatballs": read rightly, or not at all."""
+    rows = [row["answer"].rsplit("\n#### ", 1) for row in rows_of("gsm8k/train.jsonl", "gsm8k/test.jsonl")]
+    lines = [(re.sub("<<[^>]*>>", "", working).rsplit("\n", 1)[-1], gold) for working, gold in rows]
+    read = [(rewards.same_number(line, gold), line, gold) for line, gold in lines]
+    assert sum(right is True for right, *_ in read) >= 0.8 * len(rows)
+    wrong = [row for row in read if row[0] is False]  # data at fault, cents for dollars, "14 dozen" for 14
+    assert len(wrong) <= 0.005 * len(rows), wrong
+
+
 ANSWERS = [json.loads(line) for line in (
     Path(__file__).parent / "fixtures" / "answers.jsonl").read_text(encoding="utf-8").splitlines()]
 
