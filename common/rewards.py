@@ -38,6 +38,7 @@ from math import comb, exp, isfinite, isnan, nan
 from pathlib import Path
 
 TAGS = ("<think>", "</think>", "<answer>", "</answer>")
+BLANK = "\u034f\u115f\u1160\u17b4\u17b5\u2800\u3164\uffa0"  # letters and signs that look like nothing
 LOAD_TIMEOUT_S = 120.0  # for importing a user's reward file (and torch, perhaps); no call's time includes it
 
 # ---- Comparing answers: as exact fractions where both are numbers, never as floats (docs/answers.md).
@@ -100,8 +101,8 @@ _NUMBER = re.compile(
 _NOT = (r"不|ليس|\b(?:not|no|non|pas|nicht|keine|não|bukan|sio?|ki i se|kì í ṣe|abu?ụ?ghi?ị?|akuyona|ayiyona"
         r"|haisi|hazisi|ba \S{1,9} ba|ba ce)\b")
 _VOID = re.compile(
-    rf"(?i){_NOT}|n['’]t\b|\b(?:never|cannot|wrong|incorrect|false|or|but|if|unless|except|exclud\w+|plus|minus"
-    r"|and (?:an?|one|two|three|(?:up|over|above|more|some|change)(?=\W*$))|negative|times|mod(?:ulo)?|sqrt"
+    rf"(?i){_NOT}|n['’]t\b|\b(?:never|cannot|wrong|incorrect|false|or|but|if|unless|except|exclud\w+|plus"
+    r"|minus|and (?:an?|one|two|three|(?:up|over|above|more|some|change)(?=\W*$))|negative|times|mod(?:ulo)?|sqrt"
     r"|factorial|squared|cubed|roots?|powers?|doubled|tripled|halved|divided|multiplied|half|halves|thirds?"
     r"|(?:four|fif|six|seven|eigh|nin|ten|hundred|[a-z]+(?:sand|illion))ths|tens|lakh|crore|[bm]n"
     rf"|[a-z]*illions?|(?:{'|'.join(_SCALE)})s?)\b")
@@ -450,7 +451,7 @@ def format(prompts, responses, answers, **columns) -> list[float]:
     """
     rewards, tags = [], "|".join(TAGS)
     for response in responses:
-        pieces = [any(unicodedata.category(c)[0] not in "CZ" for c in piece)
+        pieces = [any(unicodedata.category(c)[0] not in "CZ" and c not in BLANK for c in piece)
                   for piece in re.split(tags, response)]
         if re.findall(tags, response) != list(TAGS) or not pieces[1] or not pieces[3]:
             rewards.append(0.0)

@@ -421,6 +421,8 @@ def test_totals_of_eight_responses_worked_out_by_hand():
         ("<think>a</think> so <answer>b</answer>", 0.5),
         ("<think>a</think><answer>b</answer>!", 0.5),
         ("<think>a</think><answer> </answer>", 0.0),
+        ("<think>a</think><answer>\u200b</answer>", 0.0),
+        ("<think>\u3164</think><answer>\u2800</answer>", 0.0),
         ("<think></think><answer>b</answer>", 0.0),
         ("<answer>b</answer><think>a</think>", 0.0),
         ("<think>a<answer>b</answer></think>", 0.0),
