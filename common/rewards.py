@@ -102,9 +102,9 @@ _NOT = (r"不|ليس|\b(?:not|no|non|pas|nicht|keine|não|bukan|sio?|ki i se|kì
         r"|haisi|hazisi|ba \S{1,9} ba|ba ce)\b")
 _VOID = re.compile(
     rf"(?i){_NOT}|n['’]t\b|\b(?:never|cannot|wrong|incorrect|false|or|but|if|unless|except|exclud\w+|plus"
-    r"|minus|and (?:an?|one|two|three|(?:up|over|above|more|some|change)(?=\W*$))|negative|times|mod(?:ulo)?|sqrt"
-    r"|factorial|squared|cubed|roots?|powers?|doubled|tripled|halved|divided|multiplied|half|halves|thirds?"
-    r"|(?:four|fif|six|seven|eigh|nin|ten|hundred|[a-z]+(?:sand|illion))ths|tens|lakh|crore|[bm]n"
+    r"|minus|and (?:an?|one|two|three|(?:up|over|above|more|some|change)(?=\W*$))|negative|times|mod(?:ulo)?"
+    r"|sqrt|factorial|squared|cubed|roots?|powers?|doubled|tripled|halved|divided|multiplied|half|halves"
+    r"|thirds?|(?:four|fif|six|seven|eigh|nin|ten|hundred|[a-z]+(?:sand|illion))ths|tens|lakh|crore|[bm]n"
     rf"|[a-z]*illions?|(?:{'|'.join(_SCALE)})s?)\b")
 _BEFORE = (r"\b(?:than|least|most|between|from|under|almost|nearly|up to|instead of"
            r"|as many as|as much as|twice|thrice|double|triple"
