@@ -38,6 +38,7 @@ from math import comb, exp, isfinite, isnan, nan
 from pathlib import Path
 
 TAGS = ("<think>", "</think>", "<answer>", "</answer>")
+BLANK = "\u034f\u115f\u1160\u17b4\u17b5\u2800\u3164\uffa0"  # letters and signs that look like nothing
 LOAD_TIMEOUT_S = 120.0  # for importing a user's reward file (and torch, perhaps); no call's time includes it
 
 # ---- Comparing answers: as exact fractions where both are numbers, never as floats (docs/answers.md).
@@ -45,8 +46,12 @@ LOAD_TIMEOUT_S = 120.0  # for importing a user's reward file (and torch, perhaps
 # Dressing without meaning and second spellings, replaced in this order; the last is a leading "x =".
 _DRESSING = (
     (r"[\u2212\u2013]", "-"),
-    (r"[\u00a0\u2009\u202f~°]|(?<!\\)\\ |\^ ?\{? ?\\circ ?\}?", " "),
-    (r"`|\\(?:left|right|displaystyle|[Bb]igg?|q?quad)(?![A-Za-z])|(?<!\\)\\[!,;:]\s*|\{,\}", ""),
+    (r"\{,\}|,\s*\\!\s*", ","),
+    (r"(?:°|\^ ?\{? ?\\circ ?\}?) ?(?:(C)|F)(?![A-Za-z])",
+     lambda match: " degrees " + ("Celsius" if match[1] else "Fahrenheit")),
+    (r"[\u00a0\u2009\u202f~°`]|(?<!\\)\\[ ,;:!]|\^ ?\{? ?\\circ ?\}?", " "),
+    (r"\\(?:left|right|displaystyle|[Bb]igg?|q?quad)(?![A-Za-z])", " "),
+    (r"\\approx(?![A-Za-z])", "="),
     # not between digits: 7**2, 7$2, 7%2 and 7\(2\) are not 72
     *((rf"{edge[0]}(?:\*\*|(?<!\\)\\[()\[\]]|\\?[$%]|[£€₹¥]){edge[1]}", "")
       for edge in (("", "(?![0-9])"), ("(?<![0-9])", ""))),
@@ -57,7 +62,7 @@ _DRESSING = (
     (r"\\(?:text(?:bf|it|rm)?|math(?:rm|bf)|mbox|operatorname)\s*\{([^{}]*)\}", r" \1"),
     (r"^\s*(?:[A-Za-z][A-Za-z ]{0,30}(?:_\w)?(?:\([a-z]\))?\s*=|[a-z]\s*\\in(?![A-Za-z]))", ""),
 )
-_SIGNS = {"√": r"\sqrt ", "π": r"\pi", "×": r"\times ", "٫": ".", "٬": ",", "：": ":", "＝": "="}
+_SIGNS = {"√": r"\sqrt ", "π": r"\pi", "×": r"\times ", "٫": ".", "٬": ",", "：": ":", "＝": "=", "≈": "="}
 
 
 def _in_ascii(text):
@@ -71,7 +76,8 @@ def _in_ascii(text):
 
     if text.isascii():
         return text
-    raised = re.sub("[⁰¹²³⁴-⁹⁻]+", lambda m: f"^{{{unicodedata.normalize('NFKC', m[0])}}}", text)
+    raised = re.sub("([⁰¹²³⁴-⁹⁻]+)|[₀-₉]+",
+                    lambda m: f"{'^' if m[1] else '_'}{{{unicodedata.normalize('NFKC', m[0])}}}", text)
     return "".join(map(plain, raised))
 
 
@@ -88,31 +94,50 @@ _PLAIN = rf"{_WHOLE}(?:\.[0-9]+)?(?:[eE][-+]?[0-9]{{1,2}})?|\.[0-9]+"
 _SCALE = {"dozen": 12, "hundred": 100} | {
     name: 1000**i for i, name in enumerate(("thousand", "million", "billion", "trillion"), 1)}
 _NUMBER = re.compile(
-    rf"((?:[-+] ?)?)(?:([0-9]+) +(?=[0-9]+/))?({_PLAIN})(?:\s*/\s*({_PLAIN}))?"
+    rf"((?:[-+] ?|[Mm]inus |[Nn]egative )?)(?:([0-9]+) +(?=[0-9]+/))?({_PLAIN})(?:\s*/\s*({_PLAIN}))?"
     r"(?:\^\{?([0-9]{1,3})\}?|\s*(?:\\times|\\cdot|\*)\s*10\^\{?(-?[0-9]{1,3})\}?)?"
     rf"(?:\s({'|'.join(_SCALE)})\b)?")
 # Words that make another number of the one beside them or take it back: on either side, before it, behind it
-_NOT = r"不|\b(?:not|no|non|pas|nicht|keine|não|bukan|sio?)\b"
+_NOT = (r"不|ليس|\b(?:not|no|non|pas|nicht|keine|não|bukan|sio?|ki i se|kì í ṣe|abu?ụ?ghi?ị?|akuyona|ayiyona"
+        r"|haisi|hazisi|ba \S{1,9} ba|ba ce)\b")
 _VOID = re.compile(
-    rf"(?i){_NOT}|n['’]t\b|\b(?:never|cannot|wrong|incorrect|false|and (?:an?|one|two|three)|or|but|if|plus"
-    r"|minus|times|mod(?:ulo)?|sqrt|factorial|squared|cubed|roots?|powers?|doubled|tripled|halved|half|halves"
-    rf"|thirds?|divided|multiplied|over|unless|except|[mbtr]+illion|{'|'.join(_SCALE)})\b")
-_VOID_BEFORE = re.compile(r"(?i)\b(?:than|least|most|between|from|under)\b|[A-Za-z_^\\]$")
-_VOID_BEHIND = re.compile(r"(?i)\b(?:is|isn|was|are|were|would)\b|^!")
+    rf"(?i){_NOT}|n['’]t\b|\b(?:never|cannot|wrong|incorrect|false|or|but|if|unless|except|exclud\w+|plus"
+    r"|minus|and (?:an?|one|two|three|(?:up|over|above|more|some|change)(?=\W*$))|negative|times|mod(?:ulo)?"
+    r"|sqrt|factorial|squared|cubed|roots?|powers?|doubled|tripled|halved|divided|multiplied|half|halves"
+    r"|thirds?|(?:four|fif|six|seven|eigh|nin|ten|hundred|[a-z]+(?:sand|illion))ths|tens|lakh|crore|[bm]n"
+    rf"|[a-z]*illions?|(?:{'|'.join(_SCALE)})s?)\b")
+_BEFORE = (r"\b(?:than|least|most|between|from|under|almost|nearly|up to|instead of"
+           r"|as many as|as much as|twice|thrice|double|triple"
+           r"|(?:square|cube|inverse|reciprocal|opposite|multiple|factor|divisor|percent|quarter)s? of)\b")
+_VOID_BEFORE = re.compile(
+    rf"(?i){_BEFORE}|\b(?:log|ln|lg|sin|cos|tan|cot|exp|over|above|below|beyond)\W*$|[a-z_^\\]$|\b[a-z]-$"
+    r"|-\W*$|\b(?:one|two|three|four|five|six|seven|eight|nine|ten"
+    r"|(?:twen|thir|for|fif|six|seven|eigh|nine)ty)\W*$")
+_VOID_BEHIND = re.compile(
+    r"(?i)\b(?:is|was)\b(?! (?:the \w* ?answer|left|needed|required|used|spent|paid)\b)"
+    r"|\bover\b(?!\W*$| the\b)|\b(?:isn|would|below zero|at most|at least)\b|^[!?]"
+    r"|^\s*(?:grand|thou|pi)\b")
 _VARIABLE = re.compile(r"(?<![\w'’])(?![aAIgmhsl])[A-Za-z](?![\w'’])")  # a letter, but no word or unit
 _ATTACHED = r"(?:kg|km|cm|mm|ft|lbs?|oz|mph|hrs?|mins?|sec|[ap]m)\b"  # 70cm, but neither 6ab nor 5x
 _UNIT = re.compile(rf"(?:\s*{_ATTACHED}|[\s-]*[^\W\d_]*)(?:[\s/-]+[^\W\d_]+\.?){{0,6}}\s*(?:\^?[23])?")
 _UNITS = dict(pair.split("=") for pair in (
     "kg=kilogram g=gram km=kilometer m=meter cm=centimeter mm=millimeter ft=foot feet=foot in=inch lb=pound "
-    "oz=ounce h=hour hr=hour min=minute sec=second s=second mph=mile l=liter").split())
+    "oz=ounce h=hour hr=hour min=minute sec=second s=second l=liter").split())
 
 
 def _unit(words):
-    """Words behind a number as (set of words in the singular, exponent)."""
-    words = re.sub(r"tre(s?)\b", r"ter\1", words.casefold())
+    """Words behind a number as (set of words in the singular, (exponent, whether it is a rate))."""
+    words = re.sub(r"tre(s?)\b", r"ter\1", words.casefold().replace("mph", "miles per hour"))
     power = 2 if re.search(r"2|\bsq(?:uare)?\b", words) else 3 if re.search(r"3|\bcubic\b", words) else 1
     found = {re.sub(r"(?<=[^s])s$", "", word) for word in re.findall(r"[^\W\d_]+", words)}
-    return {_UNITS.get(word, word) for word in found} - {"square", "sq", "cubic"}, power
+    rate = "/" in words or "per" in found
+    return {_UNITS.get(word, word) for word in found} - {"square", "sq", "cubic", "per"}, (power, rate)
+
+
+def _alike(unit, gold_unit):
+    """Whether two `_unit`s are the same, as "hours" and "working hours", or one is none."""
+    (words, power), (gold_words, gold_power) = unit, gold_unit
+    return not words or not gold_words or power == gold_power and (words <= gold_words or gold_words <= words)
 
 
 @lru_cache(10_000)
@@ -120,6 +145,7 @@ def _quantity(text, alone=True, decimal_comma=False):
     """(the one number of a phrase, exactly; its unit), or None. alone: nothing is beside it but its unit."""
     if len(text) > 200:
         return None
+    money = {"dollar"} if re.search(r"\\\$|^[^$]*\$[^$]*$", text) else set()  # $5$ is 5
     text = re.sub(r"\s*\\frac\{([^{}]*)\}\{([^{}]*)\}", r" \1/\2", _undress(text)).strip()
     if decimal_comma and re.fullmatch(r"[^\d(]*[0-9.]+,[0-9]{1,2}\D*", text):
         text = re.sub(r"(?<=[0-9])\.(?=[0-9]{3})", "", text).replace(",", ".")  # 1.234,56
@@ -132,18 +158,24 @@ def _quantity(text, alone=True, decimal_comma=False):
     before, behind, value = text[:match.start()], text[match.end():], _value(*match.groups())
     unit = _UNIT.fullmatch(behind)
     around = f"{before} " + (behind if unit else _fold(re.sub(r"\^[23]", "", behind)))
-    strange = r"[+*<>|\\{}~]" if unit else r"[^\w\s.,:;!?'\"()’“”„。，、።।-]"
-    if (value is None or alone and (before.strip() or not unit) or match[1] == "- " and before.strip()
+    strange = r"[^\w\s.,:;!?'\"()’“”„。，、።।-]"
+    if (value is None or alone and (before.strip() or not unit)
+            or match[1].lower() in ("- ", "+ ", "minus ") and before.strip()
             or _VOID.search(around) or _VOID_BEFORE.search(before) or _VOID_BEHIND.search(behind)
-            or re.match(rf"(?!{_ATTACHED})[A-Za-z_^\\]", behind) or _VARIABLE.search(around)
-            or re.search(strange, around)):
+            or re.match(rf"(?!{_ATTACHED})[A-Za-z_^\\\u0300-\u036f]", behind) or _VARIABLE.search(around)
+            or re.search(strange, before if unit else around)):
         return None
-    for side in equals:  # "3 * 5 = 15" says 15, "7 = 0.5" and "2x = 10" nothing
+    for side in equals:  # "3 * 5 = 15" says 15; "7 = 0.5", "2x = 10" and "!= 5" nothing
         stated = re.fullmatch(rf"\W*({_PLAIN})\W*", side)
-        if stated and Fraction(re.sub("[, ]", "", stated[1])) != value or (
-                re.search(r"\d *[a-z]\b|\b[a-z]\b.*\d", side)):
+        # "dividing by 2, we get x"
+        side = re.sub(r"(?:^|(?<=[A-Za-z])\s|(?<=[,:;(]))\s*[a-z][\s$)]*$", "", side)
+        letter = re.search(r"(?<![^\W\d])(?!a [a-z])[a-z](?!\w)", side)
+        if (stated and Fraction(re.sub("[, ]", "", stated[1])) != value
+                or letter and re.search(r"[\d!^/\\]|^\W*-", side)
+                or re.search(rf"(?:[^\w\s)\]}}$:;,(.'\"]|{_NOT}|\b(?:log|ln|sin|cos|tan|sqrt))\s*$", side)):
             return None
-    return value, _unit(behind)
+    words, exponent = _unit(behind)
+    return value, (words | money, exponent)
 
 
 def _value(sign, whole, top, bottom, power, ten, scale):
@@ -152,7 +184,8 @@ def _value(sign, whole, top, bottom, power, ten, scale):
     if Fraction(bottom or 1) == 0 or (power and (bottom or len(top) > 6)):
         return None
     value = int(whole or 0) + Fraction(top) ** int(power or 1) / Fraction(bottom or 1)
-    return value * Fraction(10) ** int(ten or 0) * _SCALE.get(scale, 1) * (-1 if "-" in sign else 1)
+    value *= Fraction(10) ** int(ten or 0) * _SCALE.get(scale, 1)
+    return value if sign.strip() in ("", "+") else -value
 
 
 def normalize_number(text: str) -> Fraction | None:
@@ -166,7 +199,7 @@ def normalize_number(text: str) -> Fraction | None:
 
 
 def _plain_text(text):
-    text = re.sub(r"(?<![0-9])\s+|\s+(?![0-9])", "", _undress(text))
+    text = re.sub(r"(?<![0-9]) | (?![0-9])", "", re.sub(r"\s+", " ", _undress(text)))
     text = re.sub(r"\\frac\{(-?\w+)\}\{(\w+)\}", r"\1/\2", text)
     text = re.sub(r"^\((\w)\)$", r"\1", text)  # the choice "(C)"
     return text.casefold() if text.isalpha() and len(text) > 2 else text
@@ -174,13 +207,8 @@ def _plain_text(text):
 
 def same_number(given: str, gold: str) -> bool | None:
     """Whether both answers are one number, in the same unit if both have one; None where one is no number."""
-    comma = "," in given, "," in gold
-    a, b = (_quantity(text, False, comma.count(True) == 1) for text in (given, gold))
-    if a is None or b is None:
-        return None
-    (value, (unit, power)), (gold_value, (gold_unit, gold_power)) = a, b
-    alike = not unit or not gold_unit or power == gold_power and (unit <= gold_unit or gold_unit <= unit)
-    return value == gold_value and alike
+    a, b = _quantity(given, False, "," not in gold), _quantity(gold, False)
+    return None if a is None or b is None else a[0] == b[0] and _alike(a[1], b[1])
 
 
 def same_answer(given: str, gold: str) -> bool:
@@ -190,6 +218,9 @@ def same_answer(given: str, gold: str) -> bool:
     reward `math` does algebra, this function does not. More than 1000 characters are no final answer.
     """
     if max(len(given), len(gold)) > 1000:
+        return False
+    names = [re.match(r"\W*([A-Za-z])(?:_\w)?\s*=", text) for text in (given, gold)]
+    if all(names) and names[0][1] != names[1][1]:  # x = 5 and y = 5
         return False
     same = same_number(given, gold)
     if same is None:
@@ -232,6 +263,8 @@ _ANSWER_WORDS = (
     "ans(?:wer)?", "réponse", "respuesta", "resposta", "risposta", "antwort", "jawaban", "jibu", "ìdáhùn",
     "azịza", "impendulo", "mhinduro", "amsa", "መልስ", "መልሱ", "答案", "答え", "正解", "선택", "정답", "답",
     "إجابة", "اجابة", "جواب", "उत्तर", "উত্তর", "选", "選", "opción", "opção", "opzione", "chaguo")
+
+
 def _fold(text):
     """Full-width letters as plain ones, without accents and vowel marks, which many writers leave out."""
     def without_marks(text):
@@ -246,9 +279,8 @@ _STATED = re.compile(
     r"(?:\b(?:is|will be)\b(?: therefore| thus)?|[:=])[\s*_:]{0,8}(?=([^\n]{1,300}))"
 )
 # the same before a number in other languages; "72 is the answer"; a last sentence that concludes
-_STATED_ELSEWHERE = re.compile(
-    rf"(?<![A-Za-z])(?i:{'|'.join([*_ANSWER_WORDS[1:], *map(_fold, _ANSWER_WORDS[1:])])})"
-    rf"(?:(?!{_NOT})[^\n.?!\d]){{0,40}}?(?=(-?[$€£]?\d[^\n]{{0,200}}))")
+_ELSEWHERE = rf"(?<![A-Za-z])(?i:{'|'.join([*_ANSWER_WORDS[1:], *map(_fold, _ANSWER_WORDS[1:])])})"
+_STATED_ELSEWHERE = re.compile(rf"{_ELSEWHERE}([^\n.?!\d]{{0,40}})(?=(\d[^\n]{{0,200}}))")
 _IS_THE_ANSWER = re.compile(r"(\S{1,30}(?: \S{1,20})?) is (?:the|my) (?:final |correct )?answer\b")
 _CONCLUSION = re.compile(r"(?:^|[.!?:] +)(?:So|Therefore|Thus|Hence),? ((?:(?![.!?] )[^\n])*)\Z")
 
@@ -285,8 +317,18 @@ def _stated(text):
     return parts[0].strip(" *_`\"'")
 
 
-def _first_number(values, alone=True):
-    return next((value.strip(" *\t\r") for value in values if _quantity(value.strip(), alone)), None)
+def _stated_elsewhere(text):
+    """The same of "La réponse est x", where x begins with a number."""
+    for between, number in reversed(_STATED_ELSEWHERE.findall(text)):
+        between = re.split(_ELSEWHERE, between)[-1]
+        if not re.search(_NOT, between):
+            return re.search(r"(?:(?<![A-Za-z])-)?[$€£]?\Z", between)[0] + number  # -72, but not ngu-72
+    return ""
+
+
+def _first_number(values, alone=True, decimal_comma=False):
+    return next((value.strip(" *\t\r") for value in values if _quantity(value.strip(), alone)
+                 or decimal_comma and _quantity(value.strip(), alone, True)), None)
 
 
 def extract_answer(text: str, choices: bool = False, finished: bool = True) -> str | None:
@@ -306,14 +348,15 @@ def extract_answer(text: str, choices: bool = False, finished: bool = True) -> s
     tail = text.rpartition("</think>")[2].partition("<think>")[0]  # nothing where thinking never ended
     hashes = re.findall(r"#### *([^\n]{1,200})", tail)
     line = tail.rstrip()[-400:].rpartition("\n")[2]
+    right_side = re.split("[=≈]", line)[-1]
     bold = re.findall(r"\*\*([^*]+)\*\*", line)
     return (
         _marked(tail)
         or _first_number(hashes)  # "#### Step 1" is a heading
         or _stated(tail)
-        or _first_number(_STATED_ELSEWHERE.findall(tail)[-1:], alone=False)
+        or _first_number([_stated_elsewhere(tail)], False, decimal_comma=True)
         or _first_number(_IS_THE_ANSWER.findall(tail[-400:])[-1:], alone=False)
-        or _first_number([line.rpartition("=")[2], *(bold if len(bold) == 1 else [])])
+        or _first_number([right_side, *(bold if len(bold) == 1 else [])])
         or _first_number(_CONCLUSION.findall(line), alone=False)
         or _marked(text, False)
         or None
@@ -321,23 +364,29 @@ def extract_answer(text: str, choices: bool = False, finished: bool = True) -> s
 
 
 _LATIN = r"[0-9A-Za-z\u00c0-\u02af\u1e00-\u1eff]"
+_TOGETHER = r"(?:[,/、和或與与と]|\b(?:or|and|but|not|nor|y|ou?|et?|oder|und|au|na|tabi|ati|ma)\b)"  # B and C
 # neither the article (A protein) nor one of two
 _LETTER = (rf"[\s*_(\[$\"'`]{{0,6}}([A-E])(?!{_LATIN}|['\u2019])"
            r"(?!(?<=A) (?!(?:because|since|as|is|by|with|for|due)\b)[a-z])"
-           r"(?![).\]*\s]{0,4}(?:,|/|\b(?:or|and|but|not)\b)[\s(\[*]{0,4}[A-E]\b)")
-_WRONG = r"(?![\s*)\]]{1,4}(?:is (?:not|in|wrong)|can))"
-_LINK_WORD = r"\b(?i:is|be|will|would|must|therefore|thus|the|correct|option|choice|letter)\b"
+           rf"(?![).\]*\s]{{0,4}}(?:{_TOGETHER}[\s(\[*]{{0,4}}[A-E](?!{_LATIN})|[A-E](?!{_LATIN}| [a-z])))")
+_WRONG = (r"(?![\s*)\]]{0,4}\?|[\s*)\]]{1,4}(?:is (?:not|in|wrong)|can)"
+          rf"|\W{{0,3}}(?:{_fold('ではな|じゃな|가 아니|가 아닙|नहीं|নয়|አይደለ')}))")
+_LINK_WORD = (r"\b(?i:is|it|be|will|would|must|therefore|thus|the|correct|option|choice|letter|definitely"
+              r"|clearly)\b")
 _LINK = rf"(?:[ *_]{{0,4}}(?:[:=,-]|{_LINK_WORD})){{0,5}}"
 
 
 _WORDS = _fold("|".join(_ANSWER_WORDS[1:]))
-_LOWER = re.compile(rf"(?i:{_ANSWER_WORDS[0]}|{_WORDS}) ?[:=] ?\W{{0,4}}([a-e])\W{{0,4}}\Z")
+_LOWER = re.compile(rf"(?i:{_ANSWER_WORDS[0]}|{_WORDS})(?: ?[:=] ?\W{{0,4}}| is \W?\()([a-e])\W{{0,4}}\Z")
 _CHOICE_FORMS = (  # the first form found counts, and of that form the last
     re.compile(rf"\b(?i:ans(?:wer)?)\b(?: (?i:to|for) [^\n.?!:=]{{1,80}}?)?{_LINK}{_LETTER}{_WRONG}"),
-    re.compile(rf"\b(?i:option|choice)\b{_LINK}{_LETTER}{_WRONG}"),
-    re.compile(r"\b([A-E])[)\]*]{0,4} (?:is|must be) (?:the )?(?:correct|right|true|best|answer)\b"),
-    re.compile(rf"(?i:{_WORDS})(?:(?!{_NOT})(?:[^\n.?!A-Z]|[A-Z](?=[a-z]))){{0,40}}?(?<!{_LATIN}){_LETTER}"),
-    re.compile(r"(?:^|\n)[*_(\[$]{0,4}([A-E])[*_)\].$:]{0,4}\Z"),  # a last line that is a letter alone ...
+    re.compile(rf"(?<![Nn]or )(?<![Nn]ot )(?<![Nn]either )\b(?i:option|choice)\b{_LINK}{_LETTER}{_WRONG}"),
+    re.compile(r"(?:^|[^\w\s'’] ?|\n|\b(?i:so|but|and|that|think|answer|letter|hence|thus|therefore|only) )"
+               r"[(\[*]{0,4}([A-E])[)\]*]{0,4} (?:is|must be) (?:the )?(?:correct|right|true|best|answer)\b"),
+    re.compile(rf"(?i:{_WORDS})(?=[^\nA-E]{{0,48}}[A-E])(?:(?!{_NOT})(?:[^\n.?!A-Z]|[A-Z](?=[a-z]))){{0,40}}?"
+               rf"(?:(?<!{_LATIN})|(?<=ndi)){_LETTER}{_WRONG}"),
+    re.compile(r"(?:^|\n)(?:(?:So|Thus|Hence|Therefore),? )?"
+               r"[*_(\[$]{0,4}([A-E])[*_)\].$:]{0,4}\Z"),  # a last line that is a letter alone ...
     re.compile(rf"[:=]{_LETTER}[^\n\w]{{0,4}}\Z"),  # ... or ends in ": B"
 )
 
@@ -357,10 +406,11 @@ def extract_choice(text: str) -> str | None:
         tail = f"answer: {letter[1].upper() if letter and one else marked}"
     if lower := _LOWER.search(tail[-200:]):
         return lower[1].upper()
-    # written out, but not "A:", which may be a speaker's
-    options = re.findall(r"(?:^|\n)[\s*_(\[]{0,4}([A-E])(?:[)\].]|(?<!A):)(?!\W{0,4}(?:or|and|but)\b)", tail)
+    # written out, but not "A:", which may be a speaker's, nor taken back
+    options = re.findall(r"(?:^|\n)[\s*_(\[]{0,4}([A-E][)\].:])(?!\W{0,4}(?:[A-E][)\].:]|(?:or|and|but)\b)"
+                         r"|[A-Z]\.|\W{0,4}(?:(?:This|It|That) )?is (?:not|in|wrong|false))", tail)
     return next((found[-1] for form in _CHOICE_FORMS if (found := form.findall(tail))),
-                options[0] if len(options) == 1 else None)
+                options[0][0] if len(options) == 1 and options != ["A:"] else None)
 
 
 # ---- The built-in rewards, each 0 to 1 per row.
@@ -401,7 +451,7 @@ def format(prompts, responses, answers, **columns) -> list[float]:
     """
     rewards, tags = [], "|".join(TAGS)
     for response in responses:
-        pieces = [any(unicodedata.category(c)[0] not in "CZ" for c in piece)
+        pieces = [any(unicodedata.category(c)[0] not in "CZ" and c not in BLANK for c in piece)
                   for piece in re.split(tags, response)]
         if re.findall(tags, response) != list(TAGS) or not pieces[1] or not pieces[3]:
             rewards.append(0.0)
@@ -422,21 +472,43 @@ def mark(prompts, responses, answers, **columns) -> list[float]:
     return [sum(response.count(tag) == 1 for tag in TAGS) / len(TAGS) for response in responses]
 
 
-def _exactly(given, gold):
-    """Whether what math_verify has parsed, and holds for equal to six digits without bases, is equal."""
+def _told_apart(given, gold):
+    """Whether two answers differ in what math_verify drops: words, units, bases of digits, a leading sign."""
+    several = re.search(r",|\\cup|\\pm|\b(?:and|or)\b", gold)
+    bases, signs, words = [], [], []
+    for text in (_in_ascii(given), _in_ascii(gold)):
+        bases.append(re.findall(r"(?<![A-Za-z])[0-9A-F]+_\{?([0-9]+)", text))
+        signs.append(bool(re.match(
+            r"\W*?(?:[<>≤≥≠*/]|!=|\\(?:neq?|not|[gl]eq?|[gl]t|sim|times|div|cdot)(?![a-z]))", text)))
+        found = re.findall(r"\\(?:text\w*|mathrm|mbox|operatorname)\s*(\{[^{}]*\}(?:\s*\^\{?[23])?)", text)
+        found += re.findall(r"(?<=\s)[^\W\d_]{2,}", text)
+        joined = (r"\b(?:and|or)\b", "") if several else (r"\band\b", "or")
+        words.append(re.sub(*joined, " ".join(found)))
+    void = [{match[0].lower() for match in re.finditer(f"{_VOID.pattern}|{_BEFORE}", text)} for text in words]
+    return (bases[0] != bases[1] or signs[0] != signs[1] or not void[0] <= void[1]
+            or not _alike(*map(_unit, words)))
+
+
+def _exactly(a, b):
+    """Whether what math_verify has parsed, and holds for equal to six digits, is equal."""
     import sympy
 
-    (a, *_, text), (b, *_, gold_text) = given, gold
-    if ("_" in text) != ("_" in gold_text):  # 52 and 52_8
-        return False
     if isinstance(a, sympy.Equality) and not isinstance(b, sympy.Equality):
         if a.lhs.is_number and a.lhs != a.rhs:  # 7 = 0.5
             return False
+        factors = [x for term in sympy.Add.make_args(a.lhs) for x in sympy.Mul.make_args(term)]
+        named = [x.is_Symbol or isinstance(x, sympy.core.function.AppliedUndef) for x in factors
+                 if not (x.is_Pow and x.exp == -1 and x.base.is_Symbol)]  # a / b
+        if not a.lhs.is_number and not (named and all(named)):  # x + 5 = 72
+            return False
         a = a.rhs
-    if not (isinstance(a, sympy.Expr) and isinstance(b, sympy.Expr) and a.is_number and b.is_number):
-        return True
-    exact = {x: sympy.Rational(str(x)) for x in (a - b).atoms(sympy.Float)}
-    return (a - b).xreplace(exact).equals(0) is True
+    if isinstance(a, sympy.Equality) and isinstance(b, sympy.Equality):
+        a, b = a.lhs - a.rhs, b.lhs - b.rhs
+    floats = {x: sympy.Rational(str(x)) for side in (a, b) if hasattr(side, "atoms")
+              for x in side.atoms(sympy.Float)}
+    if isinstance(a, sympy.Expr) and isinstance(b, sympy.Expr) and (floats or (a - b).is_number):
+        return sympy.simplify((a - b).xreplace(floats)).equals(0) is True
+    return not floats or a.xreplace(floats) == b.xreplace(floats)
 
 
 def math(prompts, responses, answers, metas=None, finished=None, **columns) -> list[float]:
@@ -446,10 +518,10 @@ def math(prompts, responses, answers, metas=None, finished=None, **columns) -> l
     def equal(given, gold):
         if same_answer(given, gold):
             return True
-        if not 0 < len(given) <= 1000 or same_number(given, gold) is not None:
+        if not 0 < len(given) <= 1000 or same_number(given, gold) is not None or _told_apart(given, gold):
             return False
         a, b = (math_verify.parse(f"\\boxed{{{_in_ascii(text)}}}") for text in (given, gold))
-        return bool(a and b) and math_verify.verify(b, a) and _exactly(a, b)
+        return bool(a and b) and math_verify.verify(b, a) and _exactly(a[0], b[0])
 
     rewards = []
     for i, (response, answer) in enumerate(zip(responses, answers, strict=True)):

@@ -109,18 +109,43 @@ def official_gsm8k(response, solution):
 
 
 def test_the_official_scorer_of_gsm8k_agrees_on_gold_and_perturbed_solutions():
-    rows, rng = rows_of("gsm8k/test.jsonl"), random.Random(0)
-    for row in rows:
-        solution = row["answer"]
+    rng = random.Random(0)
+    sums = [(rng.randrange(10**k), rng.randrange(10**k)) for k in (1, 2, 3, 4, 6) for _ in range(8)]
+    solutions = [f"She has {a} + {b} = <<{a}+{b}={a + b}>>{a + b} clips.\n#### {a + b:,}" for a, b in sums]
+    if (DATA / "gsm8k/test.jsonl").exists():
+        solutions += [row["answer"] for row in rows_of("gsm8k/test.jsonl")]
+    for solution in solutions:
         working, gold = solution.rsplit("#### ", 1)
-        other = str(int(gold.replace(",", "")) + rng.choice((-100, -1, 1, 10)))
-        for response in (solution, f"{working}#### {other}", f"{solution}\n#### {other}", f"#### {other}\n{solution}",
-                         f"{working}#### {gold} in all", f"{solution}\n\nQuestion: 3 + 4?\nAnswer: 7\n#### 7"):
+        plain = gold.replace(",", "")
+        other = str(int(plain) + rng.choice((-100, -1, 1, 10)))
+        for response in (
+            solution, f"{working}#### {other}", f"{solution}\n#### {other}", f"#### {other}\n{solution}",
+            f"{working}#### {gold} in all", f"{working}#### {gold}%", f"{working}#### {plain}0",
+            f"{solution}\n\nQuestion: 3 + 4?\nAnswer: 7\n#### 7"):
             expected = float(official_gsm8k(response, solution))
-            assert rewards.correctness([""], [response], [gold.replace(",", "")]) == [expected], response
-    for response in ("####72", "#### $72", "#### 72.", "#### 72.0", "The answer is 72"):  # docs/answers.md says why not
-        assert rewards.correctness([""], [response], ["72"]) == [1.0]
-        assert not official_gsm8k(response, "#### 72")
+            assert rewards.correctness([""], [response], [plain]) == [expected], response
+
+
+def test_where_the_official_scorer_of_gsm8k_differs():
+    """docs/answers.md says why."""
+    docs = " ".join((ROOT / "docs/answers.md").read_text(encoding="utf-8").split())
+    for right, response in ((1, "####72"), (1, "#### $72"), (1, "#### 72."), (1, "#### 72.0"),
+                            (0, "#### 7,2"), (0, "#### 72 * 2"), (0, "#### 72 thousand"),
+                            (0, "#### 72 or 73")):
+        assert f"`{response}`" in docs
+        assert rewards.correctness([""], [response], ["72"]) == [right]
+        assert official_gsm8k(response, "#### 72") == (not right)
+    assert rewards.correctness([""], ["The answer is 72"], ["72"]) == [1.0]
+
+
+def test_last_lines_of_gsm8k_solutions_as_answers():
+    """Sentences such as "He will need 5 * 2 = 10 tablespoons to make 80 meatballs": read rightly, or not at all."""
+    rows = [row["answer"].rsplit("\n#### ", 1) for row in rows_of("gsm8k/train.jsonl", "gsm8k/test.jsonl")]
+    lines = [(re.sub("<<[^>]*>>", "", working).rsplit("\n", 1)[-1], gold) for working, gold in rows]
+    read = [(rewards.same_number(line, gold), line, gold) for line, gold in lines]
+    assert sum(right is True for right, *_ in read) >= 0.8 * len(rows)
+    wrong = [row for row in read if row[0] is False]  # data at fault, cents for dollars, "14 dozen" for 14
+    assert len(wrong) <= 0.005 * len(rows), wrong
 
 
 ANSWERS = [json.loads(line) for line in (
@@ -136,7 +161,9 @@ def counts(text, gold, task="math"):
 def test_no_wrong_answer_is_accepted_and_few_right_ones_are_missed():
     """W9 to W11: what a careful reader says of texts that are made, or a small model's own (their ends)."""
     pytest.importorskip("math_verify")
-    assert len(ANSWERS) >= 300 and sum("SmolLM2" in row["from"] for row in ANSWERS) >= 60
+    by_a_model = sum("SmolLM2" in row["from"] for row in ANSWERS)
+    docs = " ".join((ROOT / "docs/answers.md").read_text(encoding="utf-8").split())
+    assert f"{len(ANSWERS)} labelled texts of `tests/fixtures/answers.jsonl`, {by_a_model} of them" in docs
     found = {right: [row for row in ANSWERS if row["right"] == right
                      and counts(row["text"], row["gold"], row["task"]) != right] for right in (True, False)}
     assert found[False] == []
@@ -200,6 +227,19 @@ HOSTILE = {
     "parentheses": "The answer is \\(" + "(" * 99_000,
     "written options": "\n" + "B) " * 33_000,
     "answers in Yoruba": "ìdáhùn " * 14_000,
+    "answers in Chinese": "答案" * 50_000,
+    "answers in Chinese and a letter": "答案Ax" * 25_000,
+    "numbers in French": "réponse 1 " * 10_000,
+    "is the answer": "1 is the answer " * 6_000,
+    "conclusions": "So, 1. " * 14_000,
+    "bold numbers": "**1**" * 20_000,
+    "equal numbers": "1 = " * 25_000,
+    "open braces": "{" * 100_000,
+    "letters": "B, " * 33_000,
+    "halves": "½" * 100_000,
+    "squares": "x²" * 50_000,
+    "zero width": "\u200b" * 100_000,
+    "which is": "the answer is 1 + 1, which is " * 3_000,
     "marks": "A" + "\u0301" * 99_000,
     "marks to be sorted": "A" + "\u0301\u0327" * 50_000,
 }
@@ -207,14 +247,22 @@ HOSTILE = {
 
 @pytest.mark.parametrize("name", HOSTILE)
 def test_hostile_text_is_linear(name):
+    def seconds(text):
+        """Of the process, not of the clock: the machine may be busy."""
+        rewards._quantity.cache_clear()
+        start = time.process_time()
+        for task in ("math", "choice", "countdown"):
+            rewards.correctness([""], [text], ["7"], tasks=[task], metas=[{"numbers": [7]}])
+        rewards.digit([""], [text], ["7"])
+        rewards.format([""], [text], ["7"])
+        rewards.rationale(text)
+        same_answer(text, "7")
+        return time.process_time() - start
+
     text = HOSTILE[name]
-    start = time.process_time()  # not the clock's: the machine may be busy
-    for task in ("math", "choice", "countdown"):
-        rewards.correctness([""], [text], ["7"], tasks=[task], metas=[{"numbers": [7]}])
-    rewards.digit([""], [text], ["7"])
-    rewards.format([""], [text], ["7"])
-    same_answer(text, "7")
-    assert time.process_time() - start < 5.0  # a quadratic pass over 100,000 characters takes minutes
+    part = text[:len(text) // 16] + text[-len(text) // 16:]
+    # eight times as long: linear is 8 times the time, quadratic 64
+    assert seconds(text) < 24 * max(0.01, min(seconds(part) for _ in range(3)))
 
 
 # Arithmetic
@@ -373,6 +421,8 @@ def test_totals_of_eight_responses_worked_out_by_hand():
         ("<think>a</think> so <answer>b</answer>", 0.5),
         ("<think>a</think><answer>b</answer>!", 0.5),
         ("<think>a</think><answer> </answer>", 0.0),
+        ("<think>a</think><answer>\u200b</answer>", 0.0),
+        ("<think>\u3164</think><answer>\u2800</answer>", 0.0),
         ("<think></think><answer>b</answer>", 0.0),
         ("<answer>b</answer><think>a</think>", 0.0),
         ("<think>a<answer>b</answer></think>", 0.0),
