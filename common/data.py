@@ -258,7 +258,7 @@ def _split_files(folder, split):
     Where there is no train split (MMLU), dev and validation together.
     """
     names = ("validation", "valid", "val", "dev") if split == "validation" else (split,)
-    for name in names if re.fullmatch(r"[\w.-]+", split) else ():  # "" and "/" are no part of a pattern
+    for name in names if re.fullmatch(r"\w[\w.-]*", split) else ():  # "" and "/" are no part of a pattern
         patterns = (f"{name}.*", f"{name}-*", f"data/{name}-*", f"{name}/*")
         files = [file for pattern in patterns for file in sorted(folder.glob(pattern))]
         files = [file for file in files if _suffix(file) in READERS]

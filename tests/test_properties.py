@@ -63,7 +63,8 @@ def as_csv(rows):
 
 def written(folder, kind, rows):
     """A file of that kind with the rows; those that are no objects, or hold half a letter, where it can be."""
-    path = folder / f"a.{kind}"
+    (folder / "properties").mkdir(exist_ok=True)
+    path = folder / f"properties/a.{kind}"
     lines = "".join(json.dumps(row) + "\n" for row in rows)
     if kind == "json":
         path.write_text(json.dumps(rows))
