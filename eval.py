@@ -233,13 +233,11 @@ class OneBase:
                 quantize=self.args.quantize), base
         for path, module in lora_modules(self.model).items():  # off with the last one's adapter
             self.model.set_submodule(path, module.base)
-        if settings:
-            r, alpha = settings["r"], settings["lora_alpha"]
-            if settings.get("use_rslora"):
-                alpha *= r**0.5
-            targets = [path.rpartition(".")[2] for path in settings["target_modules"]]
-            add_lora(self.model, "adapter", r, alpha, targets, settings.get("layers_to_transform"))
-            models.load_adapter(folder, adapter_tensors(self.model, "adapter"))
+        for path, A, B, factor in models.adapter_pairs(self.model, folder):
+            module = LoRALinear(self.model.get_submodule(path))
+            module.A["adapter"], module.B["adapter"] = (nn.Parameter(part.to(self.device)) for part in (A, B))
+            module.scale["adapter"], module.active = factor, "adapter"
+            self.model.set_submodule(path, module)
         return generic.sampler(Sampler, self.model, models.stop_ids(self.model, tokenizer), self.args.slots,
                                self.dtype, StopTexts(tokenizer, self.args.stop, self.args.prompt_template))
 
@@ -457,36 +455,6 @@ class LoRALinear(nn.Module):
         return y.view(*x.shape[:-1], self.out_features)
 
 
-# Copied from grpo.py::add_lora
-def add_lora(model, name: str, r: int, alpha: float, targets, layers=None) -> list[nn.Parameter]:
-    """Put adapter `name` on the projections `targets` of the decoder layers (all, or those in `layers`).
-
-    Freezes every other parameter, activates the adapter, and returns its parameters in layer order.
-    Errors: ValueError if a target does not exist or r < 1.
-    """
-    if r < 1:
-        raise ValueError(f"--lora-r {r}: the rank must be 1 or more (or train all weights with --full)")
-    model.requires_grad_(False)
-    params, linear = [], generic.linear_names(model)
-    targets = linear if "all-linear" in targets else set(targets)
-    if missing := targets - linear:
-        raise ValueError(f"--lora-targets {' '.join(sorted(missing))}: no such linear layer in this model "
-                         f"(it has {' '.join(sorted(linear))})")
-    for i, layer in enumerate(generic.decoder_layers(model)):
-        for path, module in list(layer.named_modules()):
-            if path.rpartition(".")[2] not in targets or not isinstance(module, nn.Linear | LoRALinear):
-                continue
-            if layers is not None and i not in layers:
-                continue
-            if isinstance(module, nn.Linear):
-                module = LoRALinear(module)
-                layer.set_submodule(path, module)
-            module.add(name, r, alpha)
-            module.active = name
-            params += [module.A[name], module.B[name]]
-    return params
-
-
 # Copied from grpo.py::lora_modules
 def lora_modules(model) -> dict[str, LoRALinear]:
     return {path: module for path, module in model.named_modules() if isinstance(module, LoRALinear)}
@@ -505,13 +473,6 @@ def use_adapter(model, name: str | None):
     finally:
         for module, active in zip(modules, before):
             module.active = active
-
-
-# Copied from grpo.py::adapter_tensors
-def adapter_tensors(model, name: str) -> dict[str, tuple[nn.Parameter, nn.Parameter]]:
-    """(A, B) of adapter `name` by its layer's path: what `models.save_adapter` and `load_adapter` take."""
-    return {path: (module.A[name], module.B[name])
-            for path, module in lora_modules(model).items() if name in module.A}
 
 
 # Copied from grpo.py::FusedLinear

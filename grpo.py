@@ -349,18 +349,16 @@ def loss_metrics(sums, rollouts, args, device):
 
 
 def evaluate(sampler, questions, prompt_ids, reward_functions, args, step, tokenizer, run):
-    """Held-out questions, split over the ranks: a greedy answer to each, --eval-samples more; to eval.csv.
-
-    reward_functions: what judges them where they have no gold answer.
-    """
+    """Held-out questions, split over the ranks: a greedy answer to each, --eval-samples more; to eval.csv."""
     rows, mine = [], dist.share(questions)
+    judges = [] if questions[0].answer else reward_functions  # a gold answer needs none
     for temperature, n in ((0.0, 1), (args.eval_temperature, args.eval_samples)):
         keys = [[noise_key(args.seed, EVALUATION, e.id, g) for g in range(n)] for e in mine]
         completions = sample_all(sampler, [prompt_ids[e.id] for e in mine], keys, args.max_new_tokens,
                                  temperature, run, run.counter("evaluation"))
         rollouts = [Rollout(e, e.id, g, [], completion, completion.text(tokenizer))
                     for e, row in zip(mine, completions) for g, completion in enumerate(row)]
-        score_rollouts(rollouts, [] if questions[0].answer else reward_functions, args, run)
+        score_rollouts(rollouts, judges, args, run)
         rows += [r.row(step) | {"sample": r.sample + (temperature > 0), "temperature": temperature}
                  for r in rollouts]
     run.log_evaluation(step, dist.gather_rows(rows, "id", "sample"), ks=args.eval_k)

@@ -6,7 +6,7 @@ is keyed alike, so both paths draw the same samples from the same weights.
 
 import inspect
 import itertools
-from functools import partial
+from functools import lru_cache, partial
 
 import torch
 from torch import nn
@@ -83,8 +83,13 @@ def token_logprobs(model, input_ids, completion_mask, temperature=1.0, attention
 
 def accepted(model, **arguments):
     """Those of the arguments that the model's forward pass takes: a recurrent one knows no positions."""
-    takes = inspect.signature(model.forward).parameters
+    takes = parameters(type(model))
     return {name: value for name, value in arguments.items() if name in takes}
+
+
+@lru_cache
+def parameters(model_class):
+    return inspect.signature(model_class.forward).parameters
 
 
 def can_be_cut(cache) -> bool:
@@ -138,7 +143,7 @@ class PlainSampler:
 
     def batch(self, prompts, keys, rows, max_new_tokens, temperature):
         """Yields [(p, g, Completion)] as rows (p, g) end."""
-        which = sorted({p for p, _ in rows}, key=[p for p, _ in rows].index)  # each prompt once
+        which = list(dict.fromkeys(p for p, _ in rows))  # each prompt once
         T = max(len(prompts[p]) for p in which)
         new = partial(torch.tensor, device=self.device)
         ids = new([[0] * (T - len(prompts[p])) + prompts[p] for p in which])

@@ -502,18 +502,25 @@ def adapter_scale(config, path, r) -> float:
 
 @torch.no_grad()
 def merge_adapters(model, folder: str) -> None:
-    """Add the adapter in `folder` (PEFT's format) to `model`'s weights, and first the adapter it stands on.
+    """Add the adapter in `folder` to `model`'s weights, and first the adapter it stands on."""
+    if config := adapter_settings(folder):
+        merge_adapters(model, resolve(config["base_model_name_or_path"]))
+        for path, A, B, factor in adapter_pairs(model, folder):
+            model.get_parameter(f"{path}.weight").add_(factor * (B @ A))
 
-    Errors: ValueError naming the first tensor that is not LoRA's A or B of a linear layer of the model, or
-    does not fit it, with both shapes.
+
+def adapter_pairs(model, folder: str):
+    """Yields (path of the linear layer, A [R, in], B [out, R], factor) of all that an adapter holds.
+
+    folder: in PEFT's format; nothing of a plain model's. Errors: ValueError naming the first tensor that is not LoRA's A or B of a linear
+    layer of the model, or does not fit it, with both shapes.
     """
-    config = adapter_settings(folder)
-    if not config:
+    if not (config := adapter_settings(folder)):
         return
-    merge_adapters(model, resolve(config["base_model_name_or_path"]))
     tensors = load_file(Path(folder) / "adapter_model.safetensors")
     if (Path(folder) / REWARD_FILE).exists():
         del tensors[f"base_model.model.{HEAD}"]  # `load_head` reads it
+    modules = dict(model.named_modules())
     for key in sorted(tensors):
         match = re.fullmatch(r"base_model\.model\.(.+)\.lora_([AB])\.weight", key)
         path = match[1] if match else key
@@ -523,19 +530,18 @@ def merge_adapters(model, folder: str) -> None:
         if match[2] == "B":
             continue
         A, B = (tensors[name].float() for name in pair)
-        try:
-            weight = model.get_parameter(f"{path}.weight")
-        except AttributeError:
+        linear = modules.get(path)
+        if not isinstance(linear, torch.nn.Linear):
             raise ValueError(f"--model {folder}: its adapter has {key}, "
-                             f"but the base model has no {path}.weight") from None
-        if model.config.tie_word_embeddings and weight is model.get_input_embeddings().weight:
+                             f"but the base model has no linear layer {path}")
+        if model.config.tie_word_embeddings and linear is model.get_output_embeddings():
             raise ValueError(f"--model {folder}: its adapter has {key}, but the base model's head is its "
                              f"embedding, too: {MERGE_FIRST}")
-        if A.dim() != 2 or weight.shape != (B.shape[0], A.shape[1]):
-            raise ValueError(f"--model {folder}: its adapter's {key} makes "
-                             f"{tuple((B.shape[0], A.shape[-1]))}, "
-                             f"but the base model's {path}.weight is {tuple(weight.shape)}")
-        weight += adapter_scale(config, path, len(A)) * (B @ A)
+        shape = linear.out_features, linear.in_features
+        if A.dim() != 2 or shape != (B.shape[0], A.shape[1]):
+            raise ValueError(f"--model {folder}: its adapter's {key} makes {(B.shape[0], A.shape[-1])}, "
+                             f"but the base model's {path} is {shape}")
+        yield path, A, B, adapter_scale(config, path, len(A))
 
 
 def save_adapter(folder, tensors, alpha, base: str, model, head=None) -> None:

@@ -203,7 +203,8 @@ LORA = {"r": 4, "lora_alpha": 6, "target_modules": ["q_proj", "v_proj"]}
 @pytest.mark.parametrize("more", [
     {}, {"use_rslora": True}, {"rank_pattern": {PATTERN: 7}}, {"alpha_pattern": {PATTERN: 50}},
     {"rank_pattern": {PATTERN: 7}, "alpha_pattern": {"q_proj": 3, "layers.*v_proj": 9}, "use_rslora": True},
-    {"target_modules": "all-linear"}, {"layers_to_transform": [1]}, {"init_lora_weights": "gaussian"}],
+    {"target_modules": "all-linear"}, {"target_modules": r".*\.(q_proj|v_proj)"}, {"exclude_modules": [PATTERN]},
+    {"layers_to_transform": [1]}, {"init_lora_weights": "gaussian"}],
     ids=str)
 def test_other_peoples_adapters_are_merged_exactly(tmp_path, more):
     from peft import LoraConfig, PeftModel
@@ -213,6 +214,10 @@ def test_other_peoples_adapters_are_merged_exactly(tmp_path, more):
     base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
     expected = PeftModel.from_pretrained(base, tmp_path / "one")(IDS).logits
     assert_close(load(str(tmp_path / "one"))(IDS).logits, expected, 1e-5)
+    tiny_tokenizer().save_pretrained(tmp_path / "base")
+    args = eval.Args(model=(str(tmp_path / "one"),))  # where it is put on its base, which others share
+    family = eval.OneBase(args.model, torch.float32, CPU, args)
+    assert_close(family.sampler(*args.model, tiny_tokenizer(), 0).model(IDS).logits, expected, 1e-5)
     assert (load(str(tmp_path / "base"))(IDS).logits - expected).abs().max() > 0.01
 
 
