@@ -160,7 +160,8 @@ def test_rewards_of_any_completion(text, gold, finished):
         assert 0 <= reward([""], [text], [gold])[0] <= 1
     assert extract_answer(text, finished=finished) != ""
     assert extract_choice(text) in (None, *"ABCDE")
-    assert same_answer(text, gold) == same_answer(gold, text)
+    if "," not in text + gold:  # 3,5 may stand for a gold 3.5, but 3.5 for no list
+        assert same_answer(text, gold) == same_answer(gold, text)
     assert same_answer(gold, gold) == (0 < len(gold.strip()) and len(gold) <= 1000)
     if not finished and extract_answer(text, finished=False):
         assert "</answer>" in text or "}" in text
