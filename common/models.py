@@ -512,8 +512,8 @@ def merge_adapters(model, folder: str) -> None:
 def adapter_pairs(model, folder: str):
     """Yields (path of the linear layer, A [R, in], B [out, R], factor) of all that an adapter holds.
 
-    folder: in PEFT's format; a plain model's holds none. Errors: ValueError naming the first tensor that is not
-    LoRA's A or B of a linear layer of the model, or does not fit it, with both shapes.
+    folder: in PEFT's format; a plain model's holds none. Errors: ValueError naming the first tensor that is
+    not LoRA's A or B of a linear layer of the model, or does not fit it, with both shapes.
     """
     if not (config := adapter_settings(folder)):
         return
