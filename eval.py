@@ -382,11 +382,11 @@ def replay(run, step, row):
     folder = weights_before(path, step) or args.model
     device = dist.setup(config["device"].partition(":")[0])
     dtype, tokenizer = models.choose_dtype(args.dtype, device), models.tokenizer_of(args, args.model)
-    prompt_ids = data.load_questions(
-        args, tokenizer, 1, rewards.need_gold(args.rewards))[2].get(int(row["id"]))
+    all_ids, longest = data.load_questions(args, tokenizer, 1, rewards.need_gold(args.rewards))[2:]
+    prompt_ids = all_ids.get(int(row["id"]))
     if prompt_ids is None:
         raise ValueError(f"question {row['id']} is not in {args.data} any more")
-    sampler = OneBase([folder], dtype, device, args).sampler(folder, tokenizer, 0)
+    sampler = OneBase([folder], dtype, device, args).sampler(folder, tokenizer, longest)
     key = noise_key(args.seed, step, int(row["group"]), int(row["sample"]))
     ((completion,),) = sampler.sample([prompt_ids], [[key]], args.max_new_tokens, args.temperature)
     ids = torch.tensor([prompt_ids + completion.ids], device=device)
@@ -422,7 +422,7 @@ def replay_command(words):
 
 # Copied from grpo.py::LoRALinear
 class LoRALinear(nn.Module):
-    """A frozen nn.Linear with low-rank adapters, one or none of them active: y = W x + b + (alpha / r) B A x.
+    """A frozen linear layer with low-rank adapters, one or none active: y = W x + b + (alpha / r) B A x.
 
     State: `A[name]` [R, in] and `B[name]` [out, R], float32 whatever the base's dtype (in bfloat16 AdamW's
     small steps would round to nothing); B starts at zero, so that a fresh adapter changes no output. `active`
@@ -430,19 +430,19 @@ class LoRALinear(nn.Module):
     Source: LoRA, arXiv 2106.09685 eq. 3.
     """
 
-    def __init__(self, base: nn.Linear):
+    def __init__(self, base):
         super().__init__()
         self.base = base.requires_grad_(False)
         self.A, self.B, self.scale = nn.ParameterDict(), nn.ParameterDict(), {}
-        self.in_features, self.out_features = base.in_features, base.out_features
+        self.in_features, self.out_features = models.linear_size(base)
         self.active: str | None = None
 
     def add(self, name: str, r: int, alpha: float) -> None:
         device = self.base.weight.device
-        A = torch.empty(r, self.base.in_features)  # drawn on the CPU: the same start on every device
+        A = torch.empty(r, self.in_features)  # drawn on the CPU: the same start on every device
         nn.init.kaiming_uniform_(A, a=5**0.5)
         self.A[name] = nn.Parameter(A.to(device))
-        self.B[name] = nn.Parameter(torch.zeros(self.base.out_features, r, device=device))
+        self.B[name] = nn.Parameter(torch.zeros(self.out_features, r, device=device))
         self.scale[name] = alpha / r
 
     def forward(self, x):
@@ -721,14 +721,8 @@ class Sampler:
         lasts = torch.tensor([len(prompt) - 1 for prompt in prompts], device=self.device)
         which, keys = torch.tensor([(p, key) for p, row in enumerate(keys) for key in row],
                                    device=self.device).T  # prompt and noise key of each row
-        training = self.model.training
-        if getattr(self.model.base_model.layers[0], "gradient_checkpointing", False):
-            self.model.eval()  # or it would drop the cache
-        try:
+        with models.not_training(self.model):
             output = self.model.base_model(input_ids=ids.to(self.device), use_cache=True)
-        finally:
-            if self.model.training != training:
-                self.model.train(training)
         rows, T = slice(first, first + len(which)), ids.shape[1]
         for cache, layer in zip(self.cache, output.past_key_values.layers):
             cache[0, rows, :, :T] = layer.keys.index_select(0, which)

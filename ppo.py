@@ -8,8 +8,8 @@ Papers: PPO, arXiv 1707.06347, eq. 7; GAE, arXiv 1506.02438, eq. 16; for languag
 2203.02155. Four roles share one frozen base: the policy and the critic are an adapter each (the critic with
 a linear head that starts at zero), the reference is the base with no adapter, the reward is a rule or the
 adapter and head of reward_model.py. Differs from the papers in:
-  - an answer that was cut off at --max-new-tokens is worth what the critic expects to follow, not its reward:
-    paid both, it would beat the same answer brought to its end;
+  - an answer that was cut off is worth what the critic expects to follow, not its reward: paid both, it would
+    beat the same answer brought to its end; --pay-truncated pays the reward alone, as RLHF of fixed length;
   - advantages are whitened over all tokens of the step and all ranks; returns are not;
   - --entropy-bonus is paid in the reward of each token, so that the critic sees it, too.
 The first update's policy loss is near 0 and its clip shares are 0, by construction.
@@ -73,6 +73,7 @@ class Args(TrainArgs):
     # with weights: correctness, format, digit, mark, math, answer-prob, model:RUN, or your file.py:name=1
     rewards: tuple[str, ...] = ("correctness=1", "format=0.2")
     reward_timeout: float = 30.0  # seconds for a call of your own reward; its row is left out and counted
+    pay_truncated: bool = False  # pay cut-off answers: texts of a fixed length, as in RLHF
     gamma: float = 1.0  # discount per token
     gae_lambda: float = 0.95  # 1: the plain return less the value, 0: one step ahead (arXiv 1506.02438)
     ppo_epochs: int = 2  # passes over a step's samples
@@ -280,8 +281,8 @@ def shared_reward(path, name, args, model, device):
     base = settings.get("base_model_name_or_path")
     if args.full or args.shard or models.absolute(args.model) != base:
         return make()
-    add_lora(model, name, settings["r"], settings["lora_alpha"], settings["target_modules"],
-             settings["layers_to_transform"])
+    add_lora(model, name, settings["r"], settings["lora_alpha"],
+             {path.rpartition(".")[2] for path in settings["target_modules"]}, settings["layers_to_transform"])
     models.load_adapter(models.resolve(path), adapter_tensors(model, name))
     return make(body=model, switched_on=partial(use_adapter, model, name))
 
@@ -351,12 +352,12 @@ def set_advantages(rollouts, args, beta, device):
 
     The last token of a finished answer is paid its reward; a cut-off one goes on with the critic's value.
     """
-    per_token = []
-    for r in rollouts:
+    paid, per_token = [r.completion.finished or args.pay_truncated for r in rollouts], []
+    for r, ends in zip(rollouts, paid):
         each = -args.entropy_bonus * r.old_logprobs
         if beta and args.kl_in == "reward":
             each = each - beta * kl_estimate(r.old_logprobs, r.ref_logprobs, args.kl_estimator)
-        if r.completion.finished:
+        if ends:
             each[-1] += r.reward
         per_token.append(each)
     if not rollouts:
@@ -364,7 +365,7 @@ def set_advantages(rollouts, args, beta, device):
         return
     lengths = torch.tensor([len(each) for each in per_token])
     pad = partial(nn.utils.rnn.pad_sequence, batch_first=True)
-    bootstrap = torch.tensor([0.0 if r.completion.finished else r.values[-1].item() for r in rollouts])
+    bootstrap = torch.tensor([0.0 if ends else r.values[-1].item() for r, ends in zip(rollouts, paid)])
     advantages, returns = generalized_advantages(
         pad(per_token), pad([r.values[:-1] for r in rollouts]), bootstrap, lengths, args.gamma,
         args.gae_lambda)
@@ -621,7 +622,7 @@ def main(args: Args) -> None:
 
 # Copied from grpo.py::LoRALinear
 class LoRALinear(nn.Module):
-    """A frozen nn.Linear with low-rank adapters, one or none of them active: y = W x + b + (alpha / r) B A x.
+    """A frozen linear layer with low-rank adapters, one or none active: y = W x + b + (alpha / r) B A x.
 
     State: `A[name]` [R, in] and `B[name]` [out, R], float32 whatever the base's dtype (in bfloat16 AdamW's
     small steps would round to nothing); B starts at zero, so that a fresh adapter changes no output. `active`
@@ -629,19 +630,19 @@ class LoRALinear(nn.Module):
     Source: LoRA, arXiv 2106.09685 eq. 3.
     """
 
-    def __init__(self, base: nn.Linear):
+    def __init__(self, base):
         super().__init__()
         self.base = base.requires_grad_(False)
         self.A, self.B, self.scale = nn.ParameterDict(), nn.ParameterDict(), {}
-        self.in_features, self.out_features = base.in_features, base.out_features
+        self.in_features, self.out_features = models.linear_size(base)
         self.active: str | None = None
 
     def add(self, name: str, r: int, alpha: float) -> None:
         device = self.base.weight.device
-        A = torch.empty(r, self.base.in_features)  # drawn on the CPU: the same start on every device
+        A = torch.empty(r, self.in_features)  # drawn on the CPU: the same start on every device
         nn.init.kaiming_uniform_(A, a=5**0.5)
         self.A[name] = nn.Parameter(A.to(device))
-        self.B[name] = nn.Parameter(torch.zeros(self.base.out_features, r, device=device))
+        self.B[name] = nn.Parameter(torch.zeros(self.out_features, r, device=device))
         self.scale[name] = alpha / r
 
     def forward(self, x):
@@ -664,18 +665,19 @@ def add_lora(model, name: str, r: int, alpha: float, targets, layers=None) -> li
     if r < 1:
         raise ValueError(f"--lora-r {r}: the rank must be 1 or more (or train all weights with --full)")
     model.requires_grad_(False)
-    params, linear = [], generic.linear_names(model)
+    params, linear = [], models.linear_names(model)
     targets = linear if "all-linear" in targets else set(targets)
     if missing := targets - linear:
         raise ValueError(f"--lora-targets {' '.join(sorted(missing))}: no such linear layer in this model "
                          f"(it has {' '.join(sorted(linear))})")
-    for i, layer in enumerate(generic.decoder_layers(model)):
+    for i, layer in enumerate(models.decoder_layers(model)):
+        if layers is not None and i not in layers:
+            continue
         for path, module in list(layer.named_modules()):
-            if path.rpartition(".")[2] not in targets or not isinstance(module, nn.Linear | LoRALinear):
+            linear = models.linear_size(getattr(module, "base", module))
+            if not linear or path.rpartition(".")[2] not in targets:
                 continue
-            if layers is not None and i not in layers:
-                continue
-            if isinstance(module, nn.Linear):
+            if not isinstance(module, LoRALinear):
                 module = LoRALinear(module)
                 layer.set_submodule(path, module)
             module.add(name, r, alpha)
@@ -744,7 +746,8 @@ def merged_state_dict(model) -> dict[str, torch.Tensor]:
         weight = state[f"{path}.weight"]
         if module.active is not None and weight is not None:
             delta = module.scale[module.active] * module.B[module.active] @ module.A[module.active]
-            state[f"{path}.weight"] = (weight.float() + delta.to(weight.device)).to(weight.dtype)
+            delta = models.as_weight(module.base, delta.to(weight.device))
+            state[f"{path}.weight"] = (weight.float() + delta).to(weight.dtype)
     return state
 
 
@@ -820,7 +823,7 @@ def token_logprobs(model, input_ids, completion_mask, temperature=1.0, attention
     never looks at what follows); left-padded rows pass theirs, [B, T], and positions count real tokens only.
     A row's first token has nothing before it and stays 0. A completion_mask on the CPU spares a CUDA sync.
     """
-    if not generic.is_fast(model):
+    if not models.is_fast(model):
         return generic.token_logprobs(model, input_ids, completion_mask, temperature, attention_mask)
     rows, columns = completion_mask[:, 1:].nonzero(as_tuple=True)
     rows, columns = rows.to(input_ids.device), columns.to(input_ids.device)
@@ -1138,14 +1141,8 @@ class Sampler:
         lasts = torch.tensor([len(prompt) - 1 for prompt in prompts], device=self.device)
         which, keys = torch.tensor([(p, key) for p, row in enumerate(keys) for key in row],
                                    device=self.device).T  # prompt and noise key of each row
-        training = self.model.training
-        if getattr(self.model.base_model.layers[0], "gradient_checkpointing", False):
-            self.model.eval()  # or it would drop the cache
-        try:
+        with models.not_training(self.model):
             output = self.model.base_model(input_ids=ids.to(self.device), use_cache=True)
-        finally:
-            if self.model.training != training:
-                self.model.train(training)
         rows, T = slice(first, first + len(which)), ids.shape[1]
         for cache, layer in zip(self.cache, output.past_key_values.layers):
             cache[0, rows, :, :T] = layer.keys.index_select(0, which)

@@ -31,7 +31,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from common import checks, curves, data, dist, generic, models, shard
+from common import checks, curves, data, dist, models, shard
 from common.run import Fitting, Run, RunState, TrainArgs, cli, defaults
 
 # Shapes: B questions of a micro-batch, N replies to a question, T tokens, D hidden size, R LoRA rank.
@@ -338,7 +338,7 @@ def main(args: Args) -> None:
 
 # Copied from grpo.py::LoRALinear
 class LoRALinear(nn.Module):
-    """A frozen nn.Linear with low-rank adapters, one or none of them active: y = W x + b + (alpha / r) B A x.
+    """A frozen linear layer with low-rank adapters, one or none active: y = W x + b + (alpha / r) B A x.
 
     State: `A[name]` [R, in] and `B[name]` [out, R], float32 whatever the base's dtype (in bfloat16 AdamW's
     small steps would round to nothing); B starts at zero, so that a fresh adapter changes no output. `active`
@@ -346,19 +346,19 @@ class LoRALinear(nn.Module):
     Source: LoRA, arXiv 2106.09685 eq. 3.
     """
 
-    def __init__(self, base: nn.Linear):
+    def __init__(self, base):
         super().__init__()
         self.base = base.requires_grad_(False)
         self.A, self.B, self.scale = nn.ParameterDict(), nn.ParameterDict(), {}
-        self.in_features, self.out_features = base.in_features, base.out_features
+        self.in_features, self.out_features = models.linear_size(base)
         self.active: str | None = None
 
     def add(self, name: str, r: int, alpha: float) -> None:
         device = self.base.weight.device
-        A = torch.empty(r, self.base.in_features)  # drawn on the CPU: the same start on every device
+        A = torch.empty(r, self.in_features)  # drawn on the CPU: the same start on every device
         nn.init.kaiming_uniform_(A, a=5**0.5)
         self.A[name] = nn.Parameter(A.to(device))
-        self.B[name] = nn.Parameter(torch.zeros(self.base.out_features, r, device=device))
+        self.B[name] = nn.Parameter(torch.zeros(self.out_features, r, device=device))
         self.scale[name] = alpha / r
 
     def forward(self, x):
@@ -381,18 +381,19 @@ def add_lora(model, name: str, r: int, alpha: float, targets, layers=None) -> li
     if r < 1:
         raise ValueError(f"--lora-r {r}: the rank must be 1 or more (or train all weights with --full)")
     model.requires_grad_(False)
-    params, linear = [], generic.linear_names(model)
+    params, linear = [], models.linear_names(model)
     targets = linear if "all-linear" in targets else set(targets)
     if missing := targets - linear:
         raise ValueError(f"--lora-targets {' '.join(sorted(missing))}: no such linear layer in this model "
                          f"(it has {' '.join(sorted(linear))})")
-    for i, layer in enumerate(generic.decoder_layers(model)):
+    for i, layer in enumerate(models.decoder_layers(model)):
+        if layers is not None and i not in layers:
+            continue
         for path, module in list(layer.named_modules()):
-            if path.rpartition(".")[2] not in targets or not isinstance(module, nn.Linear | LoRALinear):
+            linear = models.linear_size(getattr(module, "base", module))
+            if not linear or path.rpartition(".")[2] not in targets:
                 continue
-            if layers is not None and i not in layers:
-                continue
-            if isinstance(module, nn.Linear):
+            if not isinstance(module, LoRALinear):
                 module = LoRALinear(module)
                 layer.set_submodule(path, module)
             module.add(name, r, alpha)
@@ -461,7 +462,8 @@ def merged_state_dict(model) -> dict[str, torch.Tensor]:
         weight = state[f"{path}.weight"]
         if module.active is not None and weight is not None:
             delta = module.scale[module.active] * module.B[module.active] @ module.A[module.active]
-            state[f"{path}.weight"] = (weight.float() + delta.to(weight.device)).to(weight.dtype)
+            delta = models.as_weight(module.base, delta.to(weight.device))
+            state[f"{path}.weight"] = (weight.float() + delta).to(weight.dtype)
     return state
 
 

@@ -580,7 +580,7 @@ def main(args: Args) -> None:
 
 # Copied from grpo.py::LoRALinear
 class LoRALinear(nn.Module):
-    """A frozen nn.Linear with low-rank adapters, one or none of them active: y = W x + b + (alpha / r) B A x.
+    """A frozen linear layer with low-rank adapters, one or none active: y = W x + b + (alpha / r) B A x.
 
     State: `A[name]` [R, in] and `B[name]` [out, R], float32 whatever the base's dtype (in bfloat16 AdamW's
     small steps would round to nothing); B starts at zero, so that a fresh adapter changes no output. `active`
@@ -588,19 +588,19 @@ class LoRALinear(nn.Module):
     Source: LoRA, arXiv 2106.09685 eq. 3.
     """
 
-    def __init__(self, base: nn.Linear):
+    def __init__(self, base):
         super().__init__()
         self.base = base.requires_grad_(False)
         self.A, self.B, self.scale = nn.ParameterDict(), nn.ParameterDict(), {}
-        self.in_features, self.out_features = base.in_features, base.out_features
+        self.in_features, self.out_features = models.linear_size(base)
         self.active: str | None = None
 
     def add(self, name: str, r: int, alpha: float) -> None:
         device = self.base.weight.device
-        A = torch.empty(r, self.base.in_features)  # drawn on the CPU: the same start on every device
+        A = torch.empty(r, self.in_features)  # drawn on the CPU: the same start on every device
         nn.init.kaiming_uniform_(A, a=5**0.5)
         self.A[name] = nn.Parameter(A.to(device))
-        self.B[name] = nn.Parameter(torch.zeros(self.base.out_features, r, device=device))
+        self.B[name] = nn.Parameter(torch.zeros(self.out_features, r, device=device))
         self.scale[name] = alpha / r
 
     def forward(self, x):
@@ -623,18 +623,19 @@ def add_lora(model, name: str, r: int, alpha: float, targets, layers=None) -> li
     if r < 1:
         raise ValueError(f"--lora-r {r}: the rank must be 1 or more (or train all weights with --full)")
     model.requires_grad_(False)
-    params, linear = [], generic.linear_names(model)
+    params, linear = [], models.linear_names(model)
     targets = linear if "all-linear" in targets else set(targets)
     if missing := targets - linear:
         raise ValueError(f"--lora-targets {' '.join(sorted(missing))}: no such linear layer in this model "
                          f"(it has {' '.join(sorted(linear))})")
-    for i, layer in enumerate(generic.decoder_layers(model)):
+    for i, layer in enumerate(models.decoder_layers(model)):
+        if layers is not None and i not in layers:
+            continue
         for path, module in list(layer.named_modules()):
-            if path.rpartition(".")[2] not in targets or not isinstance(module, nn.Linear | LoRALinear):
+            linear = models.linear_size(getattr(module, "base", module))
+            if not linear or path.rpartition(".")[2] not in targets:
                 continue
-            if layers is not None and i not in layers:
-                continue
-            if isinstance(module, nn.Linear):
+            if not isinstance(module, LoRALinear):
                 module = LoRALinear(module)
                 layer.set_submodule(path, module)
             module.add(name, r, alpha)
@@ -703,7 +704,8 @@ def merged_state_dict(model) -> dict[str, torch.Tensor]:
         weight = state[f"{path}.weight"]
         if module.active is not None and weight is not None:
             delta = module.scale[module.active] * module.B[module.active] @ module.A[module.active]
-            state[f"{path}.weight"] = (weight.float() + delta.to(weight.device)).to(weight.dtype)
+            delta = models.as_weight(module.base, delta.to(weight.device))
+            state[f"{path}.weight"] = (weight.float() + delta).to(weight.dtype)
     return state
 
 
@@ -779,7 +781,7 @@ def token_logprobs(model, input_ids, completion_mask, temperature=1.0, attention
     never looks at what follows); left-padded rows pass theirs, [B, T], and positions count real tokens only.
     A row's first token has nothing before it and stays 0. A completion_mask on the CPU spares a CUDA sync.
     """
-    if not generic.is_fast(model):
+    if not models.is_fast(model):
         return generic.token_logprobs(model, input_ids, completion_mask, temperature, attention_mask)
     rows, columns = completion_mask[:, 1:].nonzero(as_tuple=True)
     rows, columns = rows.to(input_ids.device), columns.to(input_ids.device)
@@ -1109,14 +1111,8 @@ class Sampler:
         lasts = torch.tensor([len(prompt) - 1 for prompt in prompts], device=self.device)
         which, keys = torch.tensor([(p, key) for p, row in enumerate(keys) for key in row],
                                    device=self.device).T  # prompt and noise key of each row
-        training = self.model.training
-        if getattr(self.model.base_model.layers[0], "gradient_checkpointing", False):
-            self.model.eval()  # or it would drop the cache
-        try:
+        with models.not_training(self.model):
             output = self.model.base_model(input_ids=ids.to(self.device), use_cache=True)
-        finally:
-            if self.model.training != training:
-                self.model.train(training)
         rows, T = slice(first, first + len(which)), ids.shape[1]
         for cache, layer in zip(self.cache, output.past_key_values.layers):
             cache[0, rows, :, :T] = layer.keys.index_select(0, which)

@@ -1,7 +1,7 @@
 """The plain path: any causal language model of transformers, through its own forward pass and its own cache.
 
-Where the layer is the Llama family's (`is_fast`) the scripts' own Sampler and log-probs are faster. The noise
-is keyed alike, so both paths draw the same samples from the same weights.
+Where the layer is the Llama family's (`models.is_fast`) the scripts' own Sampler and log-probs are faster.
+The noise is keyed alike, so both paths draw the same samples from the same weights.
 """
 
 import inspect
@@ -16,33 +16,9 @@ from common import models
 from common.draws import Completion, draw, uniform
 
 
-def is_fast(model) -> bool:
-    """Whether the scripts' Sampler and log-probs know the model's layer."""
-    return model.config.model_type in models.SUPPORTED
-
-
 def sampler(fast, model, *settings):
     """One of the class `fast` where that knows the layer, else a PlainSampler."""
-    return (fast if is_fast(model) else PlainSampler)(model, *settings)
-
-
-def decoder_layers(model) -> nn.ModuleList:
-    """The decoder's layers, whatever the family calls them: the longest list of modules in its body."""
-    return max((m for m in model.base_model.modules() if isinstance(m, nn.ModuleList)), key=len)
-
-
-def linear_names(model) -> set:
-    """How the names of the linear layers end that an adapter can be on: `--lora-targets all-linear`.
-
-    Not the routers of experts, which are called `router`, or `gate` alone. Errors: ValueError without any.
-    """
-    modules = (pair for layer in decoder_layers(model) for pair in layer.named_modules())
-    names = {path.rpartition(".")[2] for path, module in modules
-             if isinstance(getattr(module, "base", module), nn.Linear)} - {"base", "gate", "router"}
-    if not names:
-        raise ValueError(f"{model.config.model_type} has no linear layers that an adapter could be on: train "
-                         "all weights with --full")
-    return names
+    return (fast if models.is_fast(model) else PlainSampler)(model, *settings)
 
 
 def own_logits(model, hidden, kind):
@@ -127,9 +103,8 @@ class PlainSampler:
         order = sorted(((p, g) for p, row in enumerate(keys) for g in range(len(row))),
                        key=lambda row: (len(prompts[row[0]]), row))
         batches = [order[first:first + self.slots] for first in range(0, len(order), self.slots)]
-        training, n_done = self.model.training, 0
-        self.model.eval()  # gradient checkpointing would drop the cache
-        try:
+        n_done = 0
+        with models.not_training(self.model):
             for ended in itertools.chain.from_iterable(
                     self.batch(prompts, keys, rows, max_new_tokens, temperature) for rows in batches):
                 for p, g, completion in ended:
@@ -137,8 +112,6 @@ class PlainSampler:
                 n_done += len(ended)
                 if progress:
                     progress(n_done, len(order), ended)
-        finally:
-            self.model.train(training)
         return done
 
     def batch(self, prompts, keys, rows, max_new_tokens, temperature):

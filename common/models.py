@@ -10,7 +10,7 @@ import os
 import re
 import socket
 import sys
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from functools import lru_cache, partial
 from pathlib import Path
 from urllib.parse import urlparse
@@ -297,7 +297,7 @@ def load_model(name: str, dtype: torch.dtype, device: torch.device, max_tokens: 
     max_tokens: longest prompt and completion of the run; 0 leaves it unchecked. from_scratch: random weights.
     scores: the body of a reward model, which is refused otherwise. split: over the ranks; rank 0 loads it, on
     the CPU. quantize: "nf4", the linear layers of the decoder in 4 bits.
-    Errors: ValueError, one line, if the model is missing, unsupported, or its context or window is shorter.
+    Errors: ValueError, one line, if the model is missing, unsupported, or its context is shorter.
     """
     from transformers import AutoModelForCausalLM
     from transformers.utils.logging import disable_progress_bar, set_verbosity_error
@@ -306,10 +306,12 @@ def load_model(name: str, dtype: torch.dtype, device: torch.device, max_tokens: 
     set_verbosity_error()  # what is missing or left over is said below
     config = load_config(name)
     check_length(name, config, max_tokens)
+    fast = config.model_type in SUPPORTED and not window_shorter_than(max_tokens, config)
     for flag, used in (("--shard", split), ("--quantize", quantize != "none")):
-        if used and config.model_type not in SUPPORTED:
-            raise ValueError(f"{flag} works with the layers of {', '.join(SUPPORTED)}, not with "
-                             f"{config.model_type}'s")
+        if used and not fast:
+            raise ValueError(f"{flag} works on the fast path (docs/models.md), not with {config.model_type}"
+                             + (" whose window is shorter than the run" if config.model_type in SUPPORTED
+                                else ""))
     if getattr(config, "attn_logit_softcapping", None):  # the fused kernels leave it out
         config._attn_implementation = "eager"
     folder, base = resolve(name), base_of(name)
@@ -336,14 +338,14 @@ def load_model(name: str, dtype: torch.dtype, device: torch.device, max_tokens: 
         torch.set_rng_state(dist.broadcast(torch.get_rng_state()))  # loading may have drawn from it
         shard.split(model, source, device)
         model.generation_config = dist.broadcast(source and source.generation_config)
-    for module in model.modules():  # dropout would make sampler, reference and trainer three models
-        if isinstance(module, torch.nn.Dropout):
-            module.p = 0.0
-        if isinstance(getattr(module, "attention_dropout", None), float):
-            module.attention_dropout = 0.0
-    model.train()  # dropout is off; gradient checkpointing acts in this mode alone
-    if model.config.model_type in SUPPORTED:
+    for module in model.modules():
+        for key, value in vars(module).items():  # dropout makes sampler, reference and trainer three models
+            if isinstance(value, float) and (isinstance(module, torch.nn.Dropout) or "dropout" in key):
+                setattr(module, key, 0.0)
+        module.training = hasattr(module, "gradient_checkpointing")  # which acts in this mode alone
+    if fast:
         fuse_norms(model)
+    model.takes_fast_path = fast
     if quantize == "nf4":
         to_4_bits(model, dtype, device)
     if split or quantize != "none":
@@ -459,19 +461,26 @@ def check_length(name: str, config, max_tokens: int) -> None:
         raise ValueError(f"--model {name}: prompt and completion need {max_tokens} tokens, "
                          f"its context holds {limit}; shorten --max-new-tokens, or leave long texts out with "
                          "--max-prompt-tokens or --max-tokens (see --help)")
-    window = getattr(config, "sliding_window", None)
+
+
+def window_shorter_than(n_tokens: int, config) -> bool:
+    """Whether a layer would not look at all of so many tokens."""
+    window = getattr(config, "sliding_window", None) or n_tokens
     uses_window = "sliding_attention" in (getattr(config, "layer_types", None) or ["sliding_attention"])
-    if config.model_type in SUPPORTED and window and uses_window and window < max_tokens:
-        raise ValueError(f"--model {name}: its attention window ({window}) is shorter than the run "
-                         f"({max_tokens} tokens); shorten --max-new-tokens")
+    return uses_window and window < n_tokens
+
+
+def is_fast(model) -> bool:
+    """Whether the scripts' Sampler and log-probs know the model's layer (`load_model` says it of a run)."""
+    return getattr(model, "takes_fast_path", model.config.model_type in SUPPORTED)
 
 
 # What an adapter_config.json may say: the first row is read, the rest changes no weight.
 ADAPTER_SETTINGS = {
     "alpha_pattern", "base_model_name_or_path", "lora_alpha", "peft_type", "r", "rank_pattern", "use_rslora",
-    "auto_mapping", "bias", "exclude_modules", "inference_mode", "layers_pattern", "layers_to_transform",
-    "lora_dropout", "megatron_core", "modules_to_save", "peft_version", "qalora_group_size", "revision",
-    "target_modules", "task_type"}
+    "auto_mapping", "bias", "exclude_modules", "fan_in_fan_out", "inference_mode", "layers_pattern",
+    "layers_to_transform", "lora_dropout", "megatron_core", "modules_to_save", "peft_version",
+    "qalora_group_size", "revision", "target_modules", "task_type"}
 MERGE_FIRST = "merge it into its base with PEFT first (merge_and_unload) and pass the merged model"
 
 
@@ -506,7 +515,8 @@ def merge_adapters(model, folder: str) -> None:
     if config := adapter_settings(folder):
         merge_adapters(model, resolve(config["base_model_name_or_path"]))
         for path, A, B, factor in adapter_pairs(model, folder):
-            model.get_parameter(f"{path}.weight").add_(factor * (B @ A))
+            linear = model.get_submodule(path)
+            linear.weight.add_(as_weight(linear, factor * (B @ A)))
 
 
 def adapter_pairs(model, folder: str):
@@ -531,16 +541,15 @@ def adapter_pairs(model, folder: str):
             continue
         A, B = (tensors[name].float() for name in pair)
         linear = modules.get(path)
-        if not isinstance(linear, torch.nn.Linear):
+        if not (size := linear_size(linear)):
             raise ValueError(f"--model {folder}: its adapter has {key}, "
                              f"but the base model has no linear layer {path}")
         if model.config.tie_word_embeddings and linear is model.get_output_embeddings():
             raise ValueError(f"--model {folder}: its adapter has {key}, but the base model's head is its "
                              f"embedding, too: {MERGE_FIRST}")
-        shape = linear.out_features, linear.in_features
-        if A.dim() != 2 or shape != (B.shape[0], A.shape[1]):
+        if A.dim() != 2 or size != (A.shape[1], B.shape[0]):
             raise ValueError(f"--model {folder}: its adapter's {key} makes {(B.shape[0], A.shape[-1])}, "
-                             f"but the base model's {path} is {shape}")
+                             f"but the base model's {path} is {size[::-1]}")
         yield path, A, B, adapter_scale(config, path, len(A))
 
 
@@ -555,7 +564,8 @@ def save_adapter(folder, tensors, alpha, base: str, model, head=None) -> None:
     config = {"peft_type": "LORA", "task_type": "CAUSAL_LM" if head is None else "SEQ_CLS",
               "base_model_name_or_path": base,
               "r": next(iter(tensors.values()))[0].shape[0], "lora_alpha": alpha, "lora_dropout": 0.0,
-              "bias": "none", "fan_in_fan_out": False, "inference_mode": True, "init_lora_weights": True,
+              "bias": "none", "fan_in_fan_out": model.config.model_type == "gpt2",
+              "inference_mode": True, "init_lora_weights": True,
               "modules_to_save": None if head is None else ["score"], "use_rslora": False,
               # in full where PEFT reads the ends of names as parameters of experts
               "target_modules": sorted({path.rpartition(".")[2] for path in tensors}
@@ -601,6 +611,50 @@ def stop_ids(model, tokenizer, dry_run=False) -> list[int]:
     return sorted({tokenizer.eos_token_id, *(i for i in from_config if i is not None)})
 
 
+@contextmanager
+def not_training(model):
+    """Within the block no module is in training mode, in which gradient checkpointing drops the cache."""
+    training = [module for module in model.modules() if module.training]
+    try:
+        for module in training:
+            module.training = False
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+def decoder_layers(model) -> torch.nn.ModuleList:
+    """The decoder's layers, whatever the family calls them: the longest list of modules in its body."""
+    return max((m for m in model.base_model.modules() if isinstance(m, torch.nn.ModuleList)), key=len)
+
+
+def linear_size(module) -> tuple[int, int] | None:
+    """(in, out) of a linear layer, nn.Linear or GPT-2's Conv1D; None for any other module."""
+    if type(module).__name__ == "Conv1D":
+        return module.nx, module.nf
+    return (module.in_features, module.out_features) if isinstance(module, torch.nn.Linear) else None
+
+
+def as_weight(linear, delta):
+    """A change [out, in] of the layer's weight as it holds that: a Conv1D's lies as [in, out]."""
+    return delta if isinstance(linear, torch.nn.Linear) else delta.T
+
+
+def linear_names(model) -> set:
+    """How the names of the linear layers end that an adapter can be on: `--lora-targets all-linear`.
+
+    Not the routers of experts, which are called `router`, or `gate` alone. Errors: ValueError without any.
+    """
+    modules = (pair for layer in decoder_layers(model) for pair in layer.named_modules())
+    names = {path.rpartition(".")[2] for path, module in modules
+             if linear_size(getattr(module, "base", module))} - {"base", "gate", "router"}
+    if not names:
+        raise ValueError(f"{model.config.model_type} has no linear layers that an adapter could be on: train "
+                         "all weights with --full")
+    return names
+
+
 def layer_range(text: str, model) -> range | None:
     """`--train-layers`: "" all (None), "20-27" or "27". Errors: ValueError if there are no such layers."""
     if not text:
@@ -627,12 +681,18 @@ def run_tags(model: str, of_data: str) -> tuple[str, str]:
 
 def describe(args, model, params, dtype) -> str:
     """One line for the run's head: which weights, how many are trained, at what rate."""
-    n_all, n_trained = (sum(getattr(p, "quant_state", p).shape.numel() for p in ps) / 1e6
-                        for ps in (model.parameters(), params))
-    kind = "all" if args.full else f"LoRA r={args.lora_r}"
+    def size(weights):
+        return sum(getattr(p, "quant_state", p).shape.numel() for p in weights) / 1e6
+
+    n_all, n_trained = size(model.parameters()), size(params)
+    adapted = [m.base.weight for m in decoder_layers(model).modules() if getattr(m, "active", None)]
+    share = size(adapted) / size(p for name, p in decoder_layers(model).named_parameters()
+                                 if ".A." not in name and ".B." not in name)
+    kind = "all" if args.full else f"LoRA r={args.lora_r}" + (
+        f" on {share:.0%} of the layers' weights" if share < 0.98 else "")
     return (f"model: {args.model or 'embedded'}, {n_all:.1f} M weights, {n_trained:.2f} M trained ({kind}), "
             f"{str(dtype)[6:]}, learning rate {args.lr:g}"
-            + ("" if model.config.model_type in SUPPORTED else
+            + ("" if is_fast(model) else
                f"; {model.config.model_type} takes the plain path, which is slower (docs/models.md)"))
 
 

@@ -581,12 +581,13 @@ class Run:
             "reward/std": mean([(value - average) ** 2 for value in known["reward"]]) ** 0.5,
             "reward/min": min(known["reward"], default=0.0), "reward/max": max(known["reward"], default=0.0),
             "accumulated_reward": state.accumulated_reward, "sampled_tokens": state.sampled_tokens,
-            "correct": mean([row["correct"] for row in rows]), "tokens": n_tokens / n,
+            **({"correct": mean([row["correct"] for row in rows])} if any(row["answer"] for row in rows) else {}),
+            "tokens": n_tokens / n,
             "tokens/max": max(row["tokens"] for row in rows),
             "truncated": 1 - mean([row["finished"] for row in rows]),
             "entropy": -sum(row["logprob"] for row in rows) / n_tokens,
             "reward_failed": n - len(known["reward"]), **more}, self._last_step(state), show)
-        if metrics["truncated"] > 0.5:
+        if metrics["truncated"] > 0.5 and not getattr(args, "pay_truncated", False):
             self.print(f"  {metrics['truncated']:.0%} of the answers hit --max-new-tokens "
                        f"{args.max_new_tokens}")
         if state.step % args.show_every == 0:

@@ -17,7 +17,7 @@ from torch import nn
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 import eval
-from common import data, models
+from common import data, generic, models
 from grpo import Sampler, adapter_tensors, add_lora, merged_state_dict
 from tests.commands import run
 from tests.tiny_models import (
@@ -394,23 +394,28 @@ def test_without_a_network_the_hubs_clients_do_not_try_for_a_minute(network, pro
 @pytest.mark.parametrize("kind, window", [
     ("qwen2", USED), ("qwen3", USED), ("gemma2", {"sliding_window": 8}),
     ("mistral", {"sliding_window": 8})])
-def test_a_window_shorter_than_the_run_is_refused(tmp_path, kind, window):
+def test_a_window_shorter_than_the_run_takes_the_plain_path(tmp_path, kind, window):
     """C-54: our cache knows no window. Up to it, greedy output still is transformers'; beyond, it is not."""
     folder = config_folder(tmp_path, kind, **window)
-    message = refusal(lambda: load(folder, max_tokens=9, from_scratch=True))
-    assert "window (8)" in message and "9 tokens" in message and "--max-new-tokens" in message
-    load(folder, max_tokens=8, from_scratch=True)
+    assert models.is_fast(load(folder, max_tokens=8, from_scratch=True))
+    assert not models.is_fast(load(folder, max_tokens=9, from_scratch=True))
+    message = refusal(lambda: load(folder, max_tokens=9, from_scratch=True, quantize="nf4"))
+    assert "--quantize" in message and "window" in message
     model = tiny_model(kind, **window)
     prompts = some_prompts((3, 3, 3, 3), seed=2)
     for new_tokens, same in ((5, True), (37, False)):
         samples = Sampler(model, ()).sample(prompts, [[0]] * 4, new_tokens, temperature=0)
-        assert ([c.ids for (c,) in samples] == greedy_by_generate(model, prompts, new_tokens)) == same
+        expected = greedy_by_generate(model, prompts, new_tokens)
+        assert ([c.ids for (c,) in samples] == expected) == same
+        samples = generic.PlainSampler(model, ()).sample(prompts, [[0]] * 4, new_tokens, temperature=0)
+        assert [c.ids for (c,) in samples] == expected
 
 
-def test_windows_that_are_not_used_refuse_nothing(tmp_path):
+def test_windows_that_are_not_used_change_nothing(tmp_path):
     for kind, window in (("qwen2", {"use_sliding_window": False, "sliding_window": 8}),
                          ("mistral", {"sliding_window": None})):
-        load(config_folder(tmp_path / kind, kind, **window), max_tokens=100, from_scratch=True)
+        folder = config_folder(tmp_path / kind, kind, **window)
+        assert models.is_fast(load(folder, max_tokens=100, from_scratch=True))
 
 
 def test_a_run_longer_than_the_context_is_refused(tmp_path):
