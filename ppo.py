@@ -281,8 +281,8 @@ def shared_reward(path, name, args, model, device):
     base = settings.get("base_model_name_or_path")
     if args.full or args.shard or models.absolute(args.model) != base:
         return make()
-    add_lora(model, name, settings["r"], settings["lora_alpha"],
-             {path.rpartition(".")[2] for path in settings["target_modules"]}, settings["layers_to_transform"])
+    targets = {path.rpartition(".")[2] for path in settings["target_modules"]}
+    add_lora(model, name, settings["r"], settings["lora_alpha"], targets, settings["layers_to_transform"])
     models.load_adapter(models.resolve(path), adapter_tensors(model, name))
     return make(body=model, switched_on=partial(use_adapter, model, name))
 

@@ -613,8 +613,8 @@ def stop_ids(model, tokenizer, dry_run=False) -> list[int]:
 
 @contextmanager
 def not_training(model):
-    """Within the block no module is in training mode, in which gradient checkpointing drops the cache."""
-    training = [module for module in model.modules() if module.training]
+    """Within the block no layer is in training mode, in which gradient checkpointing drops the cache."""
+    training = [m for m in model.modules() if m.training and hasattr(m, "gradient_checkpointing")]
     try:
         for module in training:
             module.training = False

@@ -581,7 +581,7 @@ class Run:
             "reward/std": mean([(value - average) ** 2 for value in known["reward"]]) ** 0.5,
             "reward/min": min(known["reward"], default=0.0), "reward/max": max(known["reward"], default=0.0),
             "accumulated_reward": state.accumulated_reward, "sampled_tokens": state.sampled_tokens,
-            **({"correct": mean([row["correct"] for row in rows])} if any(row["answer"] for row in rows) else {}),
+            **({"correct": mean([row["correct"] for row in rows])} if any(r["answer"] for r in rows) else {}),
             "tokens": n_tokens / n,
             "tokens/max": max(row["tokens"] for row in rows),
             "truncated": 1 - mean([row["finished"] for row in rows]),

@@ -419,7 +419,7 @@ BAD_FOR_GRPO = [
     ("--model {bad}/t5", "t5; no causal language model"),
     ("--model {bad}/run-without-model", "neither final/ nor a checkpoint"),
     ("--model {bad}/short", "context; 50; --max-new-tokens"),
-    ("--model {bad}/window", "window; 16"),
+    ("--model {bad}/window --quantize nf4", "--quantize; window"),
     ("--model Qwen/Qwen2.5-3B-Instruct", "Qwen/Qwen2.5-3B-Instruct; hub; pass --model that folder"),
     ("--data {bad}/empty.jsonl", "empty.jsonl; no rows"),
     ("--data {bad}/column.jsonl", "column.jsonl: line 2; prompt; known schemas"),
