@@ -29,7 +29,7 @@ TINY = Path(__file__).parent / "tiny"  # the embedded model
 # The decoder layer that the sampler writes out by hand is the layer of these families and of no other.
 # recurrent, and padding on the left changes their state; or without a cache that generation could use
 REFUSED = ("mamba", "nemotron_h", "kimi_linear", "lfm3")
-SUPPORTED = ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2")
+SUPPORTED = ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "seed_oss")
 REWARD_FILE = "reward.json"  # beside the weights of a reward model: how it is asked, and its scores' scale
 HEAD = "score.weight"  # its head [1, D], under the name that transformers' sequence classifiers give it
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")

@@ -17,6 +17,7 @@ SIZES = {"vocab_size": 384, "hidden_size": 32, "intermediate_size": 48, "num_hid
 EXTRA = {"qwen2": {"tie_word_embeddings": True},
          "qwen3": {"head_dim": 16},
          "mistral": {"sliding_window": None},
+         "seed_oss": {"head_dim": 16, "attention_dropout": 0.0, "residual_dropout": 0.0},
          "gemma": {"head_dim": 16, "tie_word_embeddings": False},
          "gemma2": {"head_dim": 16, "tie_word_embeddings": False, "query_pre_attn_scalar": 16,
                     "sliding_window": 512, "attn_logit_softcapping": 3.0, "final_logit_softcapping": 5.0}}
