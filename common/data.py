@@ -33,7 +33,7 @@ from types import SimpleNamespace
 from jinja2 import TemplateError
 
 from common import dist
-from common.draws import answer_opening
+from common.draws import answer_opening, answer_prefix
 from common.models import load_tokenizer, offline_without_hub
 from common.rewards import last_boxed
 
@@ -390,8 +390,17 @@ def _text(row, column):
     return str(value)
 
 
+def _with_thinking(message):
+    """What an answer's reasoning_content says, written into its content as templates write it."""
+    if message["role"] != "assistant" or not (thinking := message.get("reasoning_content")):
+        return message
+    rest = {key: value for key, value in message.items() if key != "reasoning_content"}
+    return rest | {"content": f"<think>\n{thinking.strip()}\n</think>\n\n{message['content']}"}
+
+
 def _messages(messages):
     try:
+        messages = [_with_thinking(m) for m in messages]
         for message in messages:
             if more := [key for key, value in message.items() if value and key not in ("role", "content")]:
                 raise ValueError(f"a chat message has {more[0]}, which is not read: write it into its "
@@ -1133,9 +1142,12 @@ def render(tokenizer, messages) -> str:
 def encode_completion(tokenizer, completion, eos_id) -> list[int]:
     """Ids of a completion, with one eos_id at the end; apart from the prompt, so no token spans both.
 
-    What the prompt has begun of it already (`answer_opening`) is left out.
+    What the prompt has begun of it already (`answer_opening`) is left out; what the template writes in front
+    of an answer (`answer_prefix`) goes there, unless the completion brings its own thinking.
     """
-    opening = answer_opening(tokenizer)
+    opening, prefix = answer_opening(tokenizer), answer_prefix(tokenizer)
+    if "</think>" not in completion and not completion.lstrip().startswith(prefix.partition(">")[0] or " "):
+        completion = prefix + completion
     if completion.startswith(opening):
         completion = completion[len(opening):]
     elif completion.lstrip().startswith(opening.strip()):  # written with other spaces

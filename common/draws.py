@@ -111,6 +111,23 @@ def answer_opening(tokenizer) -> str:
     return re.search(r"(?:<think>\s*(?:</think>\s*)?)?\Z", prompt)[0]
 
 
+@lru_cache(maxsize=8)
+def answer_prefix(tokenizer) -> str:
+    """What the template writes in front of an answer that is given to it, behind what ends a prompt.
+
+    Of Qwen3 an empty thinking block, of gpt-oss the channel.
+    """
+    if not getattr(tokenizer, "chat_template", None):
+        return ""
+    render = partial(tokenizer.apply_chat_template, tokenize=False)
+    turns = [{"role": "user", "content": "x"}, {"role": "assistant", "content": "#answer#"}]
+    try:
+        prompt, before = render(turns[:1], add_generation_prompt=True), render(turns).partition("#answer#")[0]
+    except TemplateError:
+        return ""
+    return before[len(prompt):] if before.startswith(prompt) else ""
+
+
 def noise_key(*parts: int) -> int:
     """A signed 64-bit key from integers like (seed, step, question, sample): the same on every machine."""
     digest = hashlib.blake2b(" ".join(map(str, parts)).encode(), digest_size=8).digest()

@@ -1030,6 +1030,29 @@ def test_what_the_template_writes_of_the_answer_belongs_to_it(opening):
     assert tokenizer.decode(before + answer) == "</think><answer>8</answer>"
 
 
+THINKS = ("{% for m in messages %}{{ m['role'] + ': ' }}{% if loop.last and m['role'] == 'assistant' and "
+          "'</think>' not in m['content'] %}{{ '<think>\n\n</think>\n\n' }}{% endif %}{{ m['content'] + '\n' }}"
+          "{% endfor %}{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}")
+
+
+def test_the_templates_empty_thinking_block_is_trained(tmp_path):
+    """As Qwen3's template writes it, where a row has no thinking of its own; reasoning_content is thinking."""
+    tokenizer, block = with_template(THINKS), "<think>\n\n</think>\n\n"
+    for written, trained in (("7", block + "7"), ("<think>3+4</think>7", "<think>3+4</think>7"),
+                             ("<think>3+", "<think>3+"), ("3+4</think>7", "3+4</think>7")):
+        ids = encode_completion(tokenizer, written, 2)
+        assert ids == [*tokenizer(trained, add_special_tokens=False)["input_ids"], 2]
+    whole = tokenizer.apply_chat_template(
+        [{"role": "user", "content": "3+4?"}, {"role": "assistant", "content": "7"}], tokenize=False)
+    prompt = tokenizer.decode(encode_prompt(tokenizer, "3+4?"))
+    assert prompt + tokenizer.decode(encode_completion(tokenizer, "7", 2)[:-1]) == whole.rstrip("\n")
+    row = {"messages": [{"role": "user", "content": "3+4?"},
+                        {"role": "assistant", "content": "7", "reasoning_content": "3+4 is 7"}]}
+    (example,) = load_examples(lines(tmp_path / "a.jsonl", [row]))
+    assert example.completion == "<think>\n3+4 is 7\n</think>\n\n7"
+    assert encode_completion(with_template(BODY + "{% endif %}"), "7", 2) == [*tokenizer("7")["input_ids"], 2]
+
+
 DROPS = ("{% for m in messages %}{% if m['role'] in ('user', 'assistant') %}{{ m['role'] + ': ' + "
          "m['content'].rpartition('</think>')[2].strip() + '\n' }}{% endif %}{% endfor %}assistant:")
 
@@ -1115,7 +1138,7 @@ def test_a_column_system_is_the_system_message(tmp_path):
     assert "a column system, and a system message" in refusal(load_examples, lines(tmp_path / "c.jsonl", [twice]))
 
 
-@pytest.mark.parametrize("key", ["reasoning_content", "tool_calls", "name"])
+@pytest.mark.parametrize("key", ["thinking", "tool_calls", "name"])
 def test_what_a_message_holds_beside_its_words_is_refused(tmp_path, key):
     row = {"messages": [{"role": "user", "content": "1+2?"}, {"role": "assistant", "content": "3", key: "x"}]}
     assert f"line 1: a chat message has {key}" in refusal(load_examples, lines(tmp_path / "a.jsonl", [row]))
