@@ -83,7 +83,7 @@ class Args(RunArgs):
 
     # ---- method ----
 
-    # with weights: correctness, format, digit, mark, math, model:RUN, or your file.py:name=1
+    # with weights: correctness, partial, format, digit, mark, math, model:RUN, or your file.py:name=1
     rewards: tuple[str, ...] = ("correctness=1", "format=0.2")
     reward_timeout: float = 30.0  # seconds for a call of your own reward; its row is left out and counted
 
@@ -279,7 +279,7 @@ def choose_questions(args, tokenizer):
     runs = [models.run_arguments(name) for name in args.model if args.split == "train" and name != "base"]
     questions = data.questions_of_runs(runs, args.data, tokenizer)[:args.limit or None] or data.load_examples(
         args.data, args.split, level=level, limit=args.limit, seed=seed)
-    if args.data in data.GENERATED and not args.limit:
+    if data.is_generated(args.data) and not args.limit:
         questions = questions[:500]
     if not all(e.answer for e in questions):
         raise ValueError(f"--data {args.data}: some of its questions have no gold answer")

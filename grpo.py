@@ -66,7 +66,7 @@ class Args(TrainArgs):
 
     # ---- method ----
 
-    # with weights: correctness, format, digit, mark, math, answer-prob, model:RUN, or your file.py:name=1
+    # weighted: correctness, partial, format, digit, mark, math, answer-prob, model:RUN, your file.py:name=1
     rewards: tuple[str, ...] = ("correctness=1", "format=0.2")
     reward_timeout: float = 30.0  # seconds for a call of your own reward; its row is left out and counted
     # reward - group mean: over the deviation (std, GRPO), as is (none, Dr. GRPO), leave-one-out (RLOO)

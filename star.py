@@ -69,7 +69,7 @@ class Args(TrainArgs):
 
     # ---- method ----
 
-    # with weights: correctness, format, digit, mark, math, answer-prob, model:RUN, or your file.py:name=1
+    # weighted: correctness, partial, format, digit, mark, math, answer-prob, model:RUN, your file.py:name=1
     rewards: tuple[str, ...] = ("correctness=1",)
     reward_timeout: float = 30.0  # seconds for a call of your own reward; its row is left out and counted
     batch_size: int = 64  # rows per step, over all ranks

@@ -32,12 +32,12 @@ from types import SimpleNamespace
 
 from jinja2 import TemplateError
 
-from common import dist
+from common import dist, matrices
 from common.draws import answer_opening, answer_prefix
 from common.models import load_tokenizer, offline_without_hub
 from common.rewards import last_boxed
 
-TASKS = ("arithmetic", "countdown", "gsm8k", "math", "choice", "text")
+TASKS = ("arithmetic", "countdown", "gsm8k", "math", "choice", "text", *matrices.LEVELS)
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,8 @@ class Example:
     completion: str = ""  # worked solution to imitate, "" where there is none
     level: int = 0  # difficulty, 0 where the data has none
     task: str = "text"  # one of TASKS: picks the answer check
-    meta: dict = field(default_factory=dict)  # JSON-able; countdown: {"numbers": [...], "target": ...}
+    meta: dict = field(default_factory=dict)  # JSON-able; countdown: {"numbers": [...], "target": ...},
+    # matrix-inverse and rref: {"matrix": [[...], ...]}
 
     @property
     def text(self):
@@ -75,7 +76,7 @@ GIVEN_UP = 3  # highest level that arithmetic-hinted's authors try without a hin
 WORKED_SHARE = 0.4  # of arithmetic-mixed's demonstrations: a corpus where most authors skip the working ...
 SLIP = 2  # ... and then are off by up to this much, each error as likely as the right answer
 GENERATED_ROWS = 10_000  # where no number is asked for
-PATIENCE = 100_000  # draws in a row that bring nothing new before a task counts as exhausted
+PATIENCE = 10_000  # draws in a row that bring nothing new before a task counts as exhausted
 
 
 def _arithmetic(rng, level):
@@ -123,7 +124,14 @@ GENERATED = {  # name: (problem maker, highest level, level where none is given)
     "arithmetic-mixed": (_arithmetic, 8, 3),  # the same problems; all but WORKED_SHARE state a guess alone
     "arithmetic-hinted": (_arithmetic, 8, 3),  # half have a hint and are worked; a hard one without is not
     "countdown": (_countdown, 4, 1),
+    "matrix-inverse": (matrices.inverse_problem, len(matrices.LEVELS["matrix-inverse"]), 1),
+    "rref": (matrices.rref_problem, len(matrices.LEVELS["rref"]), 1),
 }
+
+
+def is_generated(data) -> bool:
+    """A name in GENERATED; matrix-inverse/0.5 as well, with the share of singular matrices."""
+    return re.sub(r"(?<=^matrix-inverse)/.*", "", str(data)) in GENERATED
 
 
 def _levels(level):
@@ -138,16 +146,21 @@ def _levels(level):
 def _generate(data, split, level, limit, seed, filter):
     if filter:
         raise ValueError(f"filter {filter!r} is for a run's samples.csv; {data} is generated")
-    make, highest, default = GENERATED[data]
+    name, _, share = data.partition("/")
+    make, highest, default = GENERATED[name]
+    if share:
+        if not re.fullmatch(r"0(\.\d{1,9})?|1(\.0)?", share):
+            raise ValueError(f"{data}: the share of singular matrices is a number from 0 to 1, not {share}")
+        make = partial(make, singular_share=float(share))
     if split not in SPLITS:
         raise ValueError(f"{data} has no split {split!r}: use train, validation or test")
     levels = _levels(default if level is None else level)
     if not 1 <= levels[0] <= levels[-1] <= highest:
         raise ValueError(f"{data} has levels 1 to {highest}, not {level!r}")
-    rng = random.Random(f"{make.__name__} {levels} {seed}")
+    rng = random.Random(f"{GENERATED[name][0].__name__} {levels} {seed}")
     examples, seen, last_new = [], set(), 0
     for draw in itertools.count():
-        exhausted = draw - last_new > PATIENCE
+        exhausted = draw - last_new > (PATIENCE if limit else PATIENCE // 10)
         if len(examples) == (limit or GENERATED_ROWS) or (exhausted and not limit):
             return examples
         if exhausted:
@@ -200,7 +213,7 @@ URLS = {f"lm-human-preferences{name}": f"{OPENAI}/{file}.json" for name, file in
 def _rows(data, split):
     path = Path(os.path.expanduser(data))  # os.path: no error where many joined paths are too long for one
     if "," in data and not os.path.exists(path):
-        if generated := [part for part in data.split(",") if part.strip() in GENERATED]:
+        if generated := [part for part in data.split(",") if is_generated(part.strip())]:
             raise ValueError(f"{generated[0]} is generated: no part of other data, as in {data}")
         return itertools.chain.from_iterable(_rows(part.strip(), split) for part in data.split(","))
     if data in URLS or data.startswith(("https://", "http://")):
@@ -520,6 +533,8 @@ def _plain(row):
     whole = isinstance(numbers, list) and all(type(number) is int for number in numbers)
     if task == "countdown" and not (whole and re.fullmatch(r"-?\d{1,50}", answer)):
         raise ValueError("a countdown problem needs a whole number as its answer and whole meta.numbers")
+    if task in matrices.LEVELS and not matrices.is_whole(meta.get("matrix")):
+        raise ValueError(f"a {task} problem needs meta.matrix, rows of whole numbers")
     prompt, completion = _prompt(row["prompt"]), _text(row, "completion")
     return dict(prompt=prompt, answer=answer, completion=completion, task=task, meta=meta)
 
@@ -653,7 +668,7 @@ def load_examples(data, split="train", *, level=None, limit=0, seed=0, filter=""
         raise ValueError(f"unknown filter {filter!r}: the only one is correct")
     if limit < 0:
         raise ValueError(f"limit {limit} is negative: use 0 for all rows")
-    if data in GENERATED:
+    if is_generated(data):
         return _generate(data, split, level, limit, seed, filter)
     dropped = Counter() if dropped is None else dropped
     examples, seen, tokenizer, number = [], set(), None, -1
@@ -730,7 +745,7 @@ def train_validation(data, *, n_train=0, n_validation=0, level=None, seed=0, fil
     whose problems are made in the asked number, after it). more: as in `load_examples`.
     Errors: ValueError as in `load_examples`, or if there are too few rows.
     """
-    if str(data) not in GENERATED:
+    if not is_generated(data):
         rows = load_examples(data, "train", level=level, filter=filter, dropped=dropped, **more)
         kept = [row for row in rows if keep is None or keep(row)]
         name = f"{data} (left out: {dict(dropped or {}) or len(rows) - len(kept)})"

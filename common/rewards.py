@@ -37,6 +37,8 @@ from functools import lru_cache
 from math import comb, exp, isfinite, isnan, nan
 from pathlib import Path
 
+from common import matrices
+
 TAGS = ("<think>", "</think>", "<answer>", "</answer>")
 BLANK = "\u034f\u115f\u1160\u17b4\u17b5\u2800\u3164\uffa0"  # letters and signs that look like nothing
 LOAD_TIMEOUT_S = 120.0  # for importing a user's reward file (and torch, perhaps); no call's time includes it
@@ -420,8 +422,9 @@ def correctness(prompts, responses, answers, tasks=None, metas=None, finished=No
     """1 where the extracted answer equals the gold answer, else 0. finished: False where it was cut off.
 
     `tasks` picks the check: "choice" compares letters; "countdown" wants an expression over
-    `metas[i]["numbers"]`, each used at most once, worth the gold answer ("= gold" may follow it); all others
-    use `same_answer`, where `metas[i]["answers"]` names several with any of them.
+    `metas[i]["numbers"]`, each used at most once, worth the gold answer ("= gold" may follow it); a matrix is
+    right for `metas[i]["matrix"]` (`matrices.right_rows`); all others use `same_answer`, where
+    `metas[i]["answers"]` names several with any of them.
     """
     rewards = []
     for i, (response, answer) in enumerate(zip(responses, answers, strict=True)):
@@ -432,6 +435,8 @@ def correctness(prompts, responses, answers, tasks=None, metas=None, finished=No
             used = Counter(int(digits) for digits in re.findall(r"[0-9]{1,12}", expression))
             right = safe_arithmetic(expression) == int(answer) and not used - Counter(metas[i]["numbers"])
             right = right and (not equals or same_answer(result, answer))
+        elif task in matrices.LEVELS:
+            right = matrices.credit(task, given, metas[i]["matrix"]) == 1
         else:
             right = any(same_answer(given, gold) for gold in gold_answers(answer, metas, i))
         rewards.append(float(right))
@@ -442,6 +447,19 @@ def gold_answers(answer, metas, i):
     """All that are right: of data that names several, else the one."""
     answers = metas[i].get("answers") if metas else None
     return answers if isinstance(answers, list) and all(isinstance(a, str) for a in answers) else [answer]
+
+
+def partial(prompts, responses, answers, tasks=None, metas=None, finished=None, **columns) -> list[float]:
+    """`correctness`, and for a matrix that is right in part up to a half (`matrices.credit`)."""
+    columns = dict(tasks=tasks, metas=metas, finished=finished)
+    return [matrices.credit(tasks[i], _given(response, finished, i), metas[i]["matrix"])
+            if tasks and tasks[i] in matrices.LEVELS else right
+            for i, (response, right) in enumerate(zip(
+                responses, correctness(prompts, responses, answers, **columns)))]
+
+
+def _given(response, finished, i):
+    return extract_answer(response, finished=not finished or finished[i]) or ""
 
 
 def format(prompts, responses, answers, **columns) -> list[float]:
@@ -530,7 +548,7 @@ def math(prompts, responses, answers, metas=None, finished=None, **columns) -> l
     return rewards
 
 
-NEED_GOLD = ("correctness", "math", "answer-prob")  # of the rewards here; one's own may need none
+NEED_GOLD = ("correctness", "partial", "math", "answer-prob")  # of the rewards here; one's own may need none
 
 
 def need_gold(specs) -> bool:
@@ -538,7 +556,7 @@ def need_gold(specs) -> bool:
     return any(spec.partition("=")[0].partition(":")[0] in NEED_GOLD for spec in specs)
 
 
-BUILT_IN = {function.__name__: function for function in (correctness, format, digit, mark, math)}
+BUILT_IN = {function.__name__: function for function in (correctness, partial, format, digit, mark, math)}
 
 # ---- A model as a reward.
 
