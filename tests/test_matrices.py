@@ -111,10 +111,10 @@ def test_training_and_evaluation_share_no_matrix_and_need_no_memory_of_each_othe
     """Whatever the seed and the number; the same on every call; every level has thousands at once."""
     seen = {}
     for split in ("train", "validation", "test"):
-        examples = data.load_examples(task, split, level="1-3", limit=300, seed=3)
-        assert examples == data.load_examples(task, split, level="1-3", limit=300, seed=3)
-        assert {e.level for e in examples} == {1, 2, 3} and len({e.prompt for e in examples}) == 300
-        for e in examples + data.load_examples(task, split, level="1-3", limit=300, seed=4):
+        examples = data.load_examples(task, split, level="1-3", limit=100, seed=3)
+        assert examples == data.load_examples(task, split, level="1-3", limit=100, seed=3)
+        assert {e.level for e in examples} == {1, 2, 3} and len({e.prompt for e in examples}) == 100
+        for e in examples + data.load_examples(task, split, level="1-3", limit=100, seed=4):
             assert seen.setdefault(json.dumps(e.meta), split) == split
             digest = hashlib.sha256(e.prompt.encode()).digest()
             assert data.SPLITS[int.from_bytes(digest[:8], "big") % 5] == split
@@ -194,18 +194,17 @@ def test_more_right_parts_earn_more_and_a_wrong_answer_at_most_a_half(task, leve
 
 @pytest.mark.parametrize("task, level", ALL)
 def test_no_constant_answer_is_worth_writing(task, level):
-    """Neither by correctness nor by `partial`: at most 5 %, but for "not invertible" its share."""
-    found = problems(task, level, 400, **({"singular_share": 0} if task == "matrix-inverse" else {}))
+    """By `partial`, which is never below `correctness`, at most 5 %; "not invertible" earns its share alone."""
+    found = problems(task, level, 200, **({"singular_share": 0} if task == "matrix-inverse" else {}))
     metas = [problem["meta"] for problem in found]
     criteria = matrices.LEVELS[task][level - 1]
     eye = [[int(i == j) for j in range(criteria.columns)] for i in range(criteria.rows)]
     zero = [[0] * criteria.columns] * criteria.rows
     guesses = [text(eye), text([[-x for x in row] for row in eye]), text(zero), text(eye[::-1]), matrices.SINGULAR,
-               *(problem["answer"] for problem in found[:20])]
+               *(problem["answer"] for problem in found[:5])]
     for guess in guesses:
-        for reward in (rewards.correctness, rewards.partial):
-            earned = reward([""] * 400, [f"<answer>{guess}</answer>"] * 400, [""] * 400, [task] * 400, metas)
-            assert sum(earned) / 400 <= 0.05, (guess, reward.__name__, sum(earned) / 400)
+        earned = [credit(task, guess, meta["matrix"]) for meta in metas]
+        assert sum(earned) / 200 <= 0.05, (guess, sum(earned) / 200)
     for problem in found:  # nor is the question itself
         echo = text(problem["meta"]["matrix"])
         if credit(task, echo, problem["meta"]["matrix"]) == 1:
