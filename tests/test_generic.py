@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM
 
 from common import generic, models
 from common.draws import StopTexts, noise_key
-from grpo import Sampler, adapter_tensors, add_lora, make_batch, merged_state_dict
+from grpo import Sampler, adapter_tensors, add_lora, make_batch, merged_state_dict, token_logprobs
 from tests.families import FAMILIES, config
 from tests.processes import column, eval_lines, metrics, rows
 from tests.tiny_models import (
@@ -59,6 +59,8 @@ def test_samples_logprobs_and_gradients_are_the_models_own(name):
     expected = greedy_by_generate(model, PROMPTS, 10)
     greedy = generic.PlainSampler(model, ()).sample(PROMPTS, [[0]] * 5, 10, temperature=0)
     assert [c.ids for (c,) in greedy] == expected
+    if path_of(name) == "fast":
+        assert [c.ids for (c,) in Sampler(model, ()).sample(PROMPTS, [[0]] * 5, 10, temperature=0)] == expected
     samples = generic.PlainSampler(model, STOPS, 64).sample(PROMPTS, KEYS, 10)
     few = generic.PlainSampler(model, STOPS, 4).sample(PROMPTS, KEYS, 10)
     flat = [(PROMPTS[p], c) for p, row in enumerate(samples) for c in row]
@@ -68,6 +70,8 @@ def test_samples_logprobs_and_gradients_are_the_models_own(name):
     input_ids, mask = make_batch([p for p, _ in flat], [c.ids for _, c in flat], CPU)
     values = generic.token_logprobs(model, input_ids, mask, chunk_tokens=7)
     assert not values[~mask].any()
+    if path_of(name) == "fast":
+        assert (token_logprobs(model, input_ids, mask) - values).abs().max() <= near
     weights = torch.randn(len(flat), generator=torch.Generator().manual_seed(0))
     (values.sum(1) * weights).sum().backward()
     found = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
@@ -107,7 +111,7 @@ def test_adapters_merge_load_in_peft_and_are_trained(name, tmp_path, go):
             gap = (ours - other.eval()(ids).logits).abs().max()
             assert gap <= LOGPROBS.get(name, 1e-5) * (1 + ours.abs().max())
 
-    process = go("run", bare=True, model=folder, **SMALL | RUNS["grpo"] | {"rewards": "answer-prob"})
+    process = go("run", bare=True, model=folder, **SMALL | RUNS["grpo"] | {"rewards": "answer-prob", "eval_questions": 1})
     assert "ok" in process.out and ("plain path" in process.out) == (path_of(name) == "plain")
     after = load_file(process.folder / "final" / "adapter_model.safetensors")
     assert any(after[key].any() for key in after if "lora_B" in key)
