@@ -29,32 +29,25 @@ import torch.nn.functional as F
 from torch import nn
 
 from common import checks, data, dist, generic, models, rewards, shard
+from common.curriculum import QuestionState
 from common.draws import Completion, StopTexts, draw, noise_key, uniform
-from common.run import Fitting, Run, RunState, TrainArgs, cli, defaults, retry_smaller
+from common.run import Fitting, QuestionArgs, Run, cli, defaults, retry_smaller
 
 # Shapes: B rows, T tokens, V vocabulary, P prompts, D hidden size, H heads, K head size, R LoRA rank, N rows
 # or tokens in all.
 
 
 @dataclass
-class Args(TrainArgs):
+class Args(QuestionArgs):
     # ---- run ----
     max_steps: int = 0  # steps in all; 0: as many as the passes over the data take
     token_budget: int = 0  # tokens sampled for training after which the run ends; 0: no limit
 
     # ---- data ----
 
-    # data set name, hub id, or local .jsonl/.csv/.parquet; empty: arithmetic (embedded model), else gsm8k
-    data: str = ""
     # preferences: name, hub id, URL, file, run's samples.csv, joined by commas; empty: samples of --data
     pairs: str = ""
     label_tokenizer: str = "openai-community/gpt2"  # of preferences that are token ids: hub id or folder
-    level: str = ""  # difficulty of a generated task, such as 3 or 1-4; empty: the task's own default
-    train_questions: int = 0  # questions to train on; 0: all that are not held out
-    eval_questions: int = 500  # questions held out of the training split (never of the test split)
-    system: str = ""  # system message, or none; empty: asks for <think>/<answer> (embedded model: none)
-    prompt_template: str = "{prompt}"  # text around the question, {prompt} in it
-    max_prompt_tokens: int = 0  # leave out questions with a longer prompt; 0: none
     max_tokens: int = 0  # leave out rows whose prompt and completion are longer; 0: none
 
     # ---- sampling ----
@@ -141,7 +134,7 @@ class Pair:
 
 
 @dataclass
-class State(RunState):
+class State(QuestionState):
     """What a checkpoint holds beside weights, optimizer and the reference's log-probs of given pairs."""
 
     iteration: int = 0
@@ -182,9 +175,8 @@ def sample_pairs(sampler, train, prompt_ids, args, state, tokenizer, run):
 
     All samples go to samples.csv, as of the first step that trains on them: `--pairs` reads it back.
     """
-    picked = data.batch_indices(len(train), (state.iteration - 1) * args.questions,
-                                min(args.questions, len(train)), args.seed)
-    mine = dist.share([(i, train[row]) for i, row in enumerate(picked)])
+    state.position = (state.iteration - 1) * args.questions
+    mine = dist.share(list(enumerate(state.draw(train, min(args.questions, len(train)), args))))
     keys = [[noise_key(args.seed, state.iteration, i, g) for g in range(args.num_generations)]
             for i, _ in mine]
     sampled = sample_all(sampler, [prompt_ids[e.id] for _, e in mine], keys, args.max_new_tokens,
@@ -203,6 +195,9 @@ def sample_pairs(sampler, train, prompt_ids, args, state, tokenizer, run):
     rows = [row for _, _, of_question in found for row in of_question]
     run.write_rows(rows)
     state.sampled_tokens += sum(row["tokens"] for row in rows)
+    answers = [(row["level"], row["correct"]) for row in dist.share(rows)]
+    if metrics := state.open_next(train, answers, args, run):
+        run.log(state.first_step, metrics)
     pairs = [pair for _, of_question, _ in found for pair in of_question]
     if not pairs:
         raise ValueError(f"iteration {state.iteration}: no question had a right and a wrong finished answer "
@@ -293,6 +288,8 @@ def check(args):
         raise ValueError(f"--num-generations {args.num_generations}: a pair takes two samples; use 2 or more")
     if args.pairs and args.iterations > 1:
         raise ValueError(f"--iterations {args.iterations} samples new pairs; --pairs {args.pairs} are fixed")
+    if args.pairs and args.curriculum:
+        raise ValueError(f"--curriculum {args.curriculum} chooses questions; --pairs {args.pairs} are fixed")
     if not 0 <= args.label_smoothing < 0.5:
         raise ValueError(f"--label-smoothing {args.label_smoothing}: from 0 to below 0.5 (half is no label)")
     if args.label_smoothing and args.loss not in ("sigmoid", "robust"):

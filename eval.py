@@ -66,10 +66,10 @@ class Args(RunArgs):
     split: str = "test"  # of a named data set or folder (a file is one); train: of a run, what it trained on
     limit: int = 0  # questions, drawn with the seed; 0: all, of a generated task 500
     level: str = ""  # difficulty of a generated task, such as 3 or 1-4; empty: the task's own default
-    few_shot: int = 0  # worked examples of the train split before each question, as turns of the chat
     preamble: tuple[str, ...] = ("",)  # text in front of the question; a row of results for each
     system: str = ""  # system message, or none; empty: asks for <think>/<answer> (embedded model: none)
     prompt_template: str = "{prompt}"  # text around the question, {prompt} in it
+    few_shot: int = 0  # worked examples of the train split before each question, as turns of the chat
     prompt: str = ""  # answer this question alone, print its rewards and leave nothing behind
     answer: str = ""  # gold answer of --prompt
 

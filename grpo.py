@@ -30,8 +30,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from common import checks, data, dist, generic, models, rewards, shard
+from common.curriculum import QuestionState
 from common.draws import Completion, StopTexts, draw, noise_key, uniform
-from common.run import Fitting, Run, RunState, TrainArgs, cli, defaults, retry_smaller
+from common.run import Fitting, QuestionArgs, Run, cli, defaults, retry_smaller
 
 # Shapes: B rows, T tokens, V vocabulary, P prompts, G samples per prompt, D hidden size, L layers or a row's
 # completion tokens, H heads, K head size, R LoRA rank, N rows or tokens in all.
@@ -39,22 +40,13 @@ EVALUATION = -1  # in noise keys, where training has a step's number
 
 
 @dataclass
-class Args(TrainArgs):
+class Args(QuestionArgs):
     # ---- run ----
     max_steps: int = 60  # steps in all
     token_budget: int = 0  # tokens sampled for training after which the run ends; 0: no limit
 
     # ---- data ----
-
-    # data set name, hub id, or local .jsonl/.csv/.parquet; empty: arithmetic (embedded model), else gsm8k
-    data: str = ""
     label_tokenizer: str = "openai-community/gpt2"  # of preferences that are token ids: hub id or folder
-    level: str = ""  # difficulty of a generated task, such as 3 or 1-4; empty: the task's own default
-    train_questions: int = 0  # questions to train on; 0: all that are not held out
-    eval_questions: int = 500  # questions held out of the training split (never of the test split)
-    system: str = ""  # system message, or none; empty: asks for <think>/<answer> (embedded model: none)
-    prompt_template: str = "{prompt}"  # text around the question, {prompt} in it
-    max_prompt_tokens: int = 0  # leave out questions with a longer prompt; 0: none
 
     # ---- sampling ----
     prompts_per_step: int = 16  # questions per step, over all ranks
@@ -225,10 +217,9 @@ class Rollout:
 
 
 @dataclass
-class State(RunState):
-    """What a checkpoint holds beside RunState's, random state, and what `run.restore` is given."""
+class State(QuestionState):
+    """What a checkpoint holds beside QuestionState's, random state, and what `run.restore` is given."""
 
-    position: int = 0  # in the endless sequence of shuffled questions
     accumulated_reward: float = 0.0
 
 
@@ -262,9 +253,8 @@ def collect(sampler, train, prompt_ids, reward_functions, args, state, tokenizer
     """
     rollouts, mixed, drawn = [], [], 0
     while True:
-        rows = data.batch_indices(len(train), state.position, args.prompts_per_step, args.seed)
-        questions = dist.share([(drawn + i, train[row]) for i, row in enumerate(rows)])
-        drawn, state.position = drawn + len(rows), state.position + len(rows)
+        questions = dist.share(list(enumerate(state.draw(train, args.prompts_per_step, args), drawn)))
+        drawn += args.prompts_per_step
         with run.phase("sample"):
             fresh = sample_rollouts(sampler, questions, prompt_ids, args, state.step, tokenizer, run)
         with run.phase("reward"):
@@ -472,7 +462,8 @@ def main(args: Args) -> None:
         metrics = run.log_rollouts(state, [r.row(state.step) for r in sampled], {
             **loss_metrics(first_sums | {"rows": len(live)}, rollouts, args, device),
             "grad_norm": norm, "lr": optimizer.param_groups[0]["lr"],
-            "questions_drawn": state.position - first, "tokens_per_batch": state.tokens_per_batch},
+            "questions_drawn": state.position - first, "tokens_per_batch": state.tokens_per_batch,
+            **state.open_next(train, [(r.example.level, r.correct) for r in sampled], args, run)},
             show=("reward", "correct", "tokens", "kl", "sampler_gap", "grad_norm"))
         last = run.is_last(state)
         if args.dry_run:

@@ -34,8 +34,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from common import checks, data, dist, generic, models, rewards, shard
+from common.curriculum import QuestionState
 from common.draws import Completion, StopTexts, draw, noise_key, uniform
-from common.run import Fitting, Run, RunState, TrainArgs, cli, defaults, mean, retry_smaller
+from common.run import Fitting, QuestionArgs, Run, cli, defaults, mean, retry_smaller
 
 # Shapes: B rows, T tokens, V vocabulary, P prompts, G samples per prompt, D hidden size, L layers or a row's
 # completion tokens, H heads, K head size, R LoRA rank, N rows or tokens in all.
@@ -43,22 +44,13 @@ EVALUATION = -1  # in noise keys, where training has a step's number
 
 
 @dataclass
-class Args(TrainArgs):
+class Args(QuestionArgs):
     # ---- run ----
     max_steps: int = 40  # steps in all
     token_budget: int = 0  # tokens sampled for training after which the run ends; 0: no limit
 
     # ---- data ----
-
-    # data set name, hub id, or local .jsonl/.csv/.parquet; empty: arithmetic (embedded model), else gsm8k
-    data: str = ""
     label_tokenizer: str = "openai-community/gpt2"  # of preferences that are token ids: hub id or folder
-    level: str = ""  # difficulty of a generated task, such as 3 or 1-4; empty: the task's own default
-    train_questions: int = 0  # questions to train on; 0: all that are not held out
-    eval_questions: int = 500  # questions held out of the training split (never of the test split)
-    system: str = ""  # system message, or none; empty: asks for <think>/<answer> (embedded model: none)
-    prompt_template: str = "{prompt}"  # text around the question, {prompt} in it
-    max_prompt_tokens: int = 0  # leave out questions with a longer prompt; 0: none
 
     # ---- sampling ----
     prompts_per_step: int = 128  # questions per step, over all ranks
@@ -226,10 +218,9 @@ class Rollout:
 
 
 @dataclass
-class State(RunState):
+class State(QuestionState):
     """What a checkpoint holds beside policy, critic and optimizers."""
 
-    position: int = 0  # in the endless sequence of shuffled questions
     accumulated_reward: float = 0.0
     beta: float = 0.0
 
@@ -260,9 +251,7 @@ def score_rollouts(rollouts, reward_functions, args, run):
 # Adapted from grpo.py::collect: no further draws
 def collect(sampler, train, prompt_ids, reward_functions, args, state, tokenizer, run):
     """This rank's scored rollouts of a step."""
-    rows = data.batch_indices(len(train), state.position, args.prompts_per_step, args.seed)
-    state.position += len(rows)
-    questions = dist.share([(i, train[row]) for i, row in enumerate(rows)])
+    questions = dist.share(list(enumerate(state.draw(train, args.prompts_per_step, args))))
     with run.phase("sample"):
         rollouts = sample_rollouts(sampler, questions, prompt_ids, args, state.step, tokenizer, run)
     with run.phase("reward"):
@@ -590,7 +579,8 @@ def main(args: Args) -> None:
         metrics, kl, n_tokens = step_metrics(updates, rollouts, device)
         metrics = run.log_rollouts(state, [r.row(state.step) for r in sampled], metrics | {
             "approx_kl": approx_kl, "beta": state.beta, "lr": optimizer.param_groups[0]["lr"],
-            "critic_lr": critic_optimizer.param_groups[0]["lr"], "tokens_per_batch": state.tokens_per_batch},
+            "critic_lr": critic_optimizer.param_groups[0]["lr"], "tokens_per_batch": state.tokens_per_batch,
+            **state.open_next(train, [(r.example.level, r.correct) for r in sampled], args, run)},
             show=("reward", "correct", "tokens", "kl", "approx_kl", "explained_variance", "grad_norm"))
         if args.kl_target:
             state.beta = adapted_beta(state.beta, kl, args.kl_target)

@@ -48,12 +48,12 @@ class Args(TrainArgs):
 
     # preferences: name, hub id, URL, file, a run's samples.csv, joined by commas; empty: by the model
     pairs: str = ""
-    label_tokenizer: str = "openai-community/gpt2"  # of preferences that are token ids: hub id or folder
     level: str = ""  # difficulty of a generated task, such as 3 or 1-4; empty: the task's own default
     train_pairs: int = 0  # pairs to train on; 0: all that are not held out
     eval_pairs: int = 500  # pairs held out, at most a tenth of all; no prompt of theirs is trained on
     system: str = ""  # system message, or none; empty: none
     prompt_template: str = "{prompt}"  # text around the question, {prompt} in it
+    label_tokenizer: str = "openai-community/gpt2"  # of preferences that are token ids: hub id or folder
     max_tokens: int = 0  # leave out rows whose prompt and completion are longer; 0: none
 
     # ---- method ----

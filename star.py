@@ -32,32 +32,24 @@ import torch.nn.functional as F
 from torch import nn
 
 from common import checks, data, dist, generic, models, rewards, shard
+from common.curriculum import QuestionState
 from common.data import HINT
 from common.draws import Completion, StopTexts, draw, noise_key, uniform
-from common.run import Fitting, Run, RunState, TrainArgs, cli, defaults, retry_smaller
+from common.run import Fitting, QuestionArgs, Run, cli, defaults, retry_smaller
 
 # Shapes: B rows, T tokens, V vocabulary, P prompts, G samples per prompt, D hidden size, H heads, K head
 # size, R LoRA rank, N rows or tokens in all.
 
 @dataclass
-class Args(TrainArgs):
+class Args(QuestionArgs):
     # ---- run ----
     max_steps: int = 0  # steps in all; 0: as many as the passes over the data take
     token_budget: int = 0  # tokens sampled for training after which the run ends; 0: no limit
 
     # ---- data ----
-
-    # data set name, hub id, or local .jsonl/.csv/.parquet; empty: arithmetic (embedded model), else gsm8k
-    data: str = ""
     generations: tuple[str, ...] = ()  # samples.csv of runs: the answers of the first iteration
     eval_generations: tuple[str, ...] = ()  # samples.csv of runs: evaluate by loss and ranking of these
-    level: str = ""  # difficulty of a generated task, such as 3 or 1-4; empty: the task's own default
-    train_questions: int = 0  # questions to train on; 0: all that are not held out
-    eval_questions: int = 500  # questions held out of the training split (never of the test split)
     few_shot: int = 0  # worked examples before each question while the first iteration samples
-    system: str = ""  # system message, or none; empty: asks for <think>/<answer> (embedded model: none)
-    prompt_template: str = "{prompt}"  # text around the question, {prompt} in it
-    max_prompt_tokens: int = 0  # leave out questions with a longer prompt; 0: none
 
     # ---- sampling ----
     questions: int = 256  # questions to sample answers to, in each iteration
@@ -138,7 +130,7 @@ class Row:
 
 
 @dataclass
-class State(RunState):
+class State(QuestionState):
     """What a checkpoint holds beside weights, optimizer and the reference's log-probs of held-out pairs."""
 
     iteration: int = 0
@@ -284,9 +276,8 @@ def sample_iteration(sampler, train, encode, reward_functions, args, state, toke
 
     Of the answers with a hint those that teach; unexplained: right, but without a rationale of their own.
     """
-    picked = data.batch_indices(len(train), (state.iteration - 1) * args.questions,
-                                min(args.questions, len(train)), args.seed)
-    mine = dist.share([(i, train[row]) for i, row in enumerate(picked)])
+    state.position = (state.iteration - 1) * args.questions
+    mine = dist.share(list(enumerate(state.draw(train, min(args.questions, len(train)), args))))
     samples = ask(sampler, mine, encode, reward_functions, args, state, tokenizer, run)
     failed, hinted = [], []
     if args.rationalize and not args.dry_run:
@@ -321,7 +312,9 @@ def begin_iteration(sampler, train, loaded, encode, prompt_ids, reward_functions
     if args.dry_run:  # at the largest sizes, right or wrong
         state.rows = [Row(prompt_ids[s.example.id], s.completion.ids,
                           s.completion.ids if args.strategy == "dpo" else []) for s in samples]
-    run.log_iteration(state, rewards.iteration_metrics(samples, counts, state.rows))
+    answers = [(s.example.level, s.correct) for s in dist.share(samples) if s.source == "sampled"]
+    run.log_iteration(state, rewards.iteration_metrics(samples, counts, state.rows)
+                      | state.open_next(train, answers, args, run))
     if not state.rows and (args.epochs or args.first_steps):
         raise ValueError(f"iteration {state.iteration}: no question gave anything to learn from by "
                          f"--strategy {args.strategy}: take more --questions or --num-generations, "

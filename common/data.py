@@ -134,6 +134,11 @@ def is_generated(data) -> bool:
     return re.sub(r"(?<=^matrix-inverse)/.*", "", str(data)) in GENERATED
 
 
+def every_level(data) -> str:
+    """All levels of a generated task, "1-8"; "" of other data."""
+    return f"1-{GENERATED[data.partition('/')[0]][1]}" if is_generated(data) else ""
+
+
 def _levels(level):
     """3, "3" or "1-4" as a range."""
     match = re.fullmatch(r"(\d+)(?:-(\d+))?", str(level).strip())
@@ -767,6 +772,8 @@ def load_questions(args, tokenizer, per_step, gold=True):
     with the longest prompts. Errors: ValueError as `train_validation`, or if no question is left.
     """
     if not args.data:
+        if getattr(args, "curriculum", 0):
+            raise ValueError(f"--curriculum {args.curriculum}: there are no questions to draw by level")
         return [], [], {}, 0
     prompt_ids, left_out, most = {}, Counter(), args.max_prompt_tokens
 
@@ -790,6 +797,9 @@ def load_questions(args, tokenizer, per_step, gold=True):
     if most and not (train and held_out):
         raise ValueError(f"--max-prompt-tokens {most} leaves {len(train)} questions to train on and "
                          f"{len(held_out)} held out")
+    if getattr(args, "curriculum", 0) and len({e.level for e in train}) < 2:
+        raise ValueError(f"--curriculum {args.curriculum}: the questions of {args.data} have one level only"
+                         + (f", --level {args.level}" if args.level else ""))
     if +left_out and dist.is_main():
         print(f"data: left out of {args.data}: {dict(+left_out)}")
     prompt_ids = {e.id: encode(e) for e in train + held_out}
@@ -1065,7 +1075,7 @@ def few_shot_messages(examples, question, preamble=""):
     return messages if len(messages) > 1 else messages[0]["content"]
 
 
-@lru_cache(maxsize=2)
+@lru_cache(maxsize=16)
 def _epoch(n, seed, epoch):
     return random.Random(f"epoch {epoch} of {n}, seed {seed}").sample(range(n), n)
 

@@ -36,6 +36,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from common import curves, data, dist, models, rewards, shard
+from common.data import every_level
 from common.draws import Completion
 from common.tables import clock, read_config, read_csv, rollout_text
 
@@ -88,6 +89,26 @@ class TrainArgs(RunArgs):
     lora_targets: tuple[str, ...] = ("all-linear",)  # linear layers to adapt, by the ends of their names
     train_layers: str = ""  # decoder layers to adapt, such as 20-27; empty: all
     merge: bool = False  # write final/ as a plain model with the adapter merged in, not as an adapter
+
+
+@dataclasses.dataclass
+class QuestionArgs(TrainArgs):
+    """Those of the scripts that sample answers to questions: which ones."""
+
+    # ---- data ----
+
+    # data set name, hub id, or local .jsonl/.csv/.parquet; empty: arithmetic (embedded model), else gsm8k
+    data: str = ""
+    level: str = ""  # difficulty of a generated task, such as 3 or 1-4; empty: the task's own default
+    # open the levels (of --level, or all) one by one, the next at this accuracy on the newest; 0: all at once
+    curriculum: float = 0.0
+    curriculum_window: int = 256  # newest answers that this accuracy is measured over, at least
+    curriculum_share: float = 0.25  # of the questions that are of the levels before the newest
+    train_questions: int = 0  # questions to train on; 0: all that are not held out
+    eval_questions: int = 500  # questions held out of the training split (never of the test split)
+    system: str = ""  # system message, or none; empty: asks for <think>/<answer> (embedded model: none)
+    prompt_template: str = "{prompt}"  # text around the question, {prompt} in it
+    max_prompt_tokens: int = 0  # leave out questions with a longer prompt; 0: none
 
 
 def cli(main, Args) -> None:
@@ -223,7 +244,7 @@ def _config_words(known, names):
 
 MAY_BE_0 = ("seed", "warmup_steps", "max_refills", "clip_eps_low", "clip_eps_high", "value_clip", "gamma",
             "gae_lambda", "simpo_gamma", "eval_temperature", "epochs")
-AT_MOST_1 = ("gamma", "gae_lambda")
+AT_MOST_1 = ("gamma", "gae_lambda", "curriculum", "curriculum_share")
 WAYS_OUT = {"lora_r": " (or train all weights with --full)", "max_grad_norm": " (inf: no clipping)",
             "temperature": " (training needs samples that differ)"}
 
@@ -258,6 +279,8 @@ def defaults(args, device, lr, data="gsm8k", system=data.THINK_ANSWER_SYSTEM):
     filled = {"lr": lr["embedded" if embedded else "full" if args.full else "adapter"],
               "tokens_per_batch": {"cpu": 2048, "cuda": 0}.get(device.type, 8192),  # a CPU's caches are small
               "data": "arithmetic" if embedded else data, "system": "" if embedded else system}
+    if getattr(args, "curriculum", 0):
+        filled["level"] = every_level(args.data or filled["data"])
     return dataclasses.replace(args, **{name: getattr(args, name) or value
                                         for name, value in filled.items() if hasattr(args, name)})
 

@@ -17,7 +17,7 @@ from common.run import check_ranges
 ROOT = Path(__file__).resolve().parents[1]
 SOURCES = {path.name: path.read_text(encoding="utf-8") for path in sorted(ROOT.glob("*.py"))}
 SCRIPTS = [name for name, source in SOURCES.items()
-           if re.search(r"^class Args\((Run|Train)Args\):", source, re.MULTILINE)]
+           if re.search(r"^class Args\((Run|Train|Question)Args\):", source, re.MULTILINE)]
 GROUPS = ["run", "model", "LoRA", "data", "sampling", "method", "optimizer", "evaluation"]
 OWN = {  # what a script means by these is its own
     # several models, no optimizer steps to go on with, no policy in training to ask
@@ -51,10 +51,11 @@ def read_fields(source, name="Args", group=None):
 
 
 def with_inherited(source):
-    """A script's fields behind those of RunArgs and TrainArgs, in whose place stands what it says anew."""
+    """A script's fields behind those of common/run.py, in whose place stands what it says anew."""
     own = {name: rest for name, *rest in read_fields(source)}
     shared, inherited = (ROOT / "common/run.py").read_text(), ()
-    for name in ("RunArgs", "TrainArgs") if "class Args(TrainArgs)" in source else ("RunArgs",):
+    bases = ["RunArgs", "TrainArgs", "QuestionArgs"]
+    for name in bases[:bases.index(re.search(r"class Args\((\w+)\)", source)[1]) + 1]:
         inherited = [*inherited, *read_fields(shared, name, "run")]
     return [(name, *own.pop(name, rest)) for name, *rest in inherited] + [
         (name, *rest) for name, rest in own.items()]
@@ -90,7 +91,8 @@ def complaints(fields):
         missing = EVERYWHERE - set(names) - {"eval.py": {"max_steps"}, "reward_model.py": {"data"}}.get(
             script, set())
         found += [f"{script}: {name} is missing" for name in sorted(missing)]
-    orders = {script: [name for name, *_ in of_script] for script, of_script in fields.items()}
+    orders = {script: [name for name, *_ in of_script if name not in OWN.get(script, ())]
+              for script, of_script in fields.items()}
     for script, names in orders.items():
         for other, theirs in orders.items():
             if [n for n in names if n in theirs] != [n for n in theirs if n in names]:
@@ -156,7 +158,8 @@ OUT_OF_RANGE = [  # FAULTS C5; each is out of range in every script that has it
     ("clip_eps_low", -1.0), ("beta", -1.0), ("lora_alpha", -5.0), ("warmup_steps", -1), ("tokens_per_batch", -1),
     ("reward_timeout", -1.0), ("lr", -1.0), ("lr", math.nan), ("weight_decay", -1.0), ("train_questions", -5),
     ("limit", -1), ("few_shot", -1), ("temperature", math.nan), ("temperature", 0.0), ("slots", 0), ("keep", 0),
-    ("lora_r", 0), ("gamma", 1.5), ("gae_lambda", -0.1), ("max_grad_norm", 0.0), ("save_every", -3)]
+    ("lora_r", 0), ("gamma", 1.5), ("gae_lambda", -0.1), ("max_grad_norm", 0.0), ("save_every", -3),
+    ("curriculum", 1.5), ("curriculum_window", 0)]
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
