@@ -28,8 +28,9 @@ class Level:
 
 LEVELS = {
     "matrix-inverse": [
-        Level(2, 2, 9, True, 9, 324), Level(2, 2, 30, True, 30, 3600), Level(2, 2, 9, False, 100, 200),
-        Level(3, 3, 3, True, 9, 80), Level(3, 3, 5, False, 200, 500), Level(4, 4, 3, True, 20, 200)],
+        Level(2, 2, 3, True, 3, 36), Level(2, 2, 6, True, 6, 144), Level(2, 2, 9, True, 9, 324),
+        Level(2, 2, 30, True, 30, 3600), Level(2, 2, 9, False, 100, 200), Level(3, 3, 3, True, 9, 80),
+        Level(3, 3, 5, False, 200, 500), Level(4, 4, 3, True, 20, 200)],
     "rref": [Level(2, 3, 9, True, 9), Level(2, 3, 9, False, 200), Level(3, 4, 9, True, 9),
              Level(3, 4, 5, False, 200), Level(4, 5, 4, False, 500)]}
 
@@ -133,27 +134,37 @@ def identity(n):
 def row_reduce(matrix, columns=None):
     """(the reduced row echelon form, the steps to it as text), by Gauss-Jordan over the first `columns`.
 
-    A step is "R1<->R2", "R2/3=[...]" or "R2-3*R1=[...]", with the row as it is then. The pivot is the entry
-    of its column that is nearest to 1 in size, so that whole numbers stay whole where they can.
+    A step is "R1<->R2", "R2/3=[...]" or "R2-3*R1=[...]", with the row as it is then. Whole numbers stay whole
+    as long as they can: the pivot is the greatest common divisor of its column, found by Euclid's steps.
     """
-    rows, steps, top = [list(row) for row in matrix], [], 0
+    rows, steps, top = [[Fraction(x) for x in row] for row in matrix], [], 0
+
+    def subtract(factor, source, i):
+        rows[i] = [x - factor * y for x, y in zip(rows[i], rows[source])]
+        times = "" if abs(factor) == 1 else f"{abs(factor)}*"
+        steps.append(f"R{i + 1}{'-' if factor > 0 else '+'}{times}R{source + 1}={text(rows[i])}")
+
     for column in range(columns or len(rows[0])):
-        below = [i for i in range(top, len(rows)) if rows[i][column]]
+        while below := [i for i in range(top, len(rows)) if rows[i][column]]:
+            best = min(below, key=lambda i: (abs(rows[i][column]), i))
+            pivot = rows[best][column]
+            uneven = [i for i in below if (rows[i][column] / pivot).denominator > 1]
+            if not uneven or any(rows[i][column].denominator > 1 for i in below):
+                break
+            for i in uneven:
+                subtract(Fraction(round(rows[i][column] / pivot)), best, i)
         if not below:
             continue
-        best = min(below, key=lambda i: (abs(abs(rows[i][column]) - 1), i))
         if best != top:
             rows[top], rows[best] = rows[best], rows[top]
             steps.append(f"R{top + 1}<->R{best + 1}")
-        if (pivot := rows[top][column]) != 1:
+        if pivot != 1:
             rows[top] = [x / pivot for x in rows[top]]
             steps.append(f"R{top + 1}/{pivot if pivot > 0 and pivot.denominator == 1 else f'({pivot})'}"
                          f"={text(rows[top])}")
-        for i, row in enumerate(rows):
-            if i != top and (factor := row[column]):
-                rows[i] = [x - factor * y for x, y in zip(row, rows[top])]
-                times = "" if abs(factor) == 1 else f"{abs(factor)}*"
-                steps.append(f"R{i + 1}{'-' if factor > 0 else '+'}{times}R{top + 1}={text(rows[i])}")
+        for i in range(len(rows)):
+            if i != top and rows[i][column]:
+                subtract(rows[i][column], top, i)
         top += 1
         if top == len(rows):
             break

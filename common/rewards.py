@@ -38,6 +38,7 @@ from math import comb, exp, isfinite, isnan, nan
 from pathlib import Path
 
 from common import matrices
+from common.steps import true_equations, true_row_operations
 
 TAGS = ("<think>", "</think>", "<answer>", "</answer>")
 BLANK = "\u034f\u115f\u1160\u17b4\u17b5\u2800\u3164\uffa0"  # letters and signs that look like nothing
@@ -458,6 +459,27 @@ def partial(prompts, responses, answers, tasks=None, metas=None, finished=None, 
                 responses, correctness(prompts, responses, answers, **columns)))]
 
 
+def steps(prompts, responses, answers, tasks=None, metas=None, **columns) -> list[float]:
+    """Share of a working's steps, in front of the answer, that are true and new (common/steps.py); 0 of none.
+
+    Of a matrix its row operations, else equations. As many steps are asked for as the question of arithmetic
+    has operators, or as a matrix has rows: a single step that is true but useless earns a part of this.
+    """
+    rewards = []
+    for i, (prompt, response) in enumerate(zip(prompts, responses, strict=True)):
+        task, working, asked = tasks[i] if tasks else "", rationale(response), 1
+        if task in matrices.LEVELS:
+            matrix = metas[i]["matrix"]
+            asked = min(len(matrix), len(matrices.row_reduce(matrix)[1]))
+            true, n = true_row_operations(working, task, matrix)
+        else:
+            if task == "arithmetic":
+                asked = len(re.findall(r"\d\s?[-+*/]", prompt))
+            true, n = true_equations(working, prompt, safe_arithmetic)
+        rewards.append(true / max(n, asked, 1))
+    return rewards
+
+
 def _given(response, finished, i):
     return extract_answer(response, finished=not finished or finished[i]) or ""
 
@@ -556,7 +578,7 @@ def need_gold(specs) -> bool:
     return any(spec.partition("=")[0].partition(":")[0] in NEED_GOLD for spec in specs)
 
 
-BUILT_IN = {function.__name__: function for function in (correctness, partial, format, digit, mark, math)}
+BUILT_IN = {function.__name__: function for function in (correctness, partial, steps, format, digit, mark, math)}
 
 # ---- A model as a reward.
 

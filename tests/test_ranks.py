@@ -47,6 +47,7 @@ DPO = EMBEDDED | {"questions": 17, "num_generations": 5, "pairs_per_step": 7, "p
 GRPO = ASKING | {"prompts_per_step": 7, "num_generations": 5, "rewards": "mark"}
 PPO = GRPO | {"critic_lr": 0.03, "critic_max_grad_norm": 1e-9, "beta": 0.05, "kl_target": 1}
 STAR = EMBEDDED | {"questions": 11, "num_generations": 5, "batch_size": 7, "iterations": 2, "max_steps": 0}
+CURRICULUM = {"level": "3-4", "curriculum": 0.1, "curriculum_window": 5}  # the second opens after a step
 ONE = {"prompts_per_step": 1, "eval_questions": 1, "rewards": "answer-prob:exp+prior"}
 CASES = {  # the first word is the script
     "sft": SFT,
@@ -54,10 +55,11 @@ CASES = {  # the first word is the script
     "sft idle": SFT | {"batch_size": 2, "eval_questions": 2},
     "reward_model": PAIRS,
     "reward_model idle": PAIRS | {"pairs_per_step": 2, "eval_pairs": 2},
-    "dpo": DPO,
+    "dpo": DPO | CURRICULUM,
     "dpo idle": DPO | {
         "questions": 2, "pairs_per_step": 2, "eval_questions": 1, "passes": 3, "iterations": 1},
     "grpo": GRPO | {"beta": 0.05, "eval_samples": 3, "eval_k": [1, 3]},
+    "grpo curriculum": GRPO | EMBEDDED | CURRICULUM | {"rewards": "correctness"},
     "grpo dynamic sampling": GRPO | {
         "dynamic_sampling": True, "aggregation": "token", "prompts_per_step": 5, "beta": 0.05},
     "grpo several updates": GRPO | {"updates_per_batch": 2, "clip_eps_high": 1e-3, "slots": 4},
@@ -66,7 +68,7 @@ CASES = {  # the first word is the script
     "grpo idle": GRPO | ONE,
     "ppo": PPO,
     "ppo idle": PPO | ONE | {"minibatches": 1},
-    "star": STAR | {"rationalize": True, "rewards": ["correctness", "answer-prob=0"]},
+    "star": STAR | CURRICULUM | {"rationalize": True, "rewards": ["correctness", "answer-prob=0"]},
     "star given answers": STAR | {"strategy": "dpo", "generations": "given/samples.csv", "full": True,
                                   "epochs": 3},
     "star idle": STAR | {"questions": 2, "strategy": "reinforce", "num_generations": 5, "batch_size": 2},
@@ -128,6 +130,8 @@ def test_any_number_of_ranks_makes_the_same_run(go, tiny, tmp_path, name):
         for step in {line["step"] for line in eval_lines(one)}:
             greedy = [row["id"] for row in rows(one, "eval.csv", step) if row["sample"] == "0"]
             assert len(greedy) == len(set(greedy)) == flags.get("eval_questions", flags.get("eval_pairs"))
+    if "curriculum" in flags:
+        assert {line["level"] for line in metrics(one) if "level" in line} == {3, 4}
     if "no reward" in name:  # there is no gradient then, and AdamW's momentum and decay go on
         assert [line["rows_trained"] > 0 for line in train_lines(one)] == [True, True, False, False]
     if "answer-prob:exp+prior" in flags.get("rewards", ""):
