@@ -11,7 +11,8 @@ Paper: STaR, arXiv 2203.14465, algorithm 1. Differs from it in:
   - --restart previous trains M_n from M_{n-1}, with its optimizer, and not from M_0: so by default where
     wrong answers are pushed down, which M_0 would not have given (--strategy reinforce and dpo);
   - --strategy: reinforce trains all samples, weighed by their centred reward; dpo right against wrong ones
-    (arXiv 2305.18290); soft all rationales with the gold answer, weighed by exp(r) / sum exp(r).
+    (arXiv 2305.18290); soft all rationales with the gold answer, weighed by exp(r) / sum exp(r); gain those
+    that make the gold answer more probable than it is without them.
 
     python star.py                                                   # the embedded model, on two CPU cores
     python star.py --model Qwen/Qwen2.5-3B-Instruct --rationalize    # GSM8K on one GPU
@@ -66,8 +67,9 @@ class Args(QuestionArgs):
     reward_timeout: float = 30.0  # seconds for a call of your own reward; its row is left out and counted
     batch_size: int = 64  # rows per step, over all ranks
     iterations: int = 3  # rounds of sampling from the present policy and training on what was kept
-    # likelihood of right answers; of all, by centred reward; right against wrong; of all, by exp(reward)
-    strategy: Literal["sft", "reinforce", "dpo", "soft"] = "sft"
+    # likelihood of right answers; of all, by centred reward; right against wrong; of all, by exp(reward); of
+    # rationales whose reward, answer-prob:prior, is above 0
+    strategy: Literal["sft", "reinforce", "dpo", "soft", "gain"] = "sft"
     # train an iteration from the start model (STaR) or the one before; auto: base with sft and soft
     restart: Literal["auto", "base", "previous"] = "auto"
     rationalize: bool = False  # ask again with the answer as a hint where no sample was right (sft, dpo)
@@ -145,7 +147,8 @@ def training_rows(samples, prompt_ids, args, tokenizer, strategy):
     ones once, at most --per-question. "reinforce" every sample whose reward differs from the mean of
     the question's others, that difference as its weight. "soft" every sample's rationale, closed by the gold
     answer, with the weight exp(r) / sum exp(r) over the question: with r = log p(answer | rationale) the
-    chance that this rationale, of those sampled, was the one that led to the answer (EM's E-step).
+    chance that this rationale, of those sampled, was the one that led to the answer (EM's E-step). "gain" the
+    same rows, unweighed, where r > 0: with r = log p(answer | rationale) - log p(answer).
     """
     rows = []
     for _, group in itertools.groupby(samples, key=lambda s: s.question):
@@ -165,8 +168,11 @@ def training_rows(samples, prompt_ids, args, tokenizer, strategy):
             weights = rewards.leave_one_out([s.reward for s in known], [0] * len(known))
             rows += [Row(prompt, s.completion.ids, weight=w) for s, w in zip(known, weights) if w]
         else:
-            weights = torch.softmax(torch.tensor([s.reward for s in known], dtype=torch.float64), 0).tolist()
-            for s, w in zip(known, weights):
+            r = torch.tensor([s.reward for s in known], dtype=torch.float64)
+            weights = torch.softmax(r, 0) if strategy == "soft" else (r > 0).double()
+            for s, w in zip(known, weights.tolist()):
+                if not w:
+                    continue
                 parts = rewards.answered(tokenizer, s.response, s.example.answer, args.max_new_tokens)
                 rows.append(Row(prompt, [*parts[0], *parts[1], tokenizer.eos_token_id], weight=w))
     return rows
@@ -408,10 +414,9 @@ def is_last(state, args):
 
 def fill(args, device):
     """The arguments with the defaults that depend on others."""
-    lr, embedded_lr = {"sft": (2e-4, 1e-3), "soft": (2e-4, 1e-3), "dpo": (1e-5, 1e-3),
-                       "reinforce": (2e-5, 1e-4)}[args.strategy]
+    lr, embedded_lr = {"dpo": (1e-5, 1e-3), "reinforce": (2e-5, 1e-4)}.get(args.strategy, (2e-4, 1e-3))
     asks = not args.generations or args.iterations > 1 or not args.eval_generations
-    restart = "base" if args.strategy in ("sft", "soft") else "previous"
+    restart = "previous" if args.strategy in ("reinforce", "dpo") else "base"
     filled = defaults(args, device, lr={"embedded": embedded_lr, "full": lr / 20, "adapter": lr})
     return replace(filled, data=filled.data if asks else args.data,
                    restart=restart if args.restart == "auto" else args.restart,
@@ -424,10 +429,13 @@ def check(args):
     if args.strategy == "soft" and not by_policy:
         raise ValueError("--strategy soft weighs rationales by exp(log p) of the gold answer after them: add "
                          "--rewards answer-prob (without exp)")
-    if args.strategy != "sft" and args.num_generations < 2 and not args.generations:
+    if args.strategy == "gain" and not any("prior" in spec for spec in by_policy):
+        raise ValueError("--strategy gain keeps rationales that make the gold answer more probable: add "
+                         "--rewards answer-prob:prior (without exp)")
+    if args.strategy not in ("sft", "gain") and args.num_generations < 2 and not args.generations:
         raise ValueError(f"--num-generations {args.num_generations}: --strategy {args.strategy} compares a "
                          "question's samples; use 2 or more")
-    if args.rationalize and args.strategy in ("reinforce", "soft"):
+    if args.rationalize and args.strategy in ("reinforce", "soft", "gain"):
         raise ValueError(f"--rationalize: --strategy {args.strategy} weighs what the policy itself samples; "
                          "use sft or dpo")
     if args.hint != "mark" and not ("{prompt}" in args.hint and "{answer}" in args.hint):

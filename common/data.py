@@ -163,7 +163,7 @@ def _generate(data, split, level, limit, seed, filter):
     if not 1 <= levels[0] <= levels[-1] <= highest:
         raise ValueError(f"{data} has levels 1 to {highest}, not {level!r}")
     rng = random.Random(f"{GENERATED[name][0].__name__} {levels} {seed}")
-    examples, seen, last_new = [], set(), 0
+    examples, seen, last_new, drawn, singular = [], set(), 0, Counter(), Counter()
     for draw in itertools.count():
         exhausted = draw - last_new > (PATIENCE if limit else PATIENCE // 10)
         if len(examples) == (limit or GENERATED_ROWS) or (exhausted and not limit):
@@ -176,6 +176,11 @@ def _generate(data, split, level, limit, seed, filter):
         prompt = problem["prompt"]
         if prompt in seen:
             continue
+        if problem["answer"] == matrices.SINGULAR:  # or they would be more where the others run out
+            if singular[row_level] + 1 > float(share or matrices.SINGULAR_SHARE) * (drawn[row_level] + 1):
+                continue
+            singular[row_level] += 1
+        drawn[row_level] += 1
         seen.add(prompt)
         last_new = draw
         digest = hashlib.sha256(prompt.encode()).digest()

@@ -7,6 +7,7 @@ A matrix is a list of rows of Fractions.
 """
 
 import re
+import unicodedata
 from dataclasses import dataclass, replace
 from fractions import Fraction
 
@@ -178,7 +179,7 @@ def text(value) -> str:
 
 # ---- Answers
 
-_NUMBER = r"[+-]?(?:\d{1,40}(?:\.\d{1,40})?|\.\d{1,40})(?:/\d{1,40})?"
+_NUMBER = r"[+-]?(?:\d{1,40}(?:\.\d{0,40})?|\.\d{1,40})(?:/\d{1,40})?"
 _LATEX = re.compile(r"\\begin\{([bpvBV]?matrix|array)\}(?:\{[lcr|]*\})?(.*?)\\end\{\1\}", re.DOTALL)
 _FRACTION = re.compile(r"\\[dt]?frac\s*\{\s*([+-]?\d{1,40})\s*\}\s*\{\s*([+-]?\d{1,40})\s*\}")
 
@@ -189,6 +190,7 @@ def parse(written: str):
     Entries are whole numbers, decimals and fractions, all exact. Nothing else may stand there, but dollar
     signs and a name in front ("A^{-1} = "). None, too, for unequal rows and more than 4,000 characters.
     """
+    written = unicodedata.normalize("NFKC", written[:4001]).replace("\N{MINUS SIGN}", "-")
     if len(written) > 4000 or not written.isascii():
         return None
     written = re.sub(r"^[A-Z]\s?(?:\^\{?-1\}?)?\s?=", "", written.strip().strip("$").strip()).strip()

@@ -34,11 +34,11 @@ from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import lru_cache
-from math import comb, exp, isfinite, isnan, nan
+from math import comb, exp, isfinite, isnan, log, nan
 from pathlib import Path
 
 from common import matrices
-from common.steps import true_equations, true_row_operations
+from common.steps import LONGEST, true_equations, true_row_operations
 
 TAGS = ("<think>", "</think>", "<answer>", "</answer>")
 BLANK = "\u034f\u115f\u1160\u17b4\u17b5\u2800\u3164\uffa0"  # letters and signs that look like nothing
@@ -231,6 +231,7 @@ def same_answer(given: str, gold: str) -> bool:
     return same
 
 
+_OPERATOR_SIGNS = str.maketrans("×÷−", "*/-")
 _OPERATORS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv}
 
 
@@ -342,8 +343,10 @@ def extract_answer(text: str, choices: bool = False, finished: bool = True) -> s
     "x is the answer", a last line that is a number, has one bold number, ends in "= number", or whose last
     sentence begins with So, Therefore, Thus or Hence and holds one number. Inside the thinking only the tag
     and the box count, and last. choices=True: see `extract_choice`. docs/answers.md has examples.
-    finished=False, of a text that was cut off: only a tag or a box that is closed counts.
+    finished=False, of a text that was cut off: only a tag or a box that is closed counts. Of a text of more than
+    LONGEST characters the end alone is read.
     """
+    text = text[-LONGEST:]
     if not finished:
         text = f"<answer>{_marked(text, False)}</answer>" if _marked(text, False) else ""
     if choices:
@@ -400,7 +403,7 @@ def extract_choice(text: str) -> str | None:
     After </think>: the tag or box, else "the answer is (B)" ("Ìdáhùn ni B", "答案是B"), "option B",
     "B is correct", a last line "B" or "...: B", or "B) ..." if it is the only option that is written out.
     """
-    text = re.sub(r"(?<!\w)[À-ÅÇ-Ëà-åç-ë](?!\w)", "", text)  # a word of its own, no letter
+    text = re.sub(r"(?<!\w)[À-ÅÇ-Ëà-åç-ë](?!\w)", "", text[-LONGEST:])  # a word of its own, no letter
     tail = _fold(text.rpartition("</think>")[2].partition("<think>")[0].strip())
     if marked := _marked(tail):
         marked = _undress(marked[:300])
@@ -432,7 +435,7 @@ def correctness(prompts, responses, answers, tasks=None, metas=None, finished=No
         task = tasks[i] if tasks else "math"
         given = extract_answer(response, task == "choice", not finished or finished[i]) or ""
         if task == "countdown":
-            expression, equals, result = given.partition("=")
+            expression, equals, result = given.translate(_OPERATOR_SIGNS).partition("=")
             used = Counter(int(digits) for digits in re.findall(r"[0-9]{1,12}", expression))
             right = safe_arithmetic(expression) == int(answer) and not used - Counter(metas[i]["numbers"])
             right = right and (not equals or same_answer(result, answer))
@@ -467,7 +470,7 @@ def steps(prompts, responses, answers, tasks=None, metas=None, **columns) -> lis
     """
     rewards = []
     for i, (prompt, response) in enumerate(zip(prompts, responses, strict=True)):
-        task, working, asked = tasks[i] if tasks else "", rationale(response), 1
+        task, working, asked = tasks[i] if tasks else "", rationale(response[:LONGEST]), 1
         if task in matrices.LEVELS:
             matrix = metas[i]["matrix"]
             asked = min(len(matrix), len(matrices.row_reduce(matrix)[1]))
@@ -476,6 +479,7 @@ def steps(prompts, responses, answers, tasks=None, metas=None, **columns) -> lis
             if task == "arithmetic":
                 asked = len(re.findall(r"\d\s?[-+*/]", prompt))
             true, n = true_equations(working, prompt, safe_arithmetic)
+            true = min(true, asked) if task == "arithmetic" else true  # what is more than needed is useless
         rewards.append(true / max(n, asked, 1))
     return rewards
 
@@ -491,6 +495,9 @@ def format(prompts, responses, answers, **columns) -> list[float]:
     """
     rewards, tags = [], "|".join(TAGS)
     for response in responses:
+        if any(response.count(tag) != 1 for tag in TAGS):
+            rewards.append(0.0)
+            continue
         pieces = [any(unicodedata.category(c)[0] not in "CZ" and c not in BLANK for c in piece)
                   for piece in re.split(tags, response)]
         if re.findall(tags, response) != list(TAGS) or not pieces[1] or not pieces[3]:
@@ -695,17 +702,18 @@ class AnswerProbability:
 
     Source: Quiet-STaR, arXiv 2403.09629 section 4.4. The gold answer stands between <answer> and </answer>,
     whose closing mark counts, or "7" would be as probable as "72". options, joined by "+":
-    "mean": per token, not the sum; "exp": the probability itself, bounded by 0 and 1;
+    "mean": per token, not the sum; "exp": the probability itself, bounded by 0 and 1; "any": below;
     "prior": minus the same without a rationale; "others": minus the mean of the question's other rationales.
-    It rewards rationales that hedge where several answers are equally likely: E[log p] punishes those that
-    name one, E[p] ("exp") does not.
+    Where the data names several gold answers, the mean over them of log p; with "any" the log of the mean of
+    p, with "exp" that mean. E[log p] rewards rationales that hedge where several answers are equally likely,
+    and punishes those that name one; E[p] and its log do not.
 
     The policy comes later, by `ask_policy`. A rationale is cut where it and the answer would exceed
     max_new_tokens (`answered`); an answer that exceeds them alone is NaN.
     Errors: ValueError for an unknown option.
     """
 
-    OPTIONS = ("mean", "exp", "prior", "others")
+    OPTIONS = ("mean", "exp", "any", "prior", "others")
 
     def __init__(self, tokenizer, max_new_tokens, options):
         self.tokenizer, self.prompt_ids, self.logprobs = tokenizer, None, None
@@ -720,20 +728,29 @@ class AnswerProbability:
             rows += [(e, "") for e in {e.id: e for e in examples}.values()]
         prefixes, answers, scored = [], [], []
         for i, (e, response) in enumerate(rows):
-            before, answer = answered(self.tokenizer, response, e.answer, self.max_new_tokens)
-            if len(before) + len(answer) < self.max_new_tokens:
-                prefixes.append(self.prompt_ids[e.id] + before)
-                answers.append(answer)
-                scored.append(i)
-        values = [nan] * len(rows)
+            for gold in gold_answers(e.answer, [e.meta], 0):
+                before, answer = answered(self.tokenizer, response, gold, self.max_new_tokens)
+                if len(before) + len(answer) < self.max_new_tokens:
+                    prefixes.append(self.prompt_ids[e.id] + before)
+                    answers.append(answer)
+                    scored.append(i)
+        found = [[] for _ in rows]
         for i, row in zip(scored, self.logprobs(prefixes, answers)):
-            value = (row.mean() if "mean" in self.options else row.sum()).item()
-            values[i] = exp(value) if "exp" in self.options else value
-        n = len(examples)
+            found[i].append((row.mean() if "mean" in self.options else row.sum()).item())
+        values, n = [self.of_answers(logs) for logs in found], len(examples)
         if "prior" in self.options:
             prior = {e.id: value for (e, _), value in zip(rows[n:], values[n:])}
             values = [value - prior[e.id] for e, value in zip(examples, values)]
         return leave_one_out(values, [e.id for e in examples]) if "others" in self.options else values
+
+    def of_answers(self, logs):
+        """The value of a rationale from log p of each gold answer; NaN of none."""
+        if not logs or not self.options & {"exp", "any"}:
+            return sum(logs) / len(logs) if logs else nan
+        if "exp" in self.options:
+            return sum(map(exp, logs)) / len(logs)
+        most = max(logs)
+        return most + log(sum(exp(value - most) for value in logs) / len(logs))
 
 
 # ---- Weighing and adding up.
@@ -856,7 +873,7 @@ def language(text: str) -> str:
         return ""
     import pycld2
 
-    plain = "".join(c if c.isprintable() else " " for c in re.sub("|".join(TAGS), " ", text))
+    plain = "".join(c if c.isprintable() else " " for c in re.sub("|".join(TAGS), " ", text[:LONGEST]))
     try:
         sure, _, found = pycld2.detect(plain.encode(), isPlainText=True)
     except (pycld2.error, UnicodeEncodeError):  # no text

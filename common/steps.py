@@ -8,15 +8,16 @@ from fractions import Fraction
 
 from common import matrices
 
-LONGEST = 20_000  # characters that are read,
-MOST = 100  # and steps
+LONGEST = 20_000  # characters of a response that are read: the last ones for its answer, the first for steps
+MOST = 100  # steps that are read
 WIDTH = 80  # characters on either side of an equals sign
 _NUMBER = r"\$?(?:\d{1,12}(?:,\d{3})*(?:\.\d{1,12})?|\.\d{1,12})"
 _SIGN = r"(?:\s?[*/×÷]\s?|\s?(?<=[\s\d])x(?=[\s\d$(])\s?|\s[-−–+]\s|[-−–+])"  # in "5 -4" there is none
 _SIDE = rf"[-−]?\(*[-−]?{_NUMBER}%?\)*(?:{_SIGN}\(*-?{_NUMBER}%?\)*){{0,8}}"
 _BEFORE = re.compile(rf"(?<![\w.,/*×÷+−–-])({_SIDE})\s*$")
-_WORDS = dict(zip("one two three four five six seven eight nine ten eleven twelve half twice double triple third "
-                  "quarter dozen".split(), [*range(1, 13), 2, 2, 2, 3, 3, 4, 12]))
+_ASCII = str.maketrans("×x÷−–", "**/--", "$,")
+_WORDS = dict(zip("one two three four five six seven eight nine ten eleven twelve half twice double triple "
+                  "third quarter dozen".split(), [*range(1, 13), 2, 2, 2, 3, 3, 4, 12]))
 _BEHIND = re.compile(rf"\s*({_SIDE})")
 _ROW = r"=\[([^\[\]\n]{1,200})\]"
 _SWAP = re.compile(r"R(\d)<->R(\d)")
@@ -28,8 +29,8 @@ def true_equations(text, question, evaluate) -> tuple[int, int]:
     """(true steps, all steps) among the equations of a text that have an operator on the left.
 
     A true one is exact, or rounded to the two or more decimals that it writes; one of its numbers at least
-    stands in the question, in digits or as a word, or is the result of an earlier one; its left side is new, or
-    takes up the result before it.
+    stands in the question, in digits or as a word, or is the result of an earlier one; its left side is new
+    or takes up the result before it.
     evaluate: the exact value of "3+5", or None.
     """
     question = question[:LONGEST].lower()
@@ -60,7 +61,7 @@ def true_equations(text, question, evaluate) -> tuple[int, int]:
 
 def _plain(side):
     """With + - * / and whole numbers alone: 2 x $1.50 as 2*(150/100)."""
-    side = re.sub(r"[×x]", "*", side.replace("÷", "/").replace("−", "-").replace("–", "-").replace("$", "").replace(",", ""))
+    side = side.translate(_ASCII)
     side = re.sub(r"(\d*)\.(\d+)", lambda m: f"({int(m[1] + m[2])}/{10 ** len(m[2])})", side)
     side = re.sub(r"(\d+|\([\d/]+\))%", r"(\1/100)", side)
     return re.sub(r"\s|(?<!\d)0+(?=\d)", "", side)

@@ -1083,6 +1083,26 @@ def test_where_answers_are_random_the_log_probability_rewards_hedging():
     assert [math.log(sum(row) / 4) for row in table] == pytest.approx([math.log(0.25)] * 5)
 
 
+def test_of_several_gold_answers_the_mean_of_log_p_or_the_log_of_the_mean():
+    """A rationale that names one of two right answers (0.9 and 0.001) or hedges between them (0.3 and 0.3)."""
+    torch = pytest.importorskip("torch")
+    tokenizer = lambda text, **_: {"input_ids": [len(text)], "offset_mapping": [(0, len(text))]}  # noqa: E731
+    examples = [Example(0, "q", "red", meta={"answers": ["red", "blue!"]}), Example(1, "q", "red")]
+
+    def values(table, options):
+        reward = rewards.AnswerProbability(tokenizer, 9, options)
+        reward.prompt_ids = {0: [0], 1: [0]}
+        reward.logprobs = lambda prompts, answers: [torch.tensor([math.log(p)]) for p in table[:len(answers)]]
+        return reward(examples, ["r", "r"])
+
+    for table, mean, any_, exp in (([0.9, 0.001, 0.5], -3.506558, -0.797397, 0.4505), ([0.3, 0.3, 0.5], *[
+            math.log(0.3)] * 2, 0.3)):
+        assert values(table, "") == pytest.approx([mean, math.log(0.5)], abs=1e-5)
+        assert values(table, "any") == pytest.approx([any_, math.log(0.5)], abs=1e-5)
+        assert values(table, "exp") == pytest.approx([exp, 0.5])
+    assert math.isnan(values([0.5], "any")[1])  # of which there is none
+
+
 def test_only_a_policy_can_be_asked_for_the_probability():
     with pytest.raises(ValueError, match="asks the policy in training"):
         parse_rewards(["answer-prob"])

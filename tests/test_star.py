@@ -99,6 +99,14 @@ def test_soft_targets_weigh_rationales_by_the_answer_they_make_probable():
     assert len(rows_of(two, "soft", max_new_tokens=20)[0].chosen) <= 20
 
 
+def test_gain_keeps_rationales_that_make_the_gold_answer_more_probable():
+    tokenizer = models.load_tokenizer("")
+    of = samples_of((0, [1, 9], 0, 0.3), (0, [2, 9], 1, -0.1), (1, [3, 9], 0, 0.0), (1, [3, 9], 1, math.nan))
+    of[0].response = "<think>2+3=5</think><answer>7</answer>"
+    (row,) = rows_of(of, "gain")
+    assert row.weight == 1 and tokenizer.decode(row.chosen[:-1]) == "<think>2+3=5</think><answer>5</answer>"
+
+
 def test_metrics_of_an_iteration_by_level():
     of = samples_of((0, [1, 9], 1, 1.0), (0, [2, 9], 0, 0.0), (1, [3], 1, 1.0), (2, [4, 9], 0, 0.0))
     of += [replace(of[3], number=4, completion=Completion([5, 9], [0.0] * 2, True), source="rationalized",
@@ -495,6 +503,9 @@ def test_a_token_budget_ends_with_its_iteration(tmp_path):
 @pytest.mark.parametrize("words, complaint", [
     (["--strategy", "soft"], "add --rewards answer-prob"),
     (["--strategy", "soft", "--rewards", "answer-prob:exp"], "without exp"),
+    (["--strategy", "gain", "--rewards", "answer-prob"], "add --rewards answer-prob:prior"),
+    (["--strategy", "gain", "--rewards", "answer-prob:exp+prior"], "add --rewards answer-prob:prior"),
+    (["--rationalize", "--strategy", "gain", "--rewards", "answer-prob:prior"], "use sft or dpo"),
     (["--strategy", "dpo", "--num-generations", 1], "use 2 or more"),
     (["--rationalize", "--strategy", "reinforce"], "use sft or dpo"),
     (["--hint", "{prompt}"], "needs {prompt} and {answer}"),
