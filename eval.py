@@ -83,7 +83,7 @@ class Args(RunArgs):
 
     # ---- method ----
 
-    # with weights: correctness, partial, format, digit, mark, math, model:RUN, or your file.py:name=1
+    # with weights: correctness, partial, steps, format, digit, mark, math, model:RUN, or your file.py:name=1
     rewards: tuple[str, ...] = ("correctness=1", "format=0.2")
     reward_timeout: float = 30.0  # seconds for a call of your own reward; its row is left out and counted
 

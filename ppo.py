@@ -62,7 +62,7 @@ class Args(QuestionArgs):
 
     # ---- method ----
 
-    # weighted: correctness, partial, format, digit, mark, math, answer-prob, model:RUN, your file.py:name=1
+    # weighted: correctness, partial, steps, format, digit, mark, math, answer-prob, model:RUN, file.py:name
     rewards: tuple[str, ...] = ("correctness=1", "format=0.2")
     reward_timeout: float = 30.0  # seconds for a call of your own reward; its row is left out and counted
     pay_truncated: bool = False  # pay cut-off answers: texts of a fixed length, as in RLHF

@@ -62,13 +62,12 @@ class Args(QuestionArgs):
 
     # ---- method ----
 
-    # weighted: correctness, partial, format, digit, mark, math, answer-prob, model:RUN, your file.py:name=1
+    # weighted: correctness, partial, steps, format, digit, mark, math, answer-prob, model:RUN, file.py:name
     rewards: tuple[str, ...] = ("correctness=1",)
     reward_timeout: float = 30.0  # seconds for a call of your own reward; its row is left out and counted
     batch_size: int = 64  # rows per step, over all ranks
     iterations: int = 3  # rounds of sampling from the present policy and training on what was kept
-    # likelihood of right answers; of all, by centred reward; right against wrong; of all, by exp(reward); of
-    # rationales whose reward, answer-prob:prior, is above 0
+    # likelihood of right answers; of all by centred reward; right against wrong; by exp(reward); by its sign
     strategy: Literal["sft", "reinforce", "dpo", "soft", "gain"] = "sft"
     # train an iteration from the start model (STaR) or the one before; auto: base with sft and soft
     restart: Literal["auto", "base", "previous"] = "auto"

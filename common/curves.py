@@ -147,8 +147,12 @@ def draw(paths, out, chance=None) -> None:
                  for name, lines in runs.items()}
         if any(found.values()):
             panels.append((title, unit, found))
-    phases = sorted({key for line in sum(runs.values(), []) for key in line if key.startswith("seconds/")})
-    n = len(panels) + bool(phases)
+    keys = sorted({key for line in sum(runs.values(), []) for key in line})
+    many = [(title, unit, {key: key.removeprefix(prefix).strip() for key in keys if key.startswith(prefix)})
+            for title, unit, prefix in (("held-out pass@1 by level", "share of questions", "eval/pass@1 "),
+                                        ("time of a step", "seconds", "seconds/"))]
+    many = [panel for panel in many if panel[2]]
+    n = len(panels) + len(many)
     figure, axes = _figure(-(-n // 2), 2, 2.7)
     for ax, (title, unit, found) in zip(axes, panels):
         for i, (name, points) in enumerate(found.items()):
@@ -163,15 +167,17 @@ def draw(paths, out, chance=None) -> None:
             if chance is not None:
                 ax.axhline(chance, color="#7f7f7f", linestyle=":", label="chance")
         ax.set(title=title, xlabel="step", ylabel=unit)
-    if phases:
-        ax = axes[len(panels)]
+    for ax, (title, unit, labels) in zip(axes[len(panels):], many):
         for i, (name, lines) in enumerate(runs.items()):
-            for j, phase in enumerate(phases):
-                if points := series(lines, phase):
-                    label = phase[8:] if len(runs) == 1 else f"{name} {phase[8:]}"
-                    ax.plot(*points, label=label, linewidth=1.2, color=COLOURS[j % len(COLOURS)],
-                            linestyle=STYLES[i % len(STYLES)])
-        ax.set(title="time of a step", xlabel="step", ylabel="seconds")
+            for j, (metric, label) in enumerate(labels.items()):
+                look = {"color": COLOURS[j % len(COLOURS)], "linestyle": STYLES[i % len(STYLES)]}
+                if points := series(lines, metric):
+                    of_run = label if len(runs) == 1 else f"{name} {label}"
+                    ax.plot(*points, label=of_run, linewidth=1.2, **look)
+                opened = [line["step"] for line in lines if f"level {line.get('level')}" == label]
+                if title.startswith("held-out") and opened and len(runs) == 1:
+                    ax.axvline(opened[0], linewidth=0.8, alpha=0.6, **look)  # where --curriculum opened it
+        ax.set(title=title, xlabel="step", ylabel=unit, ylim=(0, 1) if title.startswith("held-out") else None)
         ax.legend(fontsize=7, frameon=False)
     for ax in axes[n:]:
         ax.set_visible(False)

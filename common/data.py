@@ -76,7 +76,7 @@ GIVEN_UP = 3  # highest level that arithmetic-hinted's authors try without a hin
 WORKED_SHARE = 0.4  # of arithmetic-mixed's demonstrations: a corpus where most authors skip the working ...
 SLIP = 2  # ... and then are off by up to this much, each error as likely as the right answer
 GENERATED_ROWS = 10_000  # where no number is asked for
-PATIENCE = 10_000  # draws in a row that bring nothing new before a task counts as exhausted
+PATIENCE = 200  # draws in a row that bring nothing new before a level of a task counts as exhausted
 
 
 def _arithmetic(rng, level):
@@ -163,17 +163,18 @@ def _generate(data, split, level, limit, seed, filter):
     if not 1 <= levels[0] <= levels[-1] <= highest:
         raise ValueError(f"{data} has levels 1 to {highest}, not {level!r}")
     rng = random.Random(f"{GENERATED[name][0].__name__} {levels} {seed}")
-    examples, seen, last_new, drawn, singular = [], set(), 0, Counter(), Counter()
+    examples, seen, old, drawn, singular = [], set(), Counter(), Counter(), Counter()
     for draw in itertools.count():
-        exhausted = draw - last_new > (PATIENCE if limit else PATIENCE // 10)
-        if len(examples) == (limit or GENERATED_ROWS) or (exhausted and not limit):
+        left = [level for level in levels if old[level] < PATIENCE]
+        if len(examples) == (limit or GENERATED_ROWS) or not (left or limit):
             return examples
-        if exhausted:
+        if not left:
             found = f"{data} has {len(examples)} different {split} problems of level {level or default}"
             raise ValueError(f"{found}, but {limit} were asked for: ask for fewer, or for a higher level")
-        row_level = rng.choice(levels)
+        row_level = rng.choice(left)
         problem = make(rng, row_level)
         prompt = problem["prompt"]
+        old[row_level] += 1
         if prompt in seen:
             continue
         if problem["answer"] == matrices.SINGULAR:  # or they would be more where the others run out
@@ -182,7 +183,7 @@ def _generate(data, split, level, limit, seed, filter):
             singular[row_level] += 1
         drawn[row_level] += 1
         seen.add(prompt)
-        last_new = draw
+        old[row_level] = 0
         digest = hashlib.sha256(prompt.encode()).digest()
         if SPLITS[int.from_bytes(digest[:8], "big") % len(SPLITS)] != split:
             continue

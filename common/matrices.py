@@ -7,7 +7,6 @@ A matrix is a list of rows of Fractions.
 """
 
 import re
-import unicodedata
 from dataclasses import dataclass, replace
 from fractions import Fraction
 
@@ -25,15 +24,19 @@ class Level:
     whole: bool  # the answer's entries are whole: of an inverse, the determinant is 1 or -1
     largest: int  # numerators and denominators of the answer's entries are at most this
     condition: int = 0  # of an inverse: |A| |A^-1| is at most this, |A| the largest sum of a row's |entries|
+    steps: tuple[int, int] = (1, 99)  # of the worked solution, from and to; of a singular matrix any
 
 
 LEVELS = {
     "matrix-inverse": [
-        Level(2, 2, 3, True, 3, 36), Level(2, 2, 6, True, 6, 144), Level(2, 2, 9, True, 9, 324),
-        Level(2, 2, 30, True, 30, 3600), Level(2, 2, 9, False, 100, 200), Level(3, 3, 3, True, 9, 80),
-        Level(3, 3, 5, False, 200, 500), Level(4, 4, 3, True, 20, 200)],
-    "rref": [Level(2, 3, 9, True, 9), Level(2, 3, 9, False, 200), Level(3, 4, 9, True, 9),
-             Level(3, 4, 5, False, 200), Level(4, 5, 4, False, 500)]}
+        Level(2, 2, 20, True, 20, 1600, (1, 3)), Level(2, 2, 20, True, 20, 1600, (4, 4)),
+        Level(2, 2, 20, True, 20, 1600, (5, 5)), Level(2, 2, 20, True, 20, 1600, (6, 9)),
+        Level(2, 2, 9, False, 100, 200), Level(3, 3, 3, True, 9, 80), Level(3, 3, 5, False, 200, 500),
+        Level(4, 4, 3, True, 20, 200)],
+    "rref": [
+        Level(2, 3, 9, True, 9, steps=(1, 2)), Level(2, 3, 9, True, 9, steps=(3, 3)),
+        Level(2, 3, 9, True, 9, steps=(4, 9)), Level(2, 3, 9, False, 200), Level(3, 4, 9, True, 9),
+        Level(3, 4, 5, False, 200), Level(4, 5, 4, False, 500)]}
 
 
 def inverse_problem(rng, level, singular_share=SINGULAR_SHARE):
@@ -49,9 +52,9 @@ def inverse_problem(rng, level, singular_share=SINGULAR_SHARE):
             if all(abs(x) <= criteria.entry and x.denominator == 1 for x in A[i]) and all(map(any, A)):
                 break
             continue
-        solved, _ = row_reduce([row + [Fraction(int(i == j)) for j in range(n)] for i, row in enumerate(A)])
+        solved, steps = row_reduce([row + unit for row, unit in zip(A, identity(n))], columns=n)
         inverse = [row[n:] for row in solved]
-        if [row[:n] for row in solved] == identity(n) and _fits(inverse, criteria) and (
+        if [row[:n] for row in solved] == identity(n) and _fits(inverse, criteria, steps) and (
                 _norm(A) * _norm(inverse) <= criteria.condition):
             break
     solved, steps = row_reduce([row + unit for row, unit in zip(A, identity(n))], columns=n)
@@ -71,7 +74,7 @@ def rref_problem(rng, level):
             A = _draw(rng, criteria)
             A[-1] = A[-1] if full_rank else [rng.choice((-1, 1)) * x for x in A[0]]
         solved, steps = row_reduce(A)
-        if steps and _fits(solved, criteria) and _fits(A, replace(criteria, largest=criteria.entry)):
+        if _fits(solved, criteria, steps) and _fits(A, replace(criteria, largest=criteria.entry), steps):
             break
     prompt = f"Bring the matrix {text(A)} to reduced row echelon form."
     return _problem("rref", prompt, A, steps, text(solved))
@@ -85,12 +88,12 @@ def _draw(rng, criteria):
 def _unimodular(rng, criteria):
     """A random walk by row operations from a signed permutation: its determinant stays 1 or -1."""
     n = criteria.rows
-    A = rng.sample([[rng.choice((-1, 1)) * x for x in row] for row in identity(n)], n)
-    for _ in range(4 * n * n):
-        (i, j), factor = rng.sample(range(n), 2), rng.choice((-2, -1, 1, 2))
+    A = rng.sample([[rng.choice((-1, 1)) * int(x) for x in row] for row in identity(n)], n)
+    for _ in range(rng.randint(1, 4 * n * n)):
+        (i, j), factor = rng.sample(range(n), 2), rng.choice((-1, 1)) * int(criteria.entry ** rng.random())
         row = [x + factor * y for x, y in zip(A[i], A[j])]
-        A[i] = row if all(abs(x) <= criteria.entry for x in row) else A[i]
-    return A
+        A[i] = row if max(row) <= criteria.entry and min(row) >= -criteria.entry else A[i]
+    return [list(map(Fraction, row)) for row in A]
 
 
 def _from_reduced(rng, criteria, rank):
@@ -105,9 +108,11 @@ def _from_reduced(rng, criteria, rank):
     return [[sum(m * row[j] for m, row in zip(of_row, R)) for j in range(criteria.columns)] for of_row in M]
 
 
-def _fits(answer, criteria):
+def _fits(answer, criteria, steps):
+    fewest, most = criteria.steps
     entries = [x for row in answer for x in row]
-    return all(max(abs(x.numerator), x.denominator) <= criteria.largest for x in entries) and (
+    return fewest <= len(steps) <= most and all(
+        max(abs(x.numerator), x.denominator) <= criteria.largest for x in entries) and (
         not criteria.whole or all(x.denominator == 1 for x in entries))
 
 
@@ -180,6 +185,7 @@ def text(value) -> str:
 # ---- Answers
 
 _NUMBER = r"[+-]?(?:\d{1,40}(?:\.\d{0,40})?|\.\d{1,40})(?:/\d{1,40})?"
+_ASCII = {code: code - 0xFEE0 for code in range(0xFF01, 0xFF5F)} | {0x2212: "-"}  # of full width; a minus
 _LATEX = re.compile(r"\\begin\{([bpvBV]?matrix|array)\}(?:\{[lcr|]*\})?(.*?)\\end\{\1\}", re.DOTALL)
 _FRACTION = re.compile(r"\\[dt]?frac\s*\{\s*([+-]?\d{1,40})\s*\}\s*\{\s*([+-]?\d{1,40})\s*\}")
 
@@ -190,7 +196,7 @@ def parse(written: str):
     Entries are whole numbers, decimals and fractions, all exact. Nothing else may stand there, but dollar
     signs and a name in front ("A^{-1} = "). None, too, for unequal rows and more than 4,000 characters.
     """
-    written = unicodedata.normalize("NFKC", written[:4001]).replace("\N{MINUS SIGN}", "-")
+    written = written[:4001].translate(_ASCII)
     if len(written) > 4000 or not written.isascii():
         return None
     written = re.sub(r"^[A-Z]\s?(?:\^\{?-1\}?)?\s?=", "", written.strip().strip("$").strip()).strip()

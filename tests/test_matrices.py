@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from common import data, matrices, models, rewards
 from common.matrices import credit, identity, parse, right_rows, row_reduce, text
-from tests.processes import column, eval_lines, rows
+from tests.processes import ROOT, column, eval_lines, rows
 
 ALL = [(task, level) for task in matrices.LEVELS for level in range(1, len(matrices.LEVELS[task]) + 1)]
 small = st.integers(-6, 6).map(Fraction)
@@ -143,7 +143,7 @@ HALF = [[Fraction(1, 2), Fraction(0)], [Fraction(-3), Fraction(1)]]
 
 
 @pytest.mark.parametrize("written", [
-    "[[1/2,0],[-3,1]]", "[[1/2, 0], [-3, 1]]", "[[.5,0],[-3,1]]", "[[0.50, 0.0], [-3.0, +1]]", "[\n[1/2,0],\n[-3,1]\n]",
+    "[[1/2,0],[-3,1]]", "[[1/2, 0], [-3, 1]]", "[[.5,0],[-3,1]]", "[[0.50, 0.], [-3.0, +1]]", "[[1/2,０],[−3,1]]", "[\n[1/2,0],\n[-3,1]\n]",
     "[[2/4,0/7],[-3,1]]", "$[[1/2,0],[-3,1]]$", "A^{-1} = [[1/2,0],[-3,1]]", "X = [[1/2,0],[-3,1]]",
     r"\begin{pmatrix} 1/2 & 0 \\ -3 & 1 \end{pmatrix}", r"\begin{bmatrix}\frac{1}{2}&0\\-3&1\\\end{bmatrix}",
     r"$$\begin{pmatrix}\dfrac{1}{2} & 0 \\[4pt] -3 & 1\end{pmatrix}$$", r"\left[\begin{array}{cc}.5&0\\-3&1\end{array}\right]",
@@ -154,8 +154,8 @@ def test_forms_of_one_matrix(written):
 
 @pytest.mark.parametrize("written", [
     "", "[]", "[[]]", "[[1,2],[3]]", "[[1,2],[3,4]", "[[1,,2]]", "[[1,2],]", "[[1/0,2]]", "[[1e3,2]]", "[[1;2]]", "[[a,b]]",
-    "[[1,2]] or [[3,4]]", "[[1,2]] [[3,4]]", "[[2**9,1]]", "[[1+1,2]]", "[[--1,2]]", "[[1/2/3,4]]", "[[²,1]]", "[[1,２]]",
-    "[[1,−2]]", "[[\u200b1,2]]", "[[0x1,2]]", "[[1_0,2]]", "[[inf,nan]]", "[[" + "9" * 41 + ",1]]", "[" * 3000, "[[1,2],[1,2]]x",
+    "[[1,2]] or [[3,4]]", "[[1,2]] [[3,4]]", "[[2**9,1]]", "[[1+1,2]]", "[[--1,2]]", "[[1/2/3,4]]", "[[²,1]]", "[[١,2]]",
+    "[[1,–2]]", "[[\u200b1,2]]", "[[0x1,2]]", "[[1_0,2]]", "[[inf,nan]]", "[[" + "9" * 41 + ",1]]", "[" * 3000, "[[1,2],[1,2]]x",
     "[[1,2],[3,4]]" * 400, r"\begin{pmatrix}1&2\end{bmatrix}", "\x00[[1,2]]", "not invertible", "1 2\n3", r"\frac{1}{0} 1"])
 def test_what_is_no_matrix(written):
     assert parse(written) is None
@@ -245,3 +245,17 @@ def test_a_run_on_matrices(go, tiny, task):
     assert len(eval_lines(folder)) == 2 and column(rows(folder, step=1), "reward/partial")
     (example, *_) = data.load_examples(folder / "samples.csv")
     assert example.task == task.partition("/")[0] and example.meta["matrix"]
+
+
+def test_the_page_says_what_each_level_asks_for():
+    page = (ROOT / "docs/data-and-rewards.md").read_text(encoding="utf-8")
+    said = re.findall(r"^\| `(matrix-inverse|rref)` \| (.+) \|$", page, re.MULTILINE)
+    expected = []
+    for task, levels in matrices.LEVELS.items():
+        for number, level in enumerate(levels, 1):
+            low, high = level.steps
+            steps = "any" if high == 99 else str(low) if low == high else f"{low} to {high}"
+            kind = "whole" if level.whole else "fractions"
+            expected.append((task, f"{number} | {level.rows} x {level.columns} | {level.entry} | {kind}, "
+                                   f"{level.largest} | {steps} | {level.condition or ''}"))
+    assert said == expected
