@@ -466,15 +466,16 @@ def steps(prompts, responses, answers, tasks=None, metas=None, **columns) -> lis
     """Share of a working's steps, in front of the answer, that are true and new (common/steps.py); 0 of none.
 
     Of a matrix its row operations, else equations. As many steps are asked for as the question of arithmetic
-    has operators, or as a matrix has rows: a single step that is true but useless earns a part of this.
+    has operators, or as it takes to reduce the matrix, unless they have reduced it: else two true steps and a
+    guess would earn more than five honest ones with a slip.
     """
     rewards = []
     for i, (prompt, response) in enumerate(zip(prompts, responses, strict=True)):
         task, working, asked = tasks[i] if tasks else "", rationale(response[:LONGEST]), 1
         if task in matrices.LEVELS:
             matrix = metas[i]["matrix"]
-            asked = min(len(matrix), len(matrices.row_reduce(matrix)[1]))
-            true, n = true_row_operations(working, task, matrix)
+            true, n, done = true_row_operations(working, task, matrix)
+            asked = n if done else len(matrices.row_reduce(matrix)[1])
         else:
             if task == "arithmetic":
                 asked = len(re.findall(r"\d\s?[-+*/]", prompt))

@@ -67,11 +67,11 @@ def _plain(side):
     return re.sub(r"\s|(?<!\d)0+(?=\d)", "", side)
 
 
-def true_row_operations(text, task, matrix) -> tuple[int, int]:
-    """(true steps, all steps) among the lines that are row operations as `matrices.row_reduce` writes them.
+def true_row_operations(text, task, matrix) -> tuple[int, int, bool]:
+    """(true steps, all steps, done?) of the lines that are row operations as `matrices.row_reduce` writes them.
 
     Each is judged by the rows as they stand written before it, so that one slip counts once; one that leads
-    back to rows that stood there before is not true.
+    back to rows that stood there before is not true. done: all are true, and there is nothing left to reduce.
     """
     rows = [[Fraction(x) for x in row] for row in matrix]
     if task == "matrix-inverse":  # with the identity beside it
@@ -102,4 +102,5 @@ def true_row_operations(text, task, matrix) -> tuple[int, int]:
             rows[i] = written[0]
         true += right and str(rows) not in seen
         seen.add(str(rows))
-    return true, total
+    columns = n if task == "matrix-inverse" else None
+    return true, total, true == total and not matrices.row_reduce(rows, columns)[1]

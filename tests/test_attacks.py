@@ -283,7 +283,7 @@ ROWS = [
     (M, "<think>R1/0=[1,1,1,1]\nR3<->R1\nR9-R1=[1,0,0,0]</think><answer>[[1,-1],[-1,2]]</answer>",
         "right format=1 mark=1"),
     (M, "<think>R1*2=[4,2,2,0]\nR1/(1/2)=[4,2,2,0]</think><answer>[[1,-1],[-1,2]]</answer>",
-        "right steps=0.5 format=1 mark=1"),
+        "right steps=0.25 format=1 mark=1"),
     (R, "<think>R2-2*R1=[0,0,1]\nR1-3*R2=[1,2,0]</think><answer>[[1,2,0],[0,0,1]]</answer>",
         "right steps=1 format=1 mark=1"),
     (R, "<think>R2-2*R1=[0,0,2]\nR2/2=[0,0,1]\nR1-3*R2=[1,2,0]</think><answer>[[1,2,0],[0,0,1]]</answer>",
@@ -407,5 +407,5 @@ def test_true_steps_are_at_most_all_steps(text):
     for question in (A, G):
         true, total = steps.true_equations(text, QUESTIONS[question][0], rewards.safe_arithmetic)
         assert 0 <= true <= total <= steps.MOST
-    true, total = steps.true_row_operations(text, "rref", QUESTIONS[R][3]["matrix"])
+    true, total, _ = steps.true_row_operations(text, "rref", QUESTIONS[R][3]["matrix"])
     assert 0 <= true <= total <= steps.MOST

@@ -48,6 +48,17 @@ def test_after_a_slip_the_rows_are_those_that_are_written():
     assert steps([e] * 3, [right, slip, slip.replace("[1,2,0]", "[1,2,1]")]) == pytest.approx([1, 2 / 3, 1 / 3])
 
 
+def test_other_ways_to_the_end_earn_1_and_stopping_early_does_not():
+    """[[2,1],[1,1]] in other steps than the worked ones, in more, and two true steps with a guess."""
+    e = data.Example(0, "m", task="matrix-inverse", meta={"matrix": [[2, 1], [1, 1]]})
+    other = "R1-R2=[1,0,1,-1]\nR2-R1=[0,1,-1,2]"
+    longer = "R1/2=[1,1/2,1/2,0]\nR2-R1=[0,1/2,-1/2,1]\nR2/(1/2)=[0,1,-1,2]\nR1-1/2*R2=[1,0,1,-1]\nR1<->R2\nR1<->R2"
+    short = "R1/2=[1,1/2,1/2,0]\nR2-R1=[0,1/2,-1/2,1]"
+    n = len(row_reduce([[2, 1], [1, 1]])[1])
+    assert steps([e] * 3, [other, longer, short]) == pytest.approx([1, 5 / 6, 2 / n])
+    assert steps([e], [short + "\nR2-2*R1=[0,0,1,1]"]) == pytest.approx([2 / n]) and n == 4
+
+
 def test_every_row_operation_keeps_the_solutions():
     """What counts as true has the same reduced form: by random operations, right and wrong ones."""
     rng = random.Random(0)
@@ -59,7 +70,7 @@ def test_every_row_operation_keeps_the_solutions():
         row = [x + sign * factor * y for x, y in zip(rows[i], rows[j])]
         row[rng.randrange(3)] += rng.choice((0, 1))
         line = f"R{i + 1}{'+' if sign > 0 else '-'}{factor}*R{j + 1}={text(row)}"
-        true, n = true_row_operations(line, "rref", rows)
+        true, n, _ = true_row_operations(line, "rref", rows)
         after = [row if k == i else rows[k] for k in range(2)]
         assert n == 1 and (not true or row_reduce(after)[0] == row_reduce(rows)[0])
         assert true == (row == [x + sign * factor * y for x, y in zip(rows[i], rows[j])] and after != rows)
