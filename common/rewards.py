@@ -343,8 +343,8 @@ def extract_answer(text: str, choices: bool = False, finished: bool = True) -> s
     "x is the answer", a last line that is a number, has one bold number, ends in "= number", or whose last
     sentence begins with So, Therefore, Thus or Hence and holds one number. Inside the thinking only the tag
     and the box count, and last. choices=True: see `extract_choice`. docs/answers.md has examples.
-    finished=False, of a text that was cut off: only a tag or a box that is closed counts. Of a text of more than
-    LONGEST characters the end alone is read.
+    finished=False, of a text that was cut off: only a tag or a box that is closed counts. Of a text of more
+    than LONGEST characters the end alone is read.
     """
     text = text[-LONGEST:]
     if not finished:
@@ -586,7 +586,8 @@ def need_gold(specs) -> bool:
     return any(spec.partition("=")[0].partition(":")[0] in NEED_GOLD for spec in specs)
 
 
-BUILT_IN = {function.__name__: function for function in (correctness, partial, steps, format, digit, mark, math)}
+BUILT_IN = {function.__name__: function
+            for function in (correctness, partial, steps, format, digit, mark, math)}
 
 # ---- A model as a reward.
 

@@ -68,7 +68,7 @@ def _plain(side):
 
 
 def true_row_operations(text, task, matrix) -> tuple[int, int, bool]:
-    """(true steps, all steps, done?) of the lines that are row operations as `matrices.row_reduce` writes them.
+    """(true steps, all steps, done?) of the lines that are row operations as `matrices.row_reduce` has them.
 
     Each is judged by the rows as they stand written before it, so that one slip counts once; one that leads
     back to rows that stood there before is not true. done: all are true, and there is nothing left to reduce.

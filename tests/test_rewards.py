@@ -470,7 +470,7 @@ def test_correct_is_there_without_the_reward():
 @pytest.mark.parametrize(
     "spec, message",
     [
-        ("corectness", "unknown reward 'corectness': take correctness, partial, format, digit, mark, math"),
+        ("corectness", "unknown reward 'corectness': take correctness, partial, steps, format, digit, mark, math"),
         ("format:0.2", "path/file.py:function=weight"),
         ("format=much", "not a number"),
         ("nowhere.py:f=1", "no file 'nowhere.py'"),

@@ -514,7 +514,7 @@ def test_a_token_budget_ends_with_its_iteration(tmp_path):
     (["--epochs", -1], "--epochs -1.0: cannot be negative"),
     (["--step-growth", 0], "--step-growth 0.0: must be more than 0"),
     (["--generations", "none.csv"], "none.csv"),
-    (["--rewards", "answer-prob:often"], "unknown often; take mean, exp, prior, others"),
+    (["--rewards", "answer-prob:often"], "unknown often; take mean, exp, any, prior, others"),
     (["--few-shot", 99999], "worked examples to show"),
     (["--max-prompt-tokens", 2], "leaves 0 questions to train on and 0 held out"),
     (["--token-budget", -1], "--token-budget -1: cannot be negative")])
