@@ -67,7 +67,7 @@ class Args(QuestionArgs):
     reward_timeout: float = 30.0  # seconds for a call of your own reward; its row is left out and counted
     batch_size: int = 64  # rows per step, over all ranks
     iterations: int = 3  # rounds of sampling from the present policy and training on what was kept
-    # likelihood of right answers; of all by centred reward; right against wrong; by exp(reward); by its sign
+    # likelihood of right answers; of all by centred reward; right against wrong; by exp(reward); reward > 0
     strategy: Literal["sft", "reinforce", "dpo", "soft", "gain"] = "sft"
     # train an iteration from the start model (STaR) or the one before; auto: base with sft and soft
     restart: Literal["auto", "base", "previous"] = "auto"

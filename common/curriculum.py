@@ -24,10 +24,10 @@ class QuestionState(RunState):
         """The next n questions: the same on every number of ranks, a function of the state and the seed.
 
         With --curriculum each is of the newest open level or, by the share --curriculum-share, of one of
-        those before it, which are equally likely.
+        those before it, which are equally likely. A dry run draws from all levels: it needs the longest.
         """
         first, self.position = self.position, self.position + n
-        if not args.curriculum:
+        if not args.curriculum or args.dry_run:
             return [train[row] for row in data.batch_indices(len(train), first, n, args.seed)]
         *earlier, newest = levels_of(train)[:self.open_levels]
         rows = {level: [e for e in train if e.level == level] for level in [*earlier, newest]}

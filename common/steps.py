@@ -35,7 +35,7 @@ def true_equations(text, question, evaluate) -> tuple[int, int]:
     """
     question = question[:LONGEST].lower()
     known = {evaluate(_plain(number)) for number in re.findall(_NUMBER, question)}
-    known |= {number for word, number in _WORDS.items() if word in question}
+    known |= {_WORDS[word] for word in re.findall("[a-z]+", question) if word in _WORDS}
     true = total = 0
     seen, last = set(), None
     for at in [m.start() for m in re.finditer("=", text[:LONGEST])][:MOST]:

@@ -11,12 +11,12 @@ from common.curriculum import QuestionState
 from tests.processes import assert_equal_bits, patched, rows, timeless, train_lines, weights
 
 TRAIN = [data.Example(id=i, prompt=str(i), level=level) for i, level in enumerate([2] * 40 + [3] * 60 + [5] * 50)]
-ARGS = SimpleNamespace(curriculum=0.5, curriculum_window=10, curriculum_share=0.25, seed=3)
+ARGS = SimpleNamespace(curriculum=0.5, curriculum_window=10, curriculum_share=0.25, seed=3, dry_run=False)
 RUN = SimpleNamespace(print=lambda text: None)
 
 
 def test_without_a_curriculum_the_questions_are_shuffled_epochs():
-    state, args = QuestionState(), SimpleNamespace(curriculum=0, seed=3)
+    state, args = QuestionState(), SimpleNamespace(curriculum=0, seed=3, dry_run=False)
     drawn = state.draw(TRAIN, 100, args) + state.draw(TRAIN, 200, args)
     assert drawn == [TRAIN[i] for i in data.batch_indices(150, 0, 300, 3)] and state.position == 300
     assert state.open_next(TRAIN, [(2, 1)] * 100, args, RUN) == {} and state.open_levels == 1
@@ -28,6 +28,8 @@ def test_levels_are_drawn_by_the_share():
     assert abs(drawn[5] - 3000) < 110 and abs(drawn[2] - 500) < 85 and abs(drawn[3] - 500) < 85  # 4 sigma
     alone = SimpleNamespace(**vars(ARGS) | {"curriculum_share": 0.0})
     assert {e.level for e in QuestionState(open_levels=2).draw(TRAIN, 500, alone)} == {3}
+    dry = SimpleNamespace(**vars(ARGS) | {"dry_run": True})
+    assert {e.level for e in QuestionState().draw(TRAIN, 150, dry)} == {2, 3, 5}  # the longest may be anywhere
 
 
 def test_no_question_comes_twice_within_an_epoch_of_its_level_and_no_call_changes_the_order():
